@@ -1,0 +1,308 @@
+"""The typed config of a run.
+
+Every field says what it does, its unit stands in its name, and `result` or `speed` says whether it changes what is
+learned or only how fast. The `result` fields make the fingerprint: a run folder continues only under the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def result(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
+    """A field that changes the numbers a run produces; part of the fingerprint."""
+    return Field(default, description=doc, json_schema_extra={"changes": "result"}, **constraints)
+
+
+def speed(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
+    """A field that changes only speed, memory, or what is written where."""
+    return Field(default, description=doc, json_schema_extra={"changes": "speed"}, **constraints)
+
+
+class Section(BaseModel):
+    """Unknown keys are refused, values are never coerced between types, a built config does not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class RunSection(Section):
+    """The run itself: where it lives, what is written down."""
+
+    name: str = speed("run", "name of the run; the folder is `runs/<name>` unless `run.dir` is given", min_length=1)
+    dir: str | None = speed(None, "the run folder, on a filesystem that every node sees")
+    seed: int = result(0, "seed of initialisation, data order and dropout", ge=0)
+    accept_changes: list[str] = speed([], "keys that may differ from what this folder was begun with")
+    log_every_steps: int = speed(10, "steps between two rows of metrics.jsonl", ge=1)
+    tensorboard: bool = speed(True, "also write the metrics for TensorBoard")
+    stop_grace_s: float = speed(120.0, "how long a stopping run may take to save before it is ended by force", gt=0)
+    max_restarts: int = speed(3, "restarts in place after a failure, by `launch run`", ge=0)
+    give_up_after: int = speed(3, "attempts without a new checkpoint or a new step before the run is given up", ge=1)
+
+
+class RopeScaling(Section):
+    """Llama 3's stretching of rotary frequencies for long contexts."""
+
+    factor: float = result(8.0, "how far low frequencies are slowed", gt=0)
+    low_freq_factor: float = result(1.0, "wavelengths above original / this are slowed fully", gt=0)
+    high_freq_factor: float = result(4.0, "wavelengths below original / this are kept", gt=0)
+    original_seq_len: int = result(8192, "context length the frequencies were made for", ge=1)
+
+
+class ModelSection(Section):
+    """A decoder Transformer, wide enough for Llama 2/3, Mistral, Qwen 2/2.5/3 and GPT-2."""
+
+    name: Literal["decoder"] = result("decoder", "which builder of the registry makes the model")
+    vocab_size: int = result(..., "rows of the embedding; at least the tokenizer's size", ge=2)
+    dim: int = result(..., "width of the residual stream", ge=1)
+    layers: int = result(..., "number of blocks", ge=1)
+    heads: int = result(..., "query heads", ge=1)
+    kv_heads: int | None = result(None, "key and value heads (grouped-query attention); default: as `heads`", ge=1)
+    head_dim: int | None = result(None, "width of a head; default: dim / heads", ge=2)
+    mlp_dim: int = result(..., "width inside the MLP", ge=1)
+    mlp: Literal["swiglu", "gelu", "gelu_tanh"] = result("swiglu", "gated SwiGLU, or a plain MLP with GELU")
+    norm: Literal["rmsnorm", "layernorm"] = result("rmsnorm", "kind of normalisation (layernorm has a bias)")
+    norm_eps: float = result(1e-5, "added to the variance", gt=0)
+    position: Literal["rope", "learned"] = result("rope", "rotary or learned positions")
+    rope_theta: float = result(10000.0, "base of the rotary frequencies", gt=0)
+    rope_scaling: RopeScaling | None = result(None, "Llama 3's frequency scaling")
+    max_seq_len: int = result(..., "longest sequence; rows of the learned positions", ge=1)
+    qkv_bias: bool = result(False, "biases on the query, key and value projections")
+    out_bias: bool = result(False, "bias on the attention output projection")
+    mlp_bias: bool = result(False, "biases in the MLP")
+    qk_norm: bool = result(False, "RMSNorm on each head's queries and keys (Qwen 3)")
+    tie_embeddings: bool = result(False, "the head uses the embedding's weight")
+    sliding_window: int | None = result(None, "a token sees this many latest tokens, itself included", ge=1)
+    dropout: float = result(0.0, "dropout on embeddings, attention weights and residual branches", ge=0, lt=1)
+    init_std: float = result(0.02, "standard deviation of initial weights", gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSection:
+        if self.head_dim is None and self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; give head_dim")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.position == "rope" and (self.head_dim or self.dim // self.heads) % 2:
+            raise ValueError("rotary positions need an even head_dim")
+        if self.position == "learned" and self.rope_scaling is not None:
+            raise ValueError("rope_scaling has no meaning with learned positions")
+        return self
+
+
+class StartSection(Section):
+    """Where a new run begins; read only while the run folder holds no committed checkpoint."""
+
+    from_: str | None = result(None, "a run folder or a checkpoint to begin from", alias="from")
+    take: Literal["weights", "everything"] = result(
+        "weights", "`weights` starts at step 0; `everything` carries optimizer, step and data position on"
+    )
+
+
+class Source(Section):
+    """One source of documents."""
+
+    name: str = result(..., "name in logs, metrics and errors", pattern=r"^[A-Za-z0-9_.-]+$")
+    kind: Literal["text", "jsonl", "tokens"] = result(
+        "text", "a folder (or file) of text; JSONL with one document a line; .npy files of token ids"
+    )
+    path: str = result(..., "file or folder; `python:stdlib` is the source of Python's own standard library")
+    pattern: str = result("**/*", "which files of a folder, as a glob")
+    field: str = result("text", "the key of a JSONL line that holds the document")
+    weight: float = result(1.0, "share of the samples, relative to the other sources", gt=0)
+
+
+class DataSection(Section):
+    """What is read, and how it is cut into samples."""
+
+    seq_len: int = result(..., "tokens per sample", ge=2)
+    tokenizer: str = result("bytes", "`bytes`, or the path of a tokenizer.json")
+    end_token: str | None = result(None, "token that ends a document, for a tokenizer.json that has no usual one")
+    sources: list[Source] = result(..., "where documents come from", min_length=1)
+    validation_fraction: float = result(0.01, "share of documents held out, chosen by hash", ge=0, lt=1)
+    document_mask: bool = result(True, "tokens see only their own document")
+    cache: str | None = speed(None, "folder of prepared samples; default: `.cache` beside the run folder")
+    prefetch_steps: int = speed(2, "batches made ahead by the background worker", ge=1)
+    record_samples: bool = speed(False, "write the sample numbers of every step to the attempt's folder")
+
+
+class TaskSection(Section):
+    """What is learned."""
+
+    name: Literal["lm"] = result("lm", "language modelling: predict the next token")
+    z_loss: float = result(0.0, "weight of the squared log-partition penalty", ge=0)
+    loss_chunk_tokens: int = speed(1024, "tokens whose logits are held at once", ge=1)
+
+
+class TrainSection(Section):
+    """How long and in what batches."""
+
+    steps: int = result(..., "the absolute last step", ge=0)
+    global_batch: int = result(..., "samples per update over all ranks", ge=1)
+    micro_batch: int = speed(1, "samples per rank and forward, at most", ge=1)
+    clip_norm: float | None = result(1.0, "largest global gradient norm", gt=0)
+    nonfinite_limit: int = result(5, "updates skipped in a row before the run fails", ge=1)
+    validate_every_steps: int = speed(0, "steps between validations; 0: never", ge=0)
+    validate_samples: int = result(256, "validation samples, at most", ge=1)
+    early_stop_patience: int = result(0, "validations without a better loss before the run ends; 0: never", ge=0)
+    time_limit_s: float | None = speed(None, "an attempt stops with a save after this long", gt=0)
+
+    @model_validator(mode="after")
+    def _early_stop(self) -> TrainSection:
+        if self.early_stop_patience and not self.validate_every_steps:
+            raise ValueError("early_stop_patience needs validate_every_steps")
+        return self
+
+
+class OptimSection(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "adam", "sgd", "muon"] = result("adamw", "muon: Muon on the blocks' matrices, AdamW elsewhere")
+    lr: float = result(3e-4, "peak learning rate (of AdamW's part, under muon)", gt=0)
+    muon_lr: float = result(0.02, "peak learning rate of Muon's part", gt=0)
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = result([0.9, 0.95], "Adam's decay rates")
+    eps: float = result(1e-8, "Adam's epsilon", gt=0)
+    momentum: float = result(0.9, "of SGD and Muon", ge=0, lt=1)
+    weight_decay: float = result(0.1, "on matrices; never on norms and biases", ge=0)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = result("cosine", "after warm-up; wsd: stable, then decay")
+    warmup_steps: int = result(0, "linear warm-up from 0", ge=0)
+    decay_steps: int = result(0, "wsd: length of the final decay", ge=0)
+    final_lr_ratio: float = result(0.1, "learning rate at the last step, relative to the peak", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _rates(self) -> OptimSection:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.schedule == "wsd" and not self.decay_steps:
+            raise ValueError("schedule wsd needs decay_steps")
+        return self
+
+
+class PrecisionSection(Section):
+    """Number formats; gradients are always reduced in fp32."""
+
+    compute: Literal["bf16", "fp32"] = result("bf16", "of forward and backward")
+    params: Literal["fp32", "bf16"] = result("fp32", "of the parameters that the optimizer updates, and of its state")
+    deterministic: bool = result(False, "only algorithms that give the same bits each time")
+
+
+class ParallelSection(Section):
+    """Layout. Changes speed and memory, and the order of summation, nothing else."""
+
+    engine: Literal["fsdp"] = speed("fsdp", "what shards the model")
+    replicate: int = speed(1, "groups that each hold the whole model; all ranks: DDP", ge=1)
+    shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1)
+    reshard: bool = speed(True, "free a block's gathered parameters after its forward (less memory, more traffic)")
+    prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=0)
+    accumulate: Literal["sharded", "unsharded"] = speed(
+        "sharded", "gradients between micro batches: reduced each time, or kept whole until the last (faster, more memory)"
+    )
+    cpu_offload: bool = speed(False, "keep parameters, gradients and optimizer state in host memory")
+    activation_checkpoint: Literal["none", "selective", "full"] = speed(
+        "none", "recompute in backward: nothing, all but matrix products, or whole blocks"
+    )
+    compile: bool = speed(False, "torch.compile each block")
+    load_timeout_s: float = speed(1800.0, "longest wait for another rank until the first step is done", gt=0)
+    step_timeout_s: float = speed(300.0, "longest wait for another rank after that", gt=0)
+
+    @model_validator(mode="after")
+    def _shard(self) -> ParallelSection:
+        if self.shard == 0:
+            raise ValueError("shard must be -1 (what is left) or at least 1")
+        return self
+
+
+class FreezeSection(Section):
+    """Which parameters train. Patterns are globs over parameter names, e.g. `blocks.0.*`; trainable wins."""
+
+    frozen: list[str] = result([], "parameters that stay as they are")
+    trainable: list[str] = result([], "exceptions from `frozen`")
+
+
+class KeepSection(Section):
+    """Which checkpoints stay when newer ones are committed."""
+
+    last: int = speed(2, "the newest ones", ge=1)
+    every_steps: int = speed(0, "also every step that this divides; 0: none", ge=0)
+    best: bool = speed(True, "also the one with the lowest validation loss")
+
+
+class CheckpointSection(Section):
+    """When and how state is saved."""
+
+    every_steps: int = speed(500, "steps between saves; 0: only at the end", ge=0)
+    asynchronous: bool = speed(True, "write while training goes on, from one copy in host memory")
+    failures_limit: int = speed(3, "failed saves in a row before the run fails", ge=1)
+    keep: KeepSection = speed(KeepSection(), "which checkpoints stay")
+
+
+class Config(Section):
+    """Everything a run is."""
+
+    run: RunSection = speed(RunSection(), "the run itself")
+    model: ModelSection = result(..., "the model")
+    start: StartSection = result(StartSection(), "where a new run begins")
+    data: DataSection = result(..., "what is read")
+    task: TaskSection = result(TaskSection(), "what is learned")
+    train: TrainSection = result(..., "how long and in what batches")
+    optim: OptimSection = result(OptimSection(), "optimizer and schedule")
+    precision: PrecisionSection = result(PrecisionSection(), "number formats")
+    parallel: ParallelSection = speed(ParallelSection(), "layout")
+    freeze: FreezeSection = result(FreezeSection(), "which parameters train")
+    checkpoint: CheckpointSection = speed(CheckpointSection(), "saving")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}"
+            )
+        names = [s.name for s in self.data.sources]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"data.sources: the name {twice[0]!r} stands twice")
+        return self
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.run.name}"
+
+
+def fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every leaf of a config as (dotted key, JSON value, "result" or "speed")."""
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        key = f"{prefix}{info.alias or name}"
+        if isinstance(value, Section):
+            yield from fields(value, key + ".")
+            continue
+        extra = info.json_schema_extra
+        assert isinstance(extra, dict)
+        if isinstance(value, list):
+            value = [v.model_dump(by_alias=True) if isinstance(v, Section) else v for v in value]
+        yield key, value, str(extra["changes"])
+
+
+def result_fields(config: Config) -> dict[str, Any]:
+    """The fields that change what is learned, by dotted key. `train.steps` is left to an event of its own."""
+    return {k: v for k, v, changes in fields(config) if changes == "result" and k != "train.steps"}
+
+
+def fingerprint(config: Config) -> str:
+    """16 hex digits over `result_fields`: equal exactly when two configs learn the same thing."""
+    text = json.dumps(result_fields(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain data, as it is written to config.yaml and into checkpoints."""
+    return config.model_dump(by_alias=True, mode="json")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Keys of two `result_fields` that differ, as (key, old value, new value)."""
+    keys = sorted(old.keys() | new.keys())
+    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]

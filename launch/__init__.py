@@ -1,0 +1,1 @@
+"""What a person types around a run: `python -m launch run`."""

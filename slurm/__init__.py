@@ -1,0 +1,1 @@
+"""Muster on Slurm: today the job scripts in `examples/`."""
