@@ -1,0 +1,23 @@
+"""Models: plain modules without collectives, and the registry that builds them by name.
+
+A model takes (tokens, documents, targets) and answers with logits or with sums of the loss; `shard_units`, `blocks` and
+`init_parameter` are all that an engine needs to know about its inside.
+"""
+
+from collections.abc import Callable
+
+from configs.schema import ModelSection
+from models.cross_entropy import IGNORE, LossSums
+from models.decoder import Decoder
+
+__all__ = ["IGNORE", "REGISTRY", "Decoder", "LossSums", "build_model"]
+
+REGISTRY: dict[str, Callable[[ModelSection], Decoder]] = {"decoder": Decoder}
+
+
+def build_model(section: ModelSection) -> Decoder:
+    """The model of a config, on the current default device (under `torch.device("meta")` nothing is allocated).
+
+    Its weights mean nothing yet: fill each with `model.init_parameter`, or load them.
+    """
+    return REGISTRY[section.name](section)

@@ -1,0 +1,116 @@
+"""The head and its loss: cross-entropy that never holds the logits of a whole batch.
+
+Logits of 8,192 tokens over 128,256 words are 4 GiB in fp32, and so is their gradient. Here both exist for
+`chunk_tokens` tokens at a time. The gradient of a sum is known as soon as the chunk's softmax is, so it is computed in
+the forward pass while the logits are there: backward has no logits to keep and none to compute again.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+IGNORE = -100  # the target of a token that is not to be predicted
+
+
+class LossSums(NamedTuple):
+    """Sums over the targets of a batch, fp32 scalars (not means: the divisor is the count over all ranks)."""
+
+    total: Tensor  # cross-entropy + z_loss * logsumexp^2; differentiable
+    loss: Tensor  # cross-entropy alone; detached
+
+
+class Head(nn.Module):
+    """The projection onto the vocabulary, and the loss on it."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vocab_size, dim))
+
+    def forward(self, hidden: Tensor, targets: Tensor | None, z_loss: float, chunk_tokens: int) -> Tensor | LossSums:
+        """hidden (B, T, dim) -> logits (B, T, V) in its dtype without targets, else the sums over targets (B, T)."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        return chunked_cross_entropy(hidden, self.weight, targets, z_loss, chunk_tokens)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk_tokens: int = 1024
+) -> LossSums:
+    """Sums over the targets of the cross-entropy of hidden @ weight.T, at most chunk_tokens x V logits at a time.
+
+    hidden (..., dim); weight (V, dim); targets (...) int64, IGNORE where there is none, otherwise below V (anything
+    else raises IndexError on the CPU). Gradients reach hidden and weight, once: a second derivative raises.
+    """
+    sums = _ChunkedCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, targets.flatten(), z_loss, chunk_tokens, torch.is_grad_enabled()
+    )
+    return LossSums(*sums)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_tokens: int, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor]:
+        """hidden (N, dim), targets (N,) -> (total, loss); the gradients of total wait in ctx."""
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # of softmax, sums and the weight's gradient
+        loss, penalty = hidden.new_zeros(2, dtype=exact).unbind()
+        grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if grad_enabled and ctx.needs_input_grad[1] else None
+
+        for start in range(0, len(hidden), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            words = targets[chunk, None]
+            counts = words != IGNORE
+            words = torch.where(counts, words, 0)  # not clamp: another negative target must not pass for word 0
+
+            # One buffer of logits, turned in place into exponentials and then into the gradient.
+            logits = (hidden[chunk] @ weight.T).to(exact)
+            top = logits.amax(dim=1, keepdim=True)
+            logits -= top
+            target_logits = logits.gather(1, words)
+            norm = logits.exp_().sum(dim=1, keepdim=True)
+            log_norm = norm.log()
+            loss += torch.where(counts, log_norm - target_logits, 0).sum()
+            log_partition = log_norm + top
+            penalty += torch.where(counts, log_partition.square(), 0).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            logits *= torch.where(counts, (1 + 2 * z_loss * log_partition) / norm, 0)
+            logits.scatter_add_(1, words, -counts.to(exact))
+            grad_logits = logits.to(hidden.dtype)
+            del logits
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None and exact == hidden.dtype:
+                grad_weight.addmm_(grad_logits.T, hidden[chunk])
+            elif grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[chunk]
+
+        total = loss + z_loss * penalty
+        ctx.mark_non_differentiable(loss)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        hidden_dtype = None if grad_hidden is None else grad_hidden.dtype
+        grads = _scaled(grad_hidden, grad_total, hidden_dtype), _scaled(grad_weight, grad_total, ctx.weight_dtype)
+        return *grads, None, None, None, None
+
+
+def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """grad * scale in dtype, without a second copy in between.
+
+    The scale (1 / target tokens) goes in with two dimensions, because torch would round a bare scalar to grad's bf16
+    first and so make every gradient of the model up to 0.4 % too large or too small.
+    """
+    if grad is None:
+        return None
+    return torch.mul(grad, scale.view(1, 1), out=torch.empty_like(grad, dtype=dtype))

@@ -1,0 +1,89 @@
+"""Parameters and floating-point operations per token, counted from the model itself.
+
+The convention is torchtitan's: 6 N + 12 L H Q T per token, where N is every parameter but the input embeddings (a tied
+head is a product and counts), H the query heads, Q their width and T the sequence length. It splits into
+
+    forward              2 per weight,  4 H Q T per layer     always
+    activation gradient  2 per weight,  8 H Q T per layer     where the input of the product needs a gradient
+    weight gradient      2 per weight                         where the weight is trainable
+
+so that with frozen parts only the products that autograd does are counted: backward ends at the lowest trainable
+parameter. Attention counts all T x T pairs; `causal_flops_per_token` counts the pairs that a token sees. Recomputation
+for activation checkpointing counts in neither: it is not the model's work.
+"""
+
+from torch import nn
+
+from models.decoder import Block, Decoder
+
+
+def parameter_count(model: nn.Module, trainable_only: bool = False) -> int:
+    """Parameters, a tied one once; whole sizes where they are sharded."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def flops_per_token(model: Decoder, seq_len: int) -> float:
+    """Forward and backward of one token in a sequence of seq_len, for what is trainable now; no causal discount."""
+    return _flops(model, seq_len)
+
+
+def causal_flops_per_token(model: Decoder, seq_len: int) -> float:
+    """The same, but attention counts only the pairs that causality and the sliding window leave (not documents)."""
+    window = min(model.section.sliding_window or seq_len, seq_len)
+    pairs = window * (window + 1) / 2 + (seq_len - window) * window
+    return _flops(model, pairs / seq_len)
+
+
+def forward_flops_per_token(model: Decoder, seq_len: int) -> float:
+    """Forward alone: 2 N + 4 L H Q T."""
+    weights = sum(map(parameter_count, (*model.blocks, model.norm, model.head)))
+    return 2.0 * weights + len(model.blocks) * _scores(model, seq_len)
+
+
+def _flops(model: Decoder, keys: float) -> float:
+    """Walks the model as autograd does; keys: how many keys a query meets, on average.
+
+    `needs` is whether the residual stream needs a gradient: not below the lowest trainable parameter, always above it.
+    """
+    scores = _scores(model, keys)
+    inputs: list[nn.Module] = [model.embed] if model.pos is None else [model.embed, model.pos]
+    needs = any(map(_trainable, inputs))
+    total = 0.0
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        attn, mlp = block.attn, block.mlp
+        before: list[list[nn.Module]] = [[block.attn_norm], [attn.wq, attn.wk, attn.wv]]
+        if attn.qk_norm:
+            before.append([attn.q_norm, attn.k_norm])
+        projections, scores_need = _stages(before, needs)
+        output, attn_needs = _stages([[attn.wo]], scores_need)
+        total += projections + scores * (3 if scores_need else 1) + output
+        needs = needs or attn_needs
+        inner: list[nn.Module] = [mlp.gate, mlp.up] if mlp.kind == "swiglu" else [mlp.up]
+        products, mlp_needs = _stages([[block.mlp_norm], inner, [mlp.down]], needs)
+        total += products
+        needs = needs or mlp_needs
+    return total + _stages([[model.norm], [model.head]], needs)[0]
+
+
+def _stages(stages: list[list[nn.Module]], needs: bool) -> tuple[float, bool]:
+    """FLOPs of stages that follow each other, each of modules that read the same input; and whether the last
+    output needs a gradient when the first input does or not."""
+    total = 0.0
+    for stage in stages:
+        total += sum(
+            (4 if needs else 2) * parameter_count(module) + 2 * parameter_count(module, trainable_only=True)
+            for module in stage
+        )
+        needs = needs or any(map(_trainable, stage))
+    return total, needs
+
+
+def _scores(model: Decoder, keys: float) -> float:
+    """Forward of one layer's attention products (queries by keys, weights by values): 4 H Q per key."""
+    section = model.section
+    return 4.0 * section.heads * (section.head_dim or section.dim // section.heads) * keys
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
