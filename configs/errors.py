@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """One or two lines: what is wrong, where, and what to do. Ends the program with exit code 2, without a traceback."""
+    """One or two lines: what is wrong, where, what to do. Ends the program with exit code 2, without a traceback."""

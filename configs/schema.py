@@ -27,7 +27,7 @@ def speed(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
 class Section(BaseModel):
     """Unknown keys are refused, values are never coerced between types, a built config does not change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -160,14 +160,18 @@ class TrainSection(Section):
 class OptimSection(Section):
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "adam", "sgd", "muon"] = result("adamw", "muon: Muon on the blocks' matrices, AdamW elsewhere")
+    name: Literal["adamw", "adam", "sgd", "muon"] = result(
+        "adamw", "muon: Muon on the blocks' matrices, AdamW elsewhere"
+    )
     lr: float = result(3e-4, "peak learning rate (of AdamW's part, under muon)", gt=0)
     muon_lr: float = result(0.02, "peak learning rate of Muon's part", gt=0)
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = result([0.9, 0.95], "Adam's decay rates")
     eps: float = result(1e-8, "Adam's epsilon", gt=0)
     momentum: float = result(0.9, "of SGD and Muon", ge=0, lt=1)
     weight_decay: float = result(0.1, "on matrices; never on norms and biases", ge=0)
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = result("cosine", "after warm-up; wsd: stable, then decay")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = result(
+        "cosine", "after warm-up; wsd: stable, then decay"
+    )
     warmup_steps: int = result(0, "linear warm-up from 0", ge=0)
     decay_steps: int = result(0, "wsd: length of the final decay", ge=0)
     final_lr_ratio: float = result(0.1, "learning rate at the last step, relative to the peak", ge=0, le=1)
@@ -198,7 +202,8 @@ class ParallelSection(Section):
     reshard: bool = speed(True, "free a block's gathered parameters after its forward (less memory, more traffic)")
     prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=0)
     accumulate: Literal["sharded", "unsharded"] = speed(
-        "sharded", "gradients between micro batches: reduced each time, or kept whole until the last (faster, more memory)"
+        "sharded",
+        "gradients between micro batches: reduced each time, or kept whole until the last (faster, more memory)",
     )
     cpu_offload: bool = speed(False, "keep parameters, gradients and optimizer state in host memory")
     activation_checkpoint: Literal["none", "selective", "full"] = speed(

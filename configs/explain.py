@@ -1,0 +1,265 @@
+"""What is wrong with a config, in plain words: unknown keys with the nearest valid one, and pydantic's findings."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator
+from difflib import SequenceMatcher
+from functools import cache
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from configs.parse import Node, Place, Problem
+from configs.schema import Config, Section
+
+UNITS = {
+    "s": "seconds",
+    "tokens": "tokens",
+    "steps": "steps",
+    "samples": "samples",
+    "blocks": "blocks",
+    "bytes": "bytes",
+    "gib": "GiB",
+}
+SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+# What other trainers call it, where no spelling is near.
+ELSEWHERE = {
+    "batch_size": "train.global_batch",
+    "context_length": "data.seq_len",
+    "dtype": "precision.compute",
+    "grad_clip": "train.clip_norm",
+    "gradient_checkpointing": "parallel.activation_checkpoint",
+    "hidden_size": "model.dim",
+    "intermediate_size": "model.mlp_dim",
+    "learning_rate": "optim.lr",
+    "max_steps": "train.steps",
+    "num_hidden_layers": "model.layers",
+    "output_dir": "run.dir",
+    "save_steps": "checkpoint.every_steps",
+}
+
+_WANTS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a section of keys",
+    "model_type": "a section of keys",
+}
+_LIMITS = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_short": "needs at least {min_length} item(s)",
+    "too_long": "takes at most {max_length} item(s)",
+    "string_too_short": "must not be empty",
+    "string_too_long": "takes at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+}
+
+
+def keys(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section under the names they have in a file."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
+
+
+def section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """The section inside an annotation, and whether it is a list of them."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return section_of(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return next((found for a in get_args(annotation) if (found := section_of(a))[0]), (None, False))
+    if origin is list:
+        return section_of(get_args(annotation)[0])[0], True
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation, False
+    return None, False
+
+
+@cache
+def all_keys(section: type[Section] = Config, prefix: str = "") -> tuple[str, ...]:
+    """Every dotted key, sections before what they hold; `*` stands for the index in a list."""
+    found: list[str] = []
+    for name, info in keys(section).items():
+        found.append(prefix + name)
+        inner, listed = section_of(info.annotation)
+        if inner is not None:
+            found.extend(all_keys(inner, prefix + name + (".*." if listed else ".")))
+    return tuple(found)
+
+
+def nearest(unknown: str) -> str | None:
+    """The valid dotted key that an unknown one most likely means: by its last name, its unit or its whole path."""
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", unknown)
+    parent, _, name = pattern.rpartition(".")
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
+
+    def likeness(known: str) -> float:
+        known_parent, _, known_name = known.rpartition(".")
+        last = SequenceMatcher(None, name, known_name).ratio()
+        stem, _, unit = known_name.rpartition("_")
+        if unit in UNITS and stem == name:
+            last = 0.97
+        return max(last if known_parent == parent else 0.9 * last, SequenceMatcher(None, pattern, known).ratio())
+
+    best = max(all_keys(), key=likeness)
+    if likeness(best) < 0.62:
+        return None
+    for index in re.findall(r"\.(\d+)(?=\.|$)", unknown):
+        best = best.replace("*", index, 1)
+    return best.replace("*", "0")
+
+
+def take_unknown(node: Node, section: type[Section] = Config, prefix: str = "") -> Iterator[Problem]:
+    """Remove every key that the schema does not know, with a problem for each."""
+    if not isinstance(node.value, dict):
+        return
+    known = keys(section)
+    for name, child in list(node.value.items()):
+        key = prefix + name
+        if name not in known:
+            del node.value[name]
+            yield Problem(child.place, _unknown(key, child, section))
+            continue
+        inner, listed = section_of(known[name].annotation)
+        if inner is None:
+            continue
+        if listed and isinstance(child.value, list):
+            for index, item in enumerate(child.value):
+                yield from take_unknown(item, inner, f"{key}.{index}.")
+        elif not listed:
+            yield from take_unknown(child, inner, key + ".")
+
+
+def _unknown(key: str, node: Node, section: type[Section]) -> str:
+    if key.rpartition(".")[2] == "include":
+        return "`include` stands at the top of a file, not here"
+    while isinstance(node.value, dict) and len(node.value) == 1:  # `optimizer.lr` says more than `optimizer`
+        (name, node), *_ = node.value.items()
+        key += f".{name}"
+    near = nearest(key)
+    return f"unknown key {key}; " + (f"did you mean {near}?" if near else f"valid here: {', '.join(keys(section))}")
+
+
+def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple[str, Problem]]:
+    """Pydantic's findings as (pydantic's kind, problem). What is missing at the root is missing in `source`."""
+    for found in error.errors(include_url=False):
+        path = [str(part) for part in found["loc"]]
+        kind, key = found["type"], ".".join(path)
+        at = _locate(root, path, source)
+        if kind == "missing":
+            message = f"{key} is missing ({_doc(path)})"
+        elif kind == "value_error":
+            reason = str(found["ctx"]["error"])
+            mentioned = _mentioned(reason, path, root)
+            at = max(mentioned, key=lambda place: place.line == 0, default=at)  # an override is the likeliest cause
+            others = [str(place) for place in mentioned if place != at]
+            message = (f"{key}: " if key else "") + reason + (f" (see also {', '.join(others)})" if others else "")
+        elif kind == "literal_error":
+            message = (
+                f"{key} must be one of {found['ctx']['expected'].replace(chr(39), '')}, not {show(found['input'])}"
+            )
+        elif kind in _LIMITS:
+            message = f"{key} {_LIMITS[kind].format(**found['ctx'])}, not {show(found['input'])}"
+        elif kind == "model_type" and found["input"] is None:
+            message = f"{key} is empty: give its keys or remove the line"
+        elif kind in _WANTS:
+            message = f"{key} wants {_unit(path[-1], _WANTS[kind])}, not {show(found['input'])}"
+            message += _hint(path[-1], kind, found["input"], at.line == 0)
+        else:
+            message = f"{key}: {found['msg'].removeprefix('Input ')}, not {show(found['input'])}"
+        yield kind, Problem(at, message)
+
+
+def show(value: Any) -> str:
+    """A value as a person would name it."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f"the text {short(value)!r}"
+        case dict():
+            return "a section of keys"
+        case list():
+            return f"the list {short(repr(value))}" if value else "an empty list"
+    return short(repr(value))
+
+
+def short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _locate(root: Node, path: list[str], source: Place) -> Place:
+    """The place of the deepest node of a path that was written down."""
+    node, at = root, source
+    for part in path:
+        value = node.value
+        if isinstance(value, dict) and part in value:
+            node = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            node = value[int(part)]
+        else:
+            break
+        at = node.place
+    return at
+
+
+def _mentioned(text: str, path: list[str], root: Node) -> list[Place]:
+    """The places of the keys that a message names, last one first."""
+    places: list[Place] = []
+    for word in re.findall(r"[a-z][a-z_.]*[a-z]", text):
+        for candidate in ([*path, *word.split(".")], word.split(".")):
+            node: Node | None = root
+            for part in candidate:
+                node = node.value.get(part) if node is not None and isinstance(node.value, dict) else None
+            if node is not None and node.place not in places and not isinstance(node.value, dict):
+                places.append(node.place)
+    return places[::-1]
+
+
+def _doc(path: list[str]) -> str:
+    section: type[Section] | None = Config
+    info: FieldInfo | None = None
+    for part in path:
+        if section is None or part.isdigit():
+            continue
+        info = keys(section)[part]
+        section = section_of(info.annotation)[0]
+    return (info.description if info else None) or "required"
+
+
+def _unit(name: str, wants: str) -> str:
+    unit = name.rpartition("_")[2] if "_" in name else ""
+    return f"{wants} of {UNITS[unit]}" if unit in UNITS and "number" in wants else wants
+
+
+def _hint(name: str, kind: str, value: Any, override: bool) -> str:
+    """What to write instead, where that is plain to see."""
+    if kind == "string_type" and isinstance(value, int | float):
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        return f"; quote it: '\"{text}\"'" if override else f'; quote it: "{text}"'
+    if isinstance(value, float) and kind.startswith("int") and value.is_integer():
+        return f"; write {int(value)}"
+    if not isinstance(value, str) or kind not in ("int_type", "float_type"):
+        return ""
+    duration = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]+?)(?:s|ours?|utes?|onds?|ays?)?\s*", value.lower())
+    if name.endswith("_s") and duration and duration[2] in SECONDS:
+        return f"; write {float(duration[1]) * SECONDS[duration[2]]:g}"
+    plain = value.replace("_", "").replace(",", "").strip()
+    if re.fullmatch(r"[-+]?[0-9]+", plain) or (
+        kind == "float_type" and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", plain)
+    ):
+        return f"; write {plain}, without quotes"
+    return ""

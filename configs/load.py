@@ -1,0 +1,216 @@
+"""From a preset or YAML file and `key=value` overrides to a config. Imports no torch.
+
+A file may begin with `include: NAME` (or a list): a preset, or a path relative to the file. What is included lies below
+what the file says; sections merge key by key, everything else replaces. All mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from configs.errors import UserError
+from configs.explain import explain, short, show, take_unknown
+from configs.parse import Node, Place, Problem, parse, teach_core
+from configs.schema import Config, to_dict
+
+FOLDER = Path(__file__).resolve().parent
+DEFAULT = "demo"
+
+
+def presets() -> list[str]:
+    """The names of the presets; a file whose name begins with `_` is only for including."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml") if not p.name.startswith("_"))
+
+
+def load(argument: str | None, overrides: list[str]) -> Config:
+    """The config of a preset's name or a YAML file (None: the demo), with dotted overrides such as `train.steps=100`.
+
+    Raises UserError with one line per mistake. Rules between keys (say, dim and heads) are checked where the keys
+    themselves are right.
+    """
+    problems: list[Problem] = []
+    source = Place(argument or DEFAULT)
+    root: Node | None = None
+    path = find(argument or DEFAULT, Path(), Place("command line"), problems, included=False)
+    if path is not None:
+        source = Place(_shown(path))
+        root = _read(path, (), problems)
+    whole = root is not None and not problems  # else what seems missing may stand in what could not be read
+    root = root or Node({}, source)
+    for text in overrides:
+        _override(root, text, problems)
+    problems.extend(take_unknown(root))
+    try:
+        config = Config.model_validate(root.plain())
+    except ValidationError as error:
+        problems.extend(problem for kind, problem in explain(error, root, source) if whole or kind != "missing")
+        config = None
+    if problems or config is None:
+        raise UserError(_report(problems, overrides))
+    return config
+
+
+def dump(config: Config) -> str:
+    """A config as YAML, in the schema's order; `load` of it gives an equal config."""
+    parts = [
+        yaml.dump({name: section}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30)
+        for name, section in to_dict(config).items()
+    ]
+    return "\n".join(parts)
+
+
+def find(argument: str, folder: Path, place: Place, problems: list[Problem], included: bool) -> Path | None:
+    """The file that a preset's name or a path (relative to `folder`) means; None (problem added) if there is none."""
+    preset = FOLDER / f"{argument}.yaml"
+    if "/" not in argument and preset.is_file() and (included or not argument.startswith("_")):
+        return preset
+    path = folder / argument
+    if os.path.isdir(path):  # os.path, not Path: no error for names that no filesystem takes
+        inside = path / "config.yaml"
+        hint = f"did you mean {_shown(inside)}?" if inside.is_file() else "name a YAML file"
+        problems.append(Problem(place, f"{argument} is a folder; {hint}"))
+        return None
+    if os.path.exists(path):
+        return path
+    is_path = "/" in argument or path.suffix in (".yaml", ".yml")
+    message = f"there is no file {_shown(path)}" if is_path else f"there is no preset {argument!r}"
+    near = difflib.get_close_matches(path.stem, presets(), n=1, cutoff=0.5)
+    message += f"; did you mean {near[0]}?" if near else ""
+    problems.append(Problem(place, f"{message} (presets: {', '.join(presets())})"))
+    return None
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be named from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Node | None:
+    """A file over what it includes. `chain` holds the files that include it."""
+    name = _shown(path)
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        problems.append(Problem(Place(name), f"cannot be read: {error.strerror}"))
+        return None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.append(Problem(Place(name, line), "is not UTF-8 text"))
+        return None
+    before = len(problems)
+    node = parse(text, lambda line: Place(name, line), problems)
+    if node is None:
+        if len(problems) == before:
+            problems.append(Problem(Place(name), "is empty"))
+        return None
+    if not isinstance(node.value, dict):
+        problems.append(Problem(node.place, f"expected lines of `key: value`, not {show(node.plain())}"))
+        return None
+    include = node.value.pop("include", None)
+    below = Node({}, node.place)
+    for item in _includes(include, problems):
+        target = find(item.value, path.parent, item.place, problems, included=True)
+        if target is None:
+            continue
+        circle = [*chain, path]
+        if target.resolve() in [p.resolve() for p in circle]:
+            names = " -> ".join(_shown(p) for p in [*circle, target])
+            problems.append(Problem(item.place, f"include goes in a circle: {names}"))
+            continue
+        included = _read(target, (*chain, path), problems)
+        if included is not None:
+            below = _merge(below, included)
+    return _merge(below, node)
+
+
+def _includes(node: Node | None, problems: list[Problem]) -> list[Node]:
+    if node is None:
+        return []
+    items = node.value if isinstance(node.value, list) else [node]
+    for item in items:
+        if not isinstance(item.value, str) or not item.value:
+            problems.append(Problem(item.place, f"include wants a preset or a file, not {show(item.plain())}"))
+    return [item for item in items if isinstance(item.value, str) and item.value]
+
+
+def _merge(below: Node, above: Node) -> Node:
+    """Sections merge key by key; anything else replaces."""
+    if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
+        return above
+    merged = dict(below.value)
+    for key, node in above.value.items():
+        merged[key] = _merge(merged[key], node) if key in merged else node
+    return Node(merged, above.place)
+
+
+def _command_line(text: str) -> Place:
+    return Place(f"command line: {short(' '.join(text.split()))}")
+
+
+def _override(root: Node, text: str, problems: list[Problem]) -> None:
+    """Set one `a.b=value` in place; the value is YAML, a number in the path is an index in a list."""
+    place = _command_line(text)
+    key, equals, written = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        problems.append(Problem(place, "expected key=value, for example train.steps=100"))
+        return
+    before = len(problems)
+    value = parse(written, lambda _: place, problems)
+    if len(problems) > before:
+        return
+    node = root
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        new = (value or Node(None, place)) if last else Node({}, place)
+        if isinstance(node.value, list):
+            if not part.isdigit() or int(part) >= len(node.value):
+                have = f"items 0 to {len(node.value) - 1}" if node.value else "no items"
+                problems.append(Problem(place, f"{'.'.join(path[:depth])} has {have}, not {part!r}"))
+                return
+            if last:
+                node.value[int(part)] = new
+            node = node.value[int(part)]
+            continue
+        if not isinstance(node.value, dict):  # e.g. null in the file, a section now
+            node.value, node.place = {}, place
+        if last:
+            node.value[part] = new
+        node = node.value.setdefault(part, new)
+
+
+def _report(problems: list[Problem], overrides: list[str]) -> str:
+    """One line per mistake: files first, by line, then the overrides as they were given."""
+    order = {_command_line(text): rank for rank, text in enumerate(overrides, start=1)}
+    problems = sorted(set(problems), key=lambda p: (order.get(p.place, 0), p.place, p.message))
+    lines = [str(problem) for problem in problems]
+    return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} mistakes in the config:", *lines])
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would not read as text, and writes lists of plain values in one line."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_float(dumper: _Dumper, value: float) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))  # 1e-05, which YAML 1.1 takes for text
+
+
+def _represent_list(dumper: _Dumper, value: list[Any]) -> yaml.Node:
+    plain = not any(isinstance(item, dict | list) for item in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=plain)
+
+
+teach_core(_Dumper)
+_Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(list, _represent_list)
