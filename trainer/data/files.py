@@ -1,0 +1,153 @@
+"""Files of the cache: streamed arrays, and folders and JSON that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+_HEADER_BYTES = 128
+_TEMPORARY = ".tmp-"
+_LOCK = "lock"
+_STALE_S = 24 * 3600.0
+
+
+class ArrayWriter:
+    """A one-dimensional .npy file of unknown length, written in chunks; `close` puts the length into its header."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.dtype = dtype.newbyteorder("<")
+        self.count = 0
+        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
+        self._file.write(self._header())
+
+    def add(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
+        self.count += len(values)
+
+    def close(self) -> None:
+        """Make the file whole and durable."""
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        # A full disk fails this flush again: the file is going away, so nobody needs to hear of it.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _header(self) -> bytes:
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.count},), }}"
+        body = text.ljust(_HEADER_BYTES - 11).encode() + b"\n"
+        return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
+
+
+def map_array(path: Path) -> np.ndarray:
+    """Memory-map a .npy file. An empty one cannot be mapped and is read."""
+    array = np.load(path, allow_pickle=False) if path.stat().st_size <= _HEADER_BYTES else np.load(path, mmap_mode="r")
+    return array.view(np.ndarray)  # slices of np.memmap cost several microseconds more each
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically and durably."""
+    name = _temporary_name(path.parent)
+    try:
+        with name.open("x") as file:
+            json.dump(value, file, separators=(",", ":"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            name.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def temporary_folder(cache: Path) -> Iterator[Path]:
+    """A new folder in the cache, removed at the end unless `publish` renamed it. Locked while its maker lives."""
+    folder = _temporary_name(cache)
+    folder.mkdir()
+    # The lock takes its name only once it is held: nobody can find it free while its maker lives.
+    fd = os.open(folder / "new-lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a filesystem without locks: `remove_leftovers` goes by age there
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(folder / "new-lock", folder / _LOCK)
+        yield folder
+    finally:
+        os.close(fd)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, final: Path) -> bool:
+    """Rename a finished temporary folder to its name. False if that name is taken, by an equal folder: it stays."""
+    for lock in (_LOCK, "new-lock"):
+        (folder / lock).unlink(missing_ok=True)
+    sync_folder(folder)
+    try:
+        os.rename(folder, final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        return False
+    sync_folder(final.parent)
+    return True
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Remove temporary files and folders whose makers are dead: their lock is free, or they are a day old."""
+    for path in cache.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and (_lock_is_free(path / _LOCK) or _age_s(path) > _STALE_S):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file() and _age_s(path) > _STALE_S:
+                path.unlink()
+
+
+def _lock_is_free(lock: Path) -> bool:
+    try:
+        fd = os.open(lock, os.O_RDWR)
+    except OSError:
+        return False  # not taken yet, or not ours to open
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _age_s(path: Path) -> float:
+    inside = list(path.iterdir()) if path.is_dir() else []
+    return time.time() - max(p.stat().st_mtime for p in [path, *inside])
+
+
+def _temporary_name(folder: Path) -> Path:
+    """A name nobody else has. (tempfile makes private files; a cache is shared.)"""
+    return folder / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"

@@ -1,0 +1,315 @@
+"""Tokenise every source once into the cache, or find that this was done before.
+
+`<cache>/<source>-<key>-<content>/` holds one source: `train.npy` and `validation.npy` (all tokens one after the
+other, every document followed by the end token), `<split>.documents.npy` (where each document starts), `meta.json`
+and `files.json`. The key covers how the source is read; the content part is the fingerprint of what was read, so a
+changed source gets a new folder, and a run that still maps the old one is left alone. `<cache>/run-<hash>.json`
+names the folders of one config: it is what `Prepared.open` reads on every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.schema import Config, Source
+from trainer.data import files
+from trainer.data.prepared import Prepared
+from trainer.data.sources import (
+    Document,
+    FileReading,
+    FileStat,
+    hash_file,
+    list_files,
+    new_hash,
+    read_file,
+    source_root,
+)
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 1
+_FILES = "files.json"
+_BATCH_BYTES = 256 << 10  # text tokenised in one call; small, so that a stop request is seen soon
+_POLL_S = 0.05
+_SAY_S = 1.0
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+
+class Interrupted(Exception):
+    """A stop was asked for while data was prepared. Finished sources stay; the next start goes on after them."""
+
+
+def prepare(config: Config, cache: Path, say: Callable[[str], None], should_stop: Callable[[], bool]) -> Path:
+    """Make every source of a config ready and return what `Prepared.open` takes. For one process, rank 0.
+
+    say: takes progress lines, at most one a second and source; should_stop: asked several times a second.
+    Raises UserError for whatever is wrong with the data, Interrupted when `should_stop` says so.
+    """
+    tokenizer = load_tokenizer(config.data, config.model.vocab_size)
+    with _cache_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(cache)
+        folders = [_source_folder(config, s, tokenizer, cache, say, should_stop) for s in config.data.sources]
+        index = {
+            "format": FORMAT,
+            "tokenizer": {
+                "size": tokenizer.size,
+                "end_token": tokenizer.end_token,
+                "fingerprint": tokenizer.fingerprint,
+            },
+            "sources": [
+                {"name": source.name, "weight": source.weight, "folder": folder.name}
+                for source, folder in zip(config.data.sources, folders, strict=True)
+            ],
+        }
+        path = cache / f"run-{_digest(index)}.json"
+        if not path.exists():
+            files.write_json(path, index)
+    Prepared.open(path, patience_s=0.0).check(config)
+    return path
+
+
+@contextlib.contextmanager
+def _cache_errors(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _DISK_ERRORS:
+            raise
+        raise UserError(
+            f"data.cache: cannot write to {cache}: {e.strerror}\nmake room there, or set data.cache to another folder"
+        ) from e
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+class _Progress:
+    """Says how far a source is and asks whether to stop; cheap enough to be called for every document."""
+
+    def __init__(self, source: str, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
+        self.documents = self.bytes = 0
+        self._source, self._say, self._should_stop = source, say, should_stop
+        self._started_s = self._said_s = time.monotonic()
+        self._polled_s = 0.0
+
+    def poll(self, read_bytes: int = 0) -> None:
+        self.bytes += read_bytes
+        now_s = time.monotonic()
+        if now_s - self._polled_s < _POLL_S:
+            return
+        self._polled_s = now_s
+        if self._should_stop():
+            raise Interrupted
+        if now_s - self._said_s >= _SAY_S:
+            self._said_s = now_s
+            self._say(f"data {self._source}: {self.summary()}")
+
+    def summary(self) -> str:
+        mb, seconds = self.bytes / 1e6, max(time.monotonic() - self._started_s, 1e-3)
+        return f"{self.documents:,} documents, {mb:,.1f} MB, {mb / seconds:,.1f} MB/s"
+
+
+def _source_folder(
+    config: Config,
+    source: Source,
+    tokenizer: Tokenizer,
+    cache: Path,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> Path:
+    """The folder of a prepared source that holds what its files hold now; made if there is none."""
+    progress = _Progress(source.name, say, should_stop)
+    progress.poll()
+    found = list_files(source)
+    settings = _settings(config, source, tokenizer)
+    name = f"{source.name}-{_digest(settings)}"
+    stats = {}
+    for relative, path in found:
+        stats[relative] = FileStat.of(source, path)
+        progress.poll()
+    for folder in sorted(cache.glob(f"{name}-*")):
+        if _still_holds(folder, source, dict(found), stats, progress):
+            return folder
+    with files.temporary_folder(cache) as temporary:
+        fingerprint = _tokenise(config, source, settings, tokenizer, found, temporary, progress)
+        final = cache / f"{name}-{fingerprint[:16]}"
+        if not files.publish(temporary, final):
+            # Another start was faster, or the same documents came in other files: these are the files now.
+            (temporary / _FILES).replace(final / _FILES)
+    say(f"data {source.name}: prepared {progress.summary()}")
+    return final
+
+
+def _settings(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything but the files themselves that decides what a prepared source holds."""
+    size = config.model.vocab_size if source.kind == "tokens" else tokenizer.size
+    return {
+        "format": FORMAT,
+        "source": {**source.model_dump(exclude={"weight"}), "path": str(source_root(source))},
+        "tokenizer": "ids" if source.kind == "tokens" else tokenizer.fingerprint,
+        "end_token": tokenizer.end_token,
+        "validation_fraction": config.data.validation_fraction,
+        "dtype": "<u2" if size <= 1 << 16 else "<u4",
+    }
+
+
+def _still_holds(
+    folder: Path, source: Source, found: dict[str, Path], stats: dict[str, FileStat], progress: _Progress
+) -> bool:
+    """Whether a prepared folder holds these files. Files whose size or time differ are read and compared by content."""
+    try:
+        known: dict[str, list[Any]] = files.read_json(folder / _FILES)
+        files.read_json(folder / "meta.json")
+    except (OSError, ValueError):
+        return False
+    if known.keys() != stats.keys():
+        return False
+    touched = [name for name, stat in stats.items() if [stat.size_bytes, stat.mtime_ns] != known[name][:2]]
+    if any(stats[name].size_bytes != known[name][0] for name in touched):
+        return False
+    if any(hash_file(source, found[name], progress.poll) != known[name][2] for name in touched):
+        return False
+    if touched:
+        known |= {name: [stats[name].size_bytes, stats[name].mtime_ns, known[name][2]] for name in touched}
+        with contextlib.suppress(PermissionError):  # someone else's cache: compared by content again next time
+            files.write_json(folder / _FILES, known)
+    return True
+
+
+class _SplitWriter:
+    """One split's tokens and document starts."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
+        self.tokens = files.ArrayWriter(folder / f"{split}.npy", dtype)
+        self.documents = files.ArrayWriter(folder / f"{split}.documents.npy", np.dtype(np.int64))
+        self._starts: list[int] = []
+
+    def begin(self) -> None:
+        self._starts.append(self.tokens.count)
+        if len(self._starts) >= 1 << 16:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.documents.add(np.array(self._starts, dtype=np.int64))
+        self._starts.clear()
+
+    def close(self) -> dict[str, int]:
+        self._flush()
+        self.tokens.close()
+        self.documents.close()
+        return {"tokens": self.tokens.count, "documents": self.documents.count}
+
+    def abandon(self) -> None:
+        self.tokens.abandon()
+        self.documents.abandon()
+
+
+class _SourceWriter:
+    """Sends documents to their split by the hash of their content, tokenising text in batches."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+        dtype = np.dtype(settings["dtype"])
+        self.train, self.validation = _SplitWriter(folder, "train", dtype), _SplitWriter(folder, "validation", dtype)
+        self.fingerprint = new_hash()
+        self.fingerprint.update(json.dumps([settings[k] for k in sorted(settings) if k != "source"]).encode())
+        self._tokenizer = tokenizer
+        self._end = np.array([tokenizer.end_token], dtype=dtype)
+        self._threshold = int(settings["validation_fraction"] * 2**64)
+        self._waiting: list[tuple[_SplitWriter, bytes | None]] = []  # None: the document ends
+        self._waiting_bytes = 0
+
+    def add(self, document: Document, poll: Callable[[], None]) -> None:
+        self.fingerprint.update(document.digest)
+        # By content: copies of a document land on the same side, wherever they stand and whatever is added later.
+        held_out = int.from_bytes(document.digest[:8], "little") < self._threshold
+        split = self.validation if held_out else self.train
+        self._waiting.append((split, b""))
+        for piece in document.pieces:
+            if isinstance(piece, bytes):
+                self._waiting.append((split, piece))
+                self._waiting_bytes += len(piece)
+                if self._waiting_bytes >= _BATCH_BYTES:
+                    self.flush()
+            else:
+                self.flush()
+                split.tokens.add(piece)
+            poll()
+        self._waiting.append((split, None))
+
+    def flush(self) -> None:
+        """Tokenise and write what waits. b"" begins a document, None ends it."""
+        encoded = iter(self._tokenizer.encode([piece for _, piece in self._waiting if piece]))
+        for split, piece in self._waiting:
+            if piece is None:
+                split.tokens.add(self._end)
+            elif piece == b"":
+                split.begin()
+            else:
+                split.tokens.add(next(encoded))
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def close(self) -> dict[str, Any]:
+        self.flush()
+        return {"train": self.train.close(), "validation": self.validation.close()}
+
+    def abandon(self) -> None:
+        self.train.abandon()
+        self.validation.abandon()
+
+
+def _tokenise(
+    config: Config,
+    source: Source,
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    found: list[tuple[str, Path]],
+    folder: Path,
+    progress: _Progress,
+) -> str:
+    """Write all of a source into a folder; returns the fingerprint of its content."""
+    writer = _SourceWriter(folder, settings, tokenizer)
+    known: dict[str, list[Any]] = {}
+    reading = FileReading(poll=progress.poll)
+    try:
+        for name, path in found:
+            # Before reading: a change after this moment shows at the next start.
+            stat = FileStat.of(source, path)
+            for document in read_file(source, path, tokenizer.end_token, config.model.vocab_size, reading):
+                writer.add(document, progress.poll)
+                progress.documents += 1
+            known[name] = [stat.size_bytes, stat.mtime_ns, reading.digest]
+        splits = writer.close()
+    finally:
+        writer.abandon()
+    fingerprint = str(writer.fingerprint.hexdigest())
+    meta = {
+        **settings,
+        "fingerprint": fingerprint,
+        "splits": splits,
+        "empty_documents": reading.empty_documents,
+        "replaced_documents": reading.replaced_documents,
+    }
+    _refuse_empty(source, meta)
+    files.write_json(folder / _FILES, known)
+    files.write_json(folder / "meta.json", meta)
+    return fingerprint
+
+
+def _refuse_empty(source: Source, meta: dict[str, Any]) -> None:
+    if not any(split["documents"] for split in meta["splits"].values()):
+        raise UserError(
+            f"data source {source.name!r} is empty: its files hold no document "
+            f"({meta['empty_documents']:,} empty ones)\nset path or pattern of this data.sources entry"
+        )
