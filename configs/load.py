@@ -41,7 +41,7 @@ def load(argument: str | None, overrides: list[str]) -> Config:
     if path is not None:
         source = Place(_shown(path))
         root = _read(path, (), problems)
-    whole = root is not None and not problems  # else what seems missing may stand in what could not be read
+    blocked = any(problem.blocking for problem in problems)
     root = root or Node({}, source)
     for text in overrides:
         _override(root, text, problems)
@@ -49,7 +49,8 @@ def load(argument: str | None, overrides: list[str]) -> Config:
     try:
         config = Config.model_validate(root.plain())
     except ValidationError as error:
-        problems.extend(problem for kind, problem in explain(error, root, source) if whole or kind != "missing")
+        found = explain(error, root, source)
+        problems.extend(problem for kind, problem in found if kind != "missing" or not blocked)
         config = None
     if problems or config is None:
         raise UserError(_report(problems, overrides))
@@ -74,7 +75,7 @@ def find(argument: str, folder: Path, place: Place, problems: list[Problem], inc
     if os.path.isdir(path):  # os.path, not Path: no error for names that no filesystem takes
         inside = path / "config.yaml"
         hint = f"did you mean {_shown(inside)}?" if inside.is_file() else "name a YAML file"
-        problems.append(Problem(place, f"{argument} is a folder; {hint}"))
+        problems.append(Problem(place, f"{argument} is a folder; {hint}", True))
         return None
     if os.path.exists(path):
         return path
@@ -82,7 +83,7 @@ def find(argument: str, folder: Path, place: Place, problems: list[Problem], inc
     message = f"there is no file {_shown(path)}" if is_path else f"there is no preset {argument!r}"
     near = difflib.get_close_matches(path.stem, presets(), n=1, cutoff=0.5)
     message += f"; did you mean {near[0]}?" if near else ""
-    problems.append(Problem(place, f"{message} (presets: {', '.join(presets())})"))
+    problems.append(Problem(place, f"{message} (presets: {', '.join(presets())})", True))
     return None
 
 
@@ -99,20 +100,20 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Node 
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        problems.append(Problem(Place(name), f"cannot be read: {error.strerror}"))
+        problems.append(Problem(Place(name), f"cannot be read: {error.strerror}", True))
         return None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.append(Problem(Place(name, line), "is not UTF-8 text"))
+        problems.append(Problem(Place(name, line), "is not UTF-8 text", True))
         return None
     before = len(problems)
     node = parse(text, lambda line: Place(name, line), problems)
     if node is None:
         if len(problems) == before:
-            problems.append(Problem(Place(name), "is empty"))
+            problems.append(Problem(Place(name), "is empty", True))
         return None
     if not isinstance(node.value, dict):
-        problems.append(Problem(node.place, f"expected lines of `key: value`, not {show(node.plain())}"))
+        problems.append(Problem(node.place, f"expected lines of `key: value`, not {show(node.plain())}", True))
         return None
     include = node.value.pop("include", None)
     below = Node({}, node.place)
@@ -123,7 +124,7 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Node 
         circle = [*chain, path]
         if target.resolve() in [p.resolve() for p in circle]:
             names = " -> ".join(_shown(p) for p in [*circle, target])
-            problems.append(Problem(item.place, f"include goes in a circle: {names}"))
+            problems.append(Problem(item.place, f"include goes in a circle: {names}", True))
             continue
         included = _read(target, (*chain, path), problems)
         if included is not None:

@@ -25,10 +25,11 @@ class Place(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One mistake."""
+    """One mistake. After a blocking one the rest of the config cannot be read, so nothing counts as missing."""
 
     place: Place
     message: str
+    blocking: bool = False
 
     def __str__(self) -> str:
         return f"{self.place}: {self.message}"
@@ -93,8 +94,8 @@ def parse(text: str, place: Callable[[int], Place], problems: list[Problem]) -> 
         loader = Loader(text)  # reads ahead, so that it may fail as well
         root = loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        problems.append(Problem(place(line), f"not valid YAML: the character U+{_code(error):04X} is not allowed"))
+        at = place(text.count("\n", 0, error.position) + 1)
+        problems.append(Problem(at, f"not valid YAML: the character U+{_code(error):04X} is not allowed", True))
         return None
     except yaml.MarkedYAMLError as error:
         problems.append(_syntax(error, text, place))
@@ -116,7 +117,7 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, place: Callable[[int], Place
     line = mark.line + 1 if mark else 1
     lines = text.splitlines()
     if "expected a single document" in str(error.context) or "but found another document" in what:
-        return Problem(place(line), "a second document begins here; a file holds one config")
+        return Problem(place(line), "a second document begins here; a file holds one config", True)
     hint = ""
     if "mapping values are not allowed" in what:
         hint = "; a wrong indentation, or text with `: ` in it that needs quotes"
@@ -127,7 +128,7 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, place: Callable[[int], Place
         hint = "; text that begins with * or & needs quotes"
     elif error.context_mark is not None and error.context_mark.line + 1 < line:
         hint = f"; begun in line {error.context_mark.line + 1}"
-    return Problem(place(line), f"not valid YAML: {what}{hint}")
+    return Problem(place(line), f"not valid YAML: {what}{hint}", True)
 
 
 def _convert(

@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all the set-up themselves. PYTHON chooses the interpreter, ARGS goes to the command:
+#   make demo ARGS="train.steps=400"      make test ARGS="tests/configs -k include"
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test schema clean
+help:
+	@echo "make demo    set up, then train the demo on this machine"
+	@echo "make test    set up, then check style, types, imports and run the tests"
+	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema.py"
+	@echo "make clean   remove the environment and every cache (runs stay)"
+
+demo: $(VENV)/.demo
+	@$(BIN)/python -m launch run demo $(ARGS)
+
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest $(ARGS)
+
+schema: $(VENV)/.demo
+	@$(BIN)/python -m configs.reference
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make a second start fast; a changed pyproject.toml installs again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Muster needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "$(PYTHON) cannot make environments: install python3-venv (or conda's python)"; exit 1; }
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing Muster and PyTorch into $(VENV); this takes minutes once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "installing Muster, PyTorch and the test tools into $(VENV); this takes minutes once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $(VENV)/.demo $@

@@ -1,0 +1,190 @@
+"""What holds of the repository as a whole: style, types, import direction, sizes, promises, no machine's paths."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "benchmarks")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 70
+PROMISES = ROOT / "docs" / "promises.md"
+
+# A path that exists on one machine only. Written so that it does not find itself.
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root)/")
+
+
+def listed_files() -> list[Path]:
+    """What git tracks or would track."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def python_files() -> list[Path]:
+    return [path for path in listed_files() if path.suffix == ".py"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param([sys.executable, "-m", "ruff", "check", "."], id="ruff-check"),
+        pytest.param([sys.executable, "-m", "ruff", "format", "--check", "."], id="ruff-format"),
+        pytest.param([sys.executable, "-m", "mypy"], id="mypy"),
+        pytest.param([str(Path(sys.executable).parent / "lint-imports")], id="lint-imports"),
+    ],
+)
+def test_tool(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+
+def test_files_are_short() -> None:
+    lengths = {path.relative_to(ROOT): len(path.read_text("utf-8").splitlines()) for path in python_files()}
+    assert len(lengths) > 10
+    assert {path: n for path, n in lengths.items() if n > MAX_FILE_LINES} == {}
+
+
+def long_functions(source: str, limit: int) -> list[tuple[str, int]]:
+    """(name, lines) of every function longer than the limit; its decorators and docstring count."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            lines = (node.end_lineno or first) - first + 1
+            if lines > limit:
+                found.append((node.name, lines))
+    return found
+
+
+def test_functions_are_short() -> None:
+    files = [path for path in python_files() if path.relative_to(ROOT).parts[0] in PACKAGES]
+    assert len(files) > 5
+    found = {path.relative_to(ROOT): long_functions(path.read_text("utf-8"), MAX_FUNCTION_LINES) for path in files}
+    assert {path: functions for path, functions in found.items() if functions} == {}
+
+
+def test_long_function_is_found() -> None:
+    source = "class A:\n    @staticmethod\n    def f():\n" + "        x = 1\n" * 3
+    assert long_functions(source, 5) == []
+    assert long_functions(source, 4) == [("f", 5)]
+
+
+def machine_paths(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if MACHINE_PATH.search(line)]
+
+
+def test_no_machine_paths() -> None:
+    found: dict[str, list[str]] = {}
+    for path in listed_files():
+        try:
+            lines = machine_paths(path.read_text("utf-8"))
+        except UnicodeDecodeError:
+            continue  # a binary file
+        if lines:
+            found[str(path.relative_to(ROOT))] = lines
+    assert found == {}
+
+
+def test_machine_path_is_found() -> None:
+    for folder in ("work", "root"):
+        assert machine_paths(f"a\nsee /{folder}/x for it\n") == [f"see /{folder}/x for it"]
+    assert machine_paths("frame/work/x\na network/\n~/root/x") == []
+
+
+def test_models_hold_no_collectives() -> None:
+    """import-linter does not see inside torch, so this is checked here."""
+    for path in (ROOT / "models").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute):
+                assert not re.search(
+                    r"\btorch\.distributed\b|\bfrom torch import .*\bdistributed\b", ast.unparse(node)
+                ), path
+
+
+# ---- docs/promises.md: a table whose last column names, in backticks, the tests or commands that show the promise
+
+
+def promises(text: str) -> list[tuple[str, list[str]]]:
+    """(promise, proofs) of every row of every table; a proof is `tests/x.py::test_y` or `make target`."""
+    rows: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            continue
+        if re.fullmatch(r"[|\s:-]+", line):
+            rows.pop()  # a ruler: the line above was the table's header
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+        rows.append((cells[0], re.findall(r"`((?:tests/|make )[^`]+)`", cells[-1])))
+    return rows
+
+
+def missing_proof(proof: str, root: Path) -> str | None:
+    """What is wrong with a proof, or None if it exists."""
+    if proof.startswith("make "):
+        target = proof.split()[1]
+        lines = (root / "Makefile").read_text("utf-8").splitlines()
+        rules = [line.split(":")[0].split() for line in lines if re.match(r"[\w.-][^=\t]*:(?!=)", line)]
+        return None if any(target in rule for rule in rules) else f"the Makefile has no target {target}"
+    name, _, test = proof.partition("::")
+    path = root / name
+    if not path.exists():
+        return f"there is no {name}"
+    if not test:
+        return None if path.is_dir() or path.name.startswith("test_") else f"{name} holds no tests"
+    level: list[ast.stmt] = ast.parse(path.read_text("utf-8")).body
+    for part in test.split("[")[0].split("::"):
+        named = [n for n in level if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+        match = next((n for n in named if n.name == part), None)
+        if match is None:
+            return f"{name} has no {part}"
+        level = match.body
+    return None
+
+
+def test_promises_have_proofs() -> None:
+    rows = promises(PROMISES.read_text("utf-8"))
+    assert rows
+    problems = [f"{promise}: names no test and no make target" for promise, proofs in rows if not proofs]
+    for promise, proofs in rows:
+        problems += [f"{promise}: {wrong}" for proof in proofs if (wrong := missing_proof(proof, ROOT))]
+    assert not problems, "\n".join(problems)
+
+
+def test_promise_parser(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text(".PHONY: test\nVENV := .venv\ntest: a\n\trun: x\nlife gpu:\n\trun\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("def test_x(): ...\nclass TestB:\n    def test_y(self): ...\n")
+    text = """
+| promise | shown by |
+|---|---|
+| one | `tests/test_a.py::test_x`, `make life` |
+| two \\| half | by `tests/test_a.py::TestB::test_y[case]` |
+| three | nothing yet |
+
+| other | text | shown by |
+| :-- | --- | --: |
+| four | `make ignored` | `make test ARGS=1` |
+"""
+    assert promises(text) == [
+        ("one", ["tests/test_a.py::test_x", "make life"]),
+        ("two \\| half", ["tests/test_a.py::TestB::test_y[case]"]),
+        ("three", []),
+        ("four", ["make test ARGS=1"]),
+    ]
+    good = [proof for _, proofs in promises(text) for proof in proofs]
+    assert [missing_proof(proof, tmp_path) for proof in [*good, "make gpu", "tests/test_a.py"]] == [None] * 6
+    for bad in ("make run", "make VENV", "make .venv", "tests/test_b.py::test_x", "tests/test_a.py::test_y"):
+        assert missing_proof(bad, tmp_path), bad
+    assert missing_proof("tests/test_a.py::TestB::test_x", tmp_path)
