@@ -1,0 +1,115 @@
+"""Rank 0 makes the manifest from what all ranks report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.checkpoint.errors import SaveError
+from trainer.checkpoint.files import BLOCK_BYTES
+from trainer.checkpoint.manifest import Manifest, digest, encode_checksums
+from trainer.checkpoint.pieces import DTYPE_NAMES, Piece
+from trainer.checkpoint.share import WrittenFile, WrittenPiece
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds beside tensors: plain JSON, equal on all ranks.
+
+    `trained_steps` tells, per frozen parameter, the step at which it last changed (0 when absent: never in this run);
+    for group "model" it is the step of the save.
+    """
+
+    position: dict[str, Any] = field(default_factory=dict)
+    loop: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    step_counts: dict[str, int] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    trained_steps: dict[str, int] = field(default_factory=dict)
+
+    def frozen_copy(self) -> RunState:
+        """A copy that later changes of the dicts do not reach. Raises ValueError or TypeError for what is not JSON."""
+        return RunState(**json.loads(json.dumps(asdict(self), allow_nan=False)))
+
+
+def assemble(
+    step: int, attempt: int, metric: float | None, state: RunState, files: Sequence[WrittenFile], own: Sequence[Piece]
+) -> tuple[bytes, bytes]:
+    """The texts of manifest.json and checksums.json. Raises SaveError when the pieces do not make whole tensors.
+
+    `own` are all of rank 0's pieces, so that a tensor without a single element is known too.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for piece in own:
+        _enter(tensors, piece.key, piece.group, DTYPE_NAMES[piece.tensor.dtype], list(piece.shape))
+    for index, file in enumerate(files):
+        for written in file.pieces:
+            entry = _enter(tensors, written.key, written.group, written.dtype, written.shape)
+            entry["pieces"].append((_place(index, written), written.byte))
+    partitions: dict[str, int] = {}
+    described = {key: _describe(key, entry, step, state, partitions) for key, entry in tensors.items()}
+    sums = encode_checksums({file.path: file.hashes for file in files}, BLOCK_BYTES)
+    fields = {
+        "step": step,
+        "attempt": attempt,
+        "saved_s": round(time.time(), 3),
+        "metric": metric,
+        **{name: value for name, value in asdict(state).items() if name != "trained_steps"},
+        "files": [{"path": file.path, "size": file.size, "data": file.data} for file in files],
+        "partitions": [json.loads(text) for text in partitions],
+        "tensors": described,
+        "checksums": digest(sums),
+    }
+    try:
+        return Manifest.model_validate(fields).encode(), sums
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise SaveError(
+            f"the pieces do not make a checkpoint: {first['msg']} {_blame(first['loc'], described)}"
+        ) from None
+
+
+def _enter(tensors: dict[str, dict[str, Any]], key: str, group: str, dtype: str, shape: list[int]) -> dict[str, Any]:
+    entry = tensors.setdefault(key, {"group": group, "dtype": dtype, "shape": shape, "pieces": []})
+    if (entry["group"], entry["dtype"], entry["shape"]) != (group, dtype, shape):
+        raise SaveError(f"ranks disagree about {key}: {entry['dtype']} {entry['shape']} and {dtype} {shape}")
+    return entry
+
+
+def _place(file: int, piece: WrittenPiece) -> dict[str, Any]:
+    if piece.start is not None:
+        return {"file": file, "start": piece.start, "length": piece.numel}
+    return {"file": file, "offsets": piece.offsets, "sizes": piece.sizes}
+
+
+def _describe(
+    key: str, entry: dict[str, Any], step: int, state: RunState, partitions: dict[str, int]
+) -> dict[str, Any]:
+    """A tensor's entry in the manifest; its partition is shared with every tensor that is cut alike."""
+    pieces = [place for place, _ in entry["pieces"]]
+    text = json.dumps({"shape": entry["shape"], "pieces": pieces}, sort_keys=True)
+    starts = [byte for _, byte in entry["pieces"]]
+    trained = {"model": step, "frozen": state.trained_steps.get(key, 0), "optim": None}
+    return {
+        "group": entry["group"],
+        "dtype": entry["dtype"],
+        "partition": partitions.setdefault(text, len(partitions)),
+        "bytes": starts[0] if starts and len(set(starts)) == 1 else starts,
+        "trained_step": trained[entry["group"]],
+    }
+
+
+def _blame(where: tuple[int | str, ...], described: dict[str, dict[str, Any]]) -> str:
+    """The tensors of the partition that a validation error is about."""
+    if len(where) >= 2 and where[0] == "partitions":
+        return f"({', '.join(sorted(k for k, t in described.items() if t['partition'] == where[1])[:5])})"
+    return ""

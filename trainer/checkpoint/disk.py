@@ -1,0 +1,109 @@
+"""Every operation by which a save changes the disk goes through here, so that tests count, kill and record each one.
+
+One function is one system call, with `fsync_dir` (open, fsync, close) as the only exception.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation about to happen. `name`: mkdir, create, write, fsync, rename, link, unlink, rmdir or fsync_dir."""
+
+    name: str
+    path: str
+    target: str = ""
+    offset: int = 0
+    data: memoryview | None = None
+
+
+# Called with each operation; the operation runs inside the context manager it returns. For tests only.
+observer: Callable[[Operation], AbstractContextManager[None]] | None = None
+
+
+def _observed(
+    name: str, path: str, target: str = "", offset: int = 0, data: memoryview | None = None
+) -> AbstractContextManager[None]:
+    return observer(Operation(name, path, target, offset, data)) if observer is not None else nullcontext()
+
+
+class NewFile:
+    """A file that did not exist before, written front to back."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.size = 0
+        with _observed("create", path):
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, data: memoryview) -> None:
+        """Append all of `data` (a flat view of bytes). Raises OSError, e.g. when the disk is full."""
+        while len(data):
+            with _observed("write", self.path, offset=self.size, data=data):
+                written = os.write(self._fd, data)
+            self.size += written
+            data = data[written:]
+
+    def fsync(self) -> None:
+        """Return only when the file's bytes survive a power loss (its name needs `fsync_dir`)."""
+        with _observed("fsync", self.path):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def mkdir(path: str) -> None:
+    with _observed("mkdir", path):
+        os.mkdir(path)
+
+
+def rename(path: str, target: str) -> None:
+    with _observed("rename", path, target):
+        os.rename(path, target)
+
+
+def link(path: str, target: str) -> None:
+    """Make `target` a second name of the file `path`."""
+    with _observed("link", path, target):
+        os.link(path, target)
+
+
+def unlink(path: str) -> None:
+    with _observed("unlink", path):
+        os.unlink(path)
+
+
+def rmdir(path: str) -> None:
+    with _observed("rmdir", path):
+        os.rmdir(path)
+
+
+def fsync_dir(path: str) -> None:
+    """Return only when the names in this folder survive a power loss."""
+    with _observed("fsync_dir", path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def remove_tree(path: str) -> None:
+    """Unlink a folder with all its files, in a fixed order. A part that is already gone is no error."""
+    for folder, _, files in sorted(os.walk(path, topdown=False), key=lambda entry: (-entry[0].count(os.sep), entry[0])):
+        for name in sorted(files):
+            _tolerate_missing(unlink, os.path.join(folder, name))
+        _tolerate_missing(rmdir, folder)
+
+
+def _tolerate_missing(operation: Callable[[str], None], path: str) -> None:
+    try:
+        operation(path)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,24 @@
+"""What can go wrong with a checkpoint, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class BadCheckpoint(Exception):
+    """A checkpoint that must not be loaded. Says which file, where in it, and why."""
+
+    def __init__(self, path: str | Path, reason: str, bytes_range: tuple[int, int] | None = None) -> None:
+        self.path = Path(path)
+        self.reason = reason
+        self.bytes_range = bytes_range
+        where = f" (bytes {bytes_range[0]} to {bytes_range[1]})" if bytes_range else ""
+        super().__init__(f"{path}{where}: {reason}")
+
+
+class Superseded(Exception):
+    """A newer attempt owns the run folder; this one must end without writing anything more."""
+
+
+class SaveError(Exception):
+    """A save that did not happen: another rank failed or did not answer, or the pieces do not make whole tensors."""

@@ -1,0 +1,306 @@
+"""The files of a checkpoint: ordinary safetensors, streamed out and read back block by block.
+
+A file is cut into blocks of 4 MiB from its first byte, header included; each block has an xxh3-64. Writing hashes as it
+goes; reading checks every block that it touches and takes only the bytes that were asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+
+from configs.errors import UserError
+from trainer.checkpoint import disk
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES, Piece
+
+BLOCK_BYTES = 4 << 20
+HASH_DIGITS = 16
+HEADER_LIMIT_BYTES = 100_000_000  # as in the safetensors library
+DATA_ALIGNMENT = 64
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous host tensor as flat bytes, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """Where each piece of a file lies. The header is made first, as all sizes are known."""
+
+    pieces: list[Piece]
+    starts: list[int]  # of each piece, from the beginning of the data
+    header: bytes
+    data_bytes: int
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + self.data_bytes
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> FileLayout:
+        """Wide dtypes first, so that each tensor is aligned without gaps, which the format forbids."""
+        ordered = sorted(pieces, key=lambda p: (-p.tensor.element_size(), p.label))
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        starts, position = [], 0
+        for piece in ordered:
+            shape = [piece.tensor.numel()] if piece.start is not None else list(piece.sizes)
+            end = position + piece.nbytes
+            entries[piece.label] = {
+                "dtype": DTYPE_NAMES[piece.tensor.dtype],
+                "shape": shape,
+                "data_offsets": [position, end],
+            }
+            starts.append(position)
+            position = end
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
+        return cls(ordered, starts, len(text).to_bytes(8, "little") + text, position)
+
+
+def write_file(path: str, layout: FileLayout, data: Iterable[memoryview]) -> str:
+    """Write a new file of this layout and return its block hashes, 16 hex digits each. Durable but for its name.
+
+    `data` gives the bytes after the header in order. Nothing is copied: parts of views go to the disk as they are.
+    """
+    file = disk.NewFile(path)
+    try:
+        hashes: list[str] = []
+        block = xxhash.xxh3_64()
+        _append(file, memoryview(layout.header), block, hashes)
+        for view in data:
+            _append(file, view, block, hashes)
+        if file.size != layout.size:
+            raise ValueError(f"{path}: {file.size} bytes written, {layout.size} announced")
+        if file.size % BLOCK_BYTES:
+            hashes.append(block.hexdigest())
+        file.fsync()
+    finally:
+        file.close()
+    return "".join(hashes)
+
+
+def _append(file: disk.NewFile, view: memoryview, block: xxhash.xxh3_64, hashes: list[str]) -> None:
+    """Write a view, ending a write and a hash at every block boundary."""
+    position = 0
+    while position < len(view):
+        part = view[position : position + BLOCK_BYTES - file.size % BLOCK_BYTES]
+        block.update(part)
+        file.write(part)
+        position += len(part)
+        if file.size % BLOCK_BYTES == 0:
+            hashes.append(block.hexdigest())
+            block.reset()
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """A small new file, durable but for its name."""
+    file = disk.NewFile(path)
+    try:
+        file.write(memoryview(content))
+        file.fsync()
+    finally:
+        file.close()
+
+
+def blocks_in(size: int) -> int:
+    return -(-size // BLOCK_BYTES)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors header; `start` and `end` count from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def parse_header(path: str, raw: bytes, file_bytes: int) -> dict[str, Entry]:
+    """The entries of a safetensors file from its first bytes (8 + header). Raises BadCheckpoint for anything odd.
+
+    Names, dtypes, sizes, bounds, gaps and overlaps are checked; no allocation depends on a number that is read.
+    """
+
+    def bad(reason: str) -> BadCheckpoint:
+        return BadCheckpoint(path, f"safetensors header: {reason}", (0, min(file_bytes, len(raw))))
+
+    length = header_length(path, raw[:8], file_bytes)
+    if len(raw) < 8 + length:
+        raise bad("cut short")
+    try:
+        entries = json.loads(raw[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"not valid JSON ({error})") from None
+    if not isinstance(entries, dict):
+        raise bad("not a JSON object")
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, entry in entries.items():
+        try:
+            found[name] = _entry(entry, 8 + length)
+        except ValueError as error:
+            raise bad(f"tensor {name!r}: {error}") from None
+    position = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != position:
+            raise bad(f"tensor {name!r} begins at byte {tensor.start}, not at {position}: a gap or an overlap")
+        position = tensor.end
+    if position != file_bytes:
+        raise bad(f"tensors end at byte {position}, the file at {file_bytes}")
+    return found
+
+
+def header_length(path: str, first: bytes, file_bytes: int) -> int:
+    """The header's length from a file's first 8 bytes, believed only when the file can hold it."""
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length < 2 or length > min(HEADER_LIMIT_BYTES, file_bytes - 8):
+        raise BadCheckpoint(path, f"safetensors header: impossible length {length} in a file of {file_bytes} bytes")
+    return length
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) != len({name for name, _ in pairs}):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+def _entry(entry: Any, data_start: int) -> Entry:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("not exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or len(numbers) > 64 or not all(_is_size(n) for n in numbers):
+            raise ValueError(f"not a list of sizes: {str(numbers)[:80]}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"shape {shape} of {dtype} does not fill bytes {offsets}")
+    return Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _is_size(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62
+
+
+@dataclass
+class FileReader:
+    """Reads byte ranges of one file, each block checked the first time it is touched.
+
+    A range that covers whole blocks is read straight into its destination and checked there; the blocks at its ends go
+    through one scratch block, which is kept, as the next range usually begins in it.
+    """
+
+    path: str
+    size: int
+    hashes: str
+    _fd: int = field(default=-1, repr=False)
+    _checked: bytearray = field(default_factory=bytearray, repr=False)
+    _scratch: bytearray = field(default_factory=bytearray, repr=False)
+    _held: int = field(default=-1, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.hashes) != HASH_DIGITS * blocks_in(self.size):
+            raise BadCheckpoint(self.path, f"{len(self.hashes) // HASH_DIGITS} block hashes for {self.size} bytes")
+        self._checked = bytearray(blocks_in(self.size))
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill `out` (flat bytes) from the byte `start` on. Raises BadCheckpoint, naming the block, when one is bad."""
+        end = start + len(out)
+        if start < 0 or end > self.size:
+            raise BadCheckpoint(self.path, f"read beyond the file's {self.size} bytes", (start, end))
+        position = start
+        while position < end:
+            index = position // BLOCK_BYTES
+            low, high = index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, self.size)
+            stop = min(high, end)
+            target = out[position - start : stop - start]
+            if position == low and stop == high:
+                self._fill(low, target)
+                self._check(index, target)
+            elif self._checked[index] and self._held != index:
+                self._fill(position, target)
+            else:
+                target[:] = self._block(index, low, high)[position - low : stop - low]
+            position = stop
+
+    def verify(self) -> None:
+        """Check every block of the file."""
+        for index in range(blocks_in(self.size)):
+            self._block(index, index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, self.size))
+
+    def header(self) -> dict[str, Entry]:
+        """The safetensors header, parsed strictly."""
+        first = bytearray(min(8, self.size))
+        self.read(0, memoryview(first))
+        raw = bytearray(8 + header_length(self.path, bytes(first), self.size))
+        self.read(0, memoryview(raw))
+        return parse_header(self.path, bytes(raw), self.size)
+
+    def _block(self, index: int, low: int, high: int) -> memoryview:
+        if self._held != index:
+            self._held = -1
+            if len(self._scratch) < high - low:
+                self._scratch = bytearray(high - low)
+            view = memoryview(self._scratch)[: high - low]
+            self._fill(low, view)
+            self._check(index, view)
+            self._held = index
+        return memoryview(self._scratch)[: high - low]
+
+    def _check(self, index: int, content: memoryview) -> None:
+        wanted = self.hashes[index * HASH_DIGITS : (index + 1) * HASH_DIGITS]
+        if xxhash.xxh3_64_hexdigest(content) != wanted:
+            low = index * BLOCK_BYTES
+            raise BadCheckpoint(self.path, "the block's checksum is wrong", (low, low + len(content)))
+        self._checked[index] = 1
+
+    def _fill(self, start: int, out: memoryview) -> None:
+        done = 0
+        try:
+            if self._fd < 0:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            while done < len(out):
+                got = os.preadv(self._fd, [out[done:]], start + done)
+                if got == 0:
+                    raise BadCheckpoint(self.path, "the file ends too early", (start + done, start + len(out)))
+                done += got
+        except PermissionError:
+            raise UserError(f"{self.path}: no permission to read this file of a checkpoint") from None
+        except OSError as error:
+            raise BadCheckpoint(self.path, f"cannot be read: {error.strerror}", (start, start + len(out))) from error
+
+    def close(self) -> None:
+        """Give the file and the scratch block back. Reading opens it again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._held, self._scratch = -1, -1, bytearray()
+
+
+def host_blocks(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
+    """The bytes of tensors in row-major order, at most a block of host memory at a time.
+
+    Host tensors are given as they are; device tensors pass through one block. (A tensor that is not contiguous is made
+    so first, one at a time.)
+    """
+    scratch: torch.Tensor | None = None
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        if flat.device.type == "cpu":
+            yield bytes_of(flat)
+            continue
+        if scratch is None:
+            scratch = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        for part in flat.split(BLOCK_BYTES):
+            held = scratch[: part.numel()]
+            held.copy_(part)
+            yield bytes_of(held)

@@ -1,0 +1,288 @@
+"""manifest.json: everything that a checkpoint is, except the numbers in its tensors.
+
+It is enough to load without the run's code or config, it is checked whole before anything is believed, and it carries
+the digest of `checksums.json` and of itself, so that every byte of a checkpoint is under a checksum. Format 1:
+
+    format, step, attempt, saved_s, metric              which checkpoint this is
+    position, loop, config, fingerprint, model, layout, data    plain JSON, the trainer's own
+    step_counts {parameter: updates}, aliases {name of a tied tensor: the name it is stored under}
+    files [{path, size, data}]                          data: the byte where tensors begin
+    partitions [{shape, pieces [{file, offsets, sizes} or {file, start, length}]}]
+    tensors {key: {group, dtype, partition, bytes, trained_step}}
+    checksums, digest
+
+A partition is how a shape is cut over files; tensors of one shape and group usually share one, so that the manifest
+stays small at a thousand ranks. `bytes` says where each piece begins in its file, one number when all pieces agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.pieces import DTYPES, Box, Group, Ints, box_label, boxes_of_range, range_label, tiling_fault
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CHECKSUMS = "checksums.json"
+MANIFEST_LIMIT_BYTES = 1 << 30
+
+Size = Annotated[int, Field(ge=0, lt=1 << 62)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_DIGEST_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"}\n\Z')
+_BLANK_TAIL = b',"digest":""}\n'
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StoredFile(_Part):
+    """One safetensors file; its path stays inside the checkpoint's folder."""
+
+    path: str = Field(pattern=r"^(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")
+    size: Size
+    data: Size
+
+
+class BoxPiece(_Part):
+    file: Size
+    offsets: list[Size]
+    sizes: list[Size]
+
+    @property
+    def stored_shape(self) -> list[int]:
+        return self.sizes
+
+    def label(self, key: str) -> str:
+        """The piece's name in its file."""
+        return box_label(key, self.offsets)
+
+
+class FlatPiece(_Part):
+    file: Size
+    start: Size
+    length: Size
+
+    @property
+    def stored_shape(self) -> list[int]:
+        return [self.length]
+
+    def label(self, key: str) -> str:
+        """The piece's name in its file."""
+        return range_label(key, self.start)
+
+
+class Partition(_Part):
+    """A shape and the pieces that make it whole: every element exactly once, no empty piece."""
+
+    shape: list[Size] = Field(max_length=64)
+    pieces: list[BoxPiece | FlatPiece]
+
+    @cached_property
+    def boxes(self) -> list[list[Box]]:
+        """The boxes of each piece."""
+        return [
+            boxes_of_range(tuple(self.shape), p.start, p.length)
+            if isinstance(p, FlatPiece)
+            else [Box(tuple(p.offsets), tuple(p.sizes))]
+            for p in self.pieces
+        ]
+
+    @cached_property
+    def numels(self) -> list[int]:
+        return [p.length if isinstance(p, FlatPiece) else math.prod(p.sizes) for p in self.pieces]
+
+    @model_validator(mode="after")
+    def _tiles(self) -> Partition:
+        total = math.prod(self.shape)
+        for piece in self.pieces:
+            if isinstance(piece, FlatPiece):
+                if piece.length == 0 or piece.start + piece.length > total:
+                    raise ValueError(f"range {piece.start} + {piece.length} in a shape of {total} elements")
+            elif not len(piece.offsets) == len(piece.sizes) == len(self.shape):
+                raise ValueError(f"a box {piece.offsets}, {piece.sizes} in shape {self.shape}")
+        fault = tiling_fault(tuple(self.shape), [box for boxes in self.boxes for box in boxes])
+        if fault:
+            raise ValueError(fault)
+        return self
+
+
+class StoredTensor(_Part):
+    """One tensor. `trained_step` is the step at which it last changed; None for optimizer state."""
+
+    group: Group
+    dtype: str
+    partition: Size
+    bytes: Size | list[Size]
+    trained_step: Size | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> StoredTensor:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}")
+        return self
+
+
+class Place(NamedTuple):
+    """A box of a tensor and where its row-major content begins in a file."""
+
+    file: int
+    byte: int
+    box: Box
+
+
+class Manifest(_Part):
+    format: Literal[1] = 1
+    step: Size
+    attempt: Size = 0
+    saved_s: float = 0.0
+    metric: float | None = None
+    position: dict[str, Any] = {}
+    loop: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    fingerprint: str = ""
+    model: dict[str, Any] = {}
+    layout: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    step_counts: dict[str, Size] = {}
+    aliases: dict[str, str] = {}
+    files: list[StoredFile]
+    partitions: list[Partition]
+    tensors: dict[str, StoredTensor]
+    checksums: Digest
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        paths = [file.path for file in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("a file stands twice")
+        for partition in self.partitions:
+            if any(piece.file >= len(self.files) for piece in partition.pieces):
+                raise ValueError("a piece lies in a file that is not listed")
+        used: list[list[tuple[int, int, str]]] = [[] for _ in self.files]
+        for key in self.tensors:
+            for file, start, end in self.ranges(key):
+                used[file].append((start, end, key))
+        for stored, ranges in zip(self.files, used, strict=True):
+            position = stored.data
+            for start, end, key in sorted(ranges):
+                if start != position:
+                    raise ValueError(f"{stored.path}: {key} begins at byte {start}, not at {position}")
+                position = end
+            if position != stored.size:
+                raise ValueError(f"{stored.path}: tensors end at byte {position}, the file at {stored.size}")
+        for alias, name in self.aliases.items():
+            if alias in self.tensors or name not in self.tensors:
+                raise ValueError(f"{alias} cannot be another name of {name}")
+        strangers = self.step_counts.keys() - self.tensors.keys()
+        if strangers:
+            raise ValueError(f"step counts of a tensor that is not here: {min(strangers)}")
+        return self
+
+    def ranges(self, key: str) -> Iterator[tuple[int, int, int]]:
+        """(file, first byte, end) of each piece of a tensor."""
+        tensor = self.tensors[key]
+        if tensor.partition >= len(self.partitions):
+            raise ValueError(f"{key}: partition {tensor.partition} is not listed")
+        partition = self.partitions[tensor.partition]
+        starts = _spread(tensor.bytes, len(partition.pieces))
+        if len(starts) != len(partition.pieces):
+            raise ValueError(f"{key}: {len(starts)} places for {len(partition.pieces)} pieces")
+        width = DTYPES[tensor.dtype].itemsize
+        for piece, start, numel in zip(partition.pieces, starts, partition.numels, strict=True):
+            if not self.files[piece.file].path.startswith(tensor.group + "/"):
+                raise ValueError(f"{key} of group {tensor.group} lies in {self.files[piece.file].path}")
+            yield piece.file, start, start + numel * width
+
+    def name_of(self, key: str) -> str:
+        """The key under which a tensor is stored: its own, or the first name of a tied one."""
+        return self.aliases.get(key, key)
+
+    def shape_of(self, key: str) -> Ints:
+        return tuple(self.partitions[self.tensors[self.name_of(key)].partition].shape)
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        return DTYPES[self.tensors[self.name_of(key)].dtype]
+
+    def places(self, key: str) -> list[Place]:
+        """Where a tensor's content lies: boxes that cover it exactly once."""
+        tensor = self.tensors[self.name_of(key)]
+        partition, width = self.partitions[tensor.partition], DTYPES[tensor.dtype].itemsize
+        starts = _spread(tensor.bytes, len(partition.pieces))
+        return [
+            Place(piece.file, start + box.start * width, box)
+            for piece, boxes, start in zip(partition.pieces, partition.boxes, starts, strict=True)
+            for box in boxes
+        ]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def encode(self) -> bytes:
+        """The text of manifest.json, its digest in the last field."""
+        body = self.model_dump(mode="json", exclude_defaults=False)
+        text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        blank = text[:-1] + _BLANK_TAIL
+        return text[:-1] + b',"digest":"' + digest(blank).encode() + b'"}\n'
+
+
+def _spread(starts: int | list[int], count: int) -> list[int]:
+    return [starts] * count if isinstance(starts, int) else starts
+
+
+def digest(content: bytes) -> str:
+    """The checksum of a small file: xxh3-128 as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def decode(path: str | Path, content: bytes) -> Manifest:
+    """The manifest in `content`. Raises BadCheckpoint, naming `path`, unless every field of it can be believed."""
+    tail = _DIGEST_TAIL.search(content[-64:])
+    if tail is None:
+        raise BadCheckpoint(path, "does not end with its digest: cut short or not a manifest")
+    body = content[: -len(tail.group())]
+    if digest(body + _BLANK_TAIL) != tail.group(1).decode():
+        raise BadCheckpoint(path, "its digest is wrong: the file was damaged or edited")
+    try:
+        return Manifest.model_validate_json(body + b"}")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadCheckpoint(path, f"{where + ': ' if where else ''}{first['msg']}") from None
+
+
+def encode_checksums(files: dict[str, str], block_bytes: int) -> bytes:
+    """The text of checksums.json: per file its block hashes, 16 hex digits each, in one string."""
+    return json.dumps({"block_bytes": block_bytes, "xxh3_64": files}, separators=(",", ":")).encode() + b"\n"
+
+
+class Checksums(_Part):
+    """checksums.json."""
+
+    block_bytes: Size
+    xxh3_64: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]]
+
+
+def decode_checksums(path: str | Path, content: bytes, manifest: Manifest, block_bytes: int) -> dict[str, str]:
+    """Block hashes by file path. Raises BadCheckpoint unless it is the file that the manifest means."""
+    if digest(content) != manifest.checksums:
+        raise BadCheckpoint(path, "not the file that manifest.json means: its digest is another")
+    try:
+        checksums = Checksums.model_validate_json(content)
+    except ValidationError as error:
+        raise BadCheckpoint(path, error.errors(include_url=False, include_input=False)[0]["msg"]) from None
+    if checksums.block_bytes != block_bytes or checksums.xxh3_64.keys() != {f.path for f in manifest.files}:
+        raise BadCheckpoint(path, "its blocks or files are not those of manifest.json")
+    return checksums.xxh3_64

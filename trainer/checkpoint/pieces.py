@@ -1,0 +1,176 @@
+"""Pieces: parts of global tensors, addressed by parameter name and place, never by rank.
+
+A piece is a box (offsets and sizes per dimension) or a flat range (start and length in row-major order) of a tensor. A
+flat range is a handful of boxes (`boxes_of_range`), so everything that reads deals with boxes only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import xxhash
+
+Group = Literal["model", "frozen", "optim"]
+GROUPS: tuple[Group, ...] = ("model", "frozen", "optim")
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of a tensor whose row-major content lies `start` elements into the stored piece."""
+
+    offsets: Ints
+    sizes: Ints
+    start: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+
+def box_label(key: str, offsets: Sequence[int]) -> str:
+    """A box's name in a file: `name@128,0`; `name@` for a 0-d tensor."""
+    return f"{key}@{','.join(map(str, offsets))}"
+
+
+def range_label(key: str, start: int) -> str:
+    """A flat range's name in a file: `name@+128`."""
+    return f"{key}@+{start}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of one tensor.
+
+    `key` is "<parameter>" or "<parameter>.<state>". `tensor` is live, on any device; its row-major content is the box
+    (`offsets`, `sizes`) of the global tensor of `shape`, or, when `start` is given, the flat range of its row-major
+    order that begins there (offsets and sizes are then empty). A 0-d tensor has empty tuples. `replicas` ranks hold the
+    same piece and this is number `replica` of them; exactly one of them writes it.
+    """
+
+    key: str
+    group: Group
+    tensor: torch.Tensor
+    shape: Ints
+    offsets: Ints
+    sizes: Ints
+    replica: int = 0
+    replicas: int = 1
+    start: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name in the file."""
+        return box_label(self.key, self.offsets) if self.start is None else range_label(self.key, self.start)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def is_mine(self) -> bool:
+        """Whether this replica writes. By a hash of the place, so that replicas share the work evenly."""
+        return xxhash.xxh3_64_intdigest(self.label.encode()) % self.replicas == self.replica
+
+    def check(self) -> None:
+        """Raise ValueError when the piece contradicts itself: an engine's mistake."""
+        numel = self.tensor.numel()
+        if self.tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{self.key}: dtype {self.tensor.dtype} has no name in safetensors")
+        if self.group not in GROUPS or not 0 <= self.replica < self.replicas:
+            raise ValueError(f"{self.key}: group {self.group!r}, replica {self.replica} of {self.replicas}")
+        if self.start is not None:
+            fits = not self.offsets and not self.sizes and 0 <= self.start <= math.prod(self.shape) - numel
+        else:
+            dims = list(zip(self.offsets, self.sizes, self.shape, strict=True))
+            fits = math.prod(self.sizes) == numel and all(min(o, n) >= 0 and o + n <= s for o, n, s in dims)
+        if not fits:
+            raise ValueError(
+                f"{self.key}: a tensor of {numel} elements does not fill offsets {self.offsets}, sizes {self.sizes}, "
+                f"start {self.start} of shape {self.shape}"
+            )
+
+
+def boxes_of_range(shape: Ints, start: int, length: int) -> list[Box]:
+    """The flat range [start, start + length) of a tensor's row-major order as at most 2 x dims - 1 boxes, in order."""
+    if length == 0:
+        return []
+    if not shape:
+        return [Box((), ())]
+    row, end = math.prod(shape[1:]), start + length
+    first, last = -(-start // row), end // row  # the whole rows
+
+    def within(index: int, low: int, high: int) -> list[Box]:
+        inner = boxes_of_range(shape[1:], low - index * row, high - low)
+        return [Box((index, *b.offsets), (1, *b.sizes), b.start + low - start) for b in inner]
+
+    if first > last:
+        return within(last, start, end)
+    boxes = within(first - 1, start, first * row)
+    if last > first:
+        zeros = (0,) * (len(shape) - 1)
+        boxes.append(Box((first, *zeros), (last - first, *shape[1:]), first * row - start))
+    return boxes + within(last, last * row, end)
+
+
+def intersect(a: Box, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[Ints, Ints] | None:
+    """(offsets, sizes) of the part that a box shares with another, or None."""
+    low = tuple(max(x, y) for x, y in zip(a.offsets, offsets, strict=True))
+    high = tuple(min(x + n, y + m) for x, n, y, m in zip(a.offsets, a.sizes, offsets, sizes, strict=True))
+    if any(end <= begin for begin, end in zip(low, high, strict=True)):
+        return None
+    return low, tuple(end - begin for begin, end in zip(low, high, strict=True))
+
+
+def tiling_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
+    """Why boxes do not cover a tensor of `shape` exactly once, or None when they do."""
+    for box in boxes:
+        inside = all(o >= 0 and n > 0 and o + n <= s for o, n, s in zip(box.offsets, box.sizes, shape, strict=True))
+        if not inside:
+            return f"the piece at {list(box.offsets)} of sizes {list(box.sizes)} leaves the shape {list(shape)}"
+    total, covered = math.prod(shape), sum(box.numel for box in boxes)
+    if covered < total:
+        return f"the pieces hold {covered} of {total} elements of shape {list(shape)}"
+    if covered > total or _overlap(shape, boxes):
+        return f"pieces of shape {list(shape)} overlap"
+    return None
+
+
+def _overlap(shape: Ints, boxes: Sequence[Box]) -> bool:
+    """Whether any two boxes share an element. Sorted by the first dimension, so cuts along it cost little."""
+    if not shape:
+        return len(boxes) > 1
+    low = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), len(shape))
+    high = low + np.array([box.sizes for box in boxes], dtype=np.int64).reshape(low.shape)
+    order = np.argsort(low[:, 0], kind="stable")
+    low, high = low[order], high[order]
+    last = np.searchsorted(low[:, 0], high[:, 0], side="left")  # the first box that begins after this one ends
+    for i, end in enumerate(last):
+        rivals = slice(i + 1, int(end))
+        if ((low[rivals] < high[i]) & (high[rivals] > low[i])).all(axis=1).any():
+            return True
+    return False
