@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORE = -100  # the target of a token that is not to be predicted
@@ -57,31 +56,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """hidden (N, dim), targets (N,) -> (total, loss); the gradients of total wait in ctx."""
         exact = torch.promote_types(hidden.dtype, torch.float32)  # of softmax, sums and the weight's gradient
-        loss, penalty = hidden.new_zeros(2, dtype=exact).unbind()
         grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if grad_enabled and ctx.needs_input_grad[1] else None
+        counts = (targets != IGNORE)[:, None]
+        words = torch.where(counts, targets[:, None], 0)  # not clamp: another negative target must not pass for word 0
+        ones = counts.to(exact)
+        losses, log_partitions = torch.empty_like(ones), torch.empty_like(ones)
 
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            words = targets[chunk, None]
-            counts = words != IGNORE
-            words = torch.where(counts, words, 0)  # not clamp: another negative target must not pass for word 0
-
             # One buffer of logits, turned in place into exponentials and then into the gradient.
             logits = (hidden[chunk] @ weight.T).to(exact)
             top = logits.amax(dim=1, keepdim=True)
-            logits -= top
-            target_logits = logits.gather(1, words)
+            target_logits = logits.sub_(top).gather(1, words[chunk])
             norm = logits.exp_().sum(dim=1, keepdim=True)
             log_norm = norm.log()
-            loss += torch.where(counts, log_norm - target_logits, 0).sum()
-            log_partition = log_norm + top
-            penalty += torch.where(counts, log_partition.square(), 0).sum()
+            losses[chunk] = log_norm - target_logits  # both relative to top: no digits are lost on a sure token
+            log_partitions[chunk] = log_norm + top
             if grad_hidden is None and grad_weight is None:
                 continue
-            logits *= torch.where(counts, (1 + 2 * z_loss * log_partition) / norm, 0)
-            logits.scatter_add_(1, words, -counts.to(exact))
-            grad_logits = logits.to(hidden.dtype)
+            scale = ones[chunk] / norm
+            if z_loss:
+                scale *= 1 + 2 * z_loss * log_partitions[chunk]
+            grad_logits = logits.mul_(scale).scatter_add_(1, words[chunk], -ones[chunk]).to(hidden.dtype)
             del logits
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
@@ -90,15 +87,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[chunk]
 
-        total = loss + z_loss * penalty
+        loss = torch.where(counts, losses, 0).sum()
+        total = loss + z_loss * torch.where(counts, log_partitions.square(), 0).sum() if z_loss else loss.clone()
         ctx.mark_non_differentiable(loss)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total, loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; `once_differentiable` would let a constant pass silently
+            raise RuntimeError("the chunked cross-entropy has no second derivative")
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype = None if grad_hidden is None else grad_hidden.dtype
         grads = _scaled(grad_hidden, grad_total, hidden_dtype), _scaled(grad_weight, grad_total, ctx.weight_dtype)
