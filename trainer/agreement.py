@@ -1,0 +1,49 @@
+"""One agreed step: every wish to leave travels in a reduction that the step makes anyway."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.stop import Cause, Kind, StopWish
+from trainer.world import World
+
+
+class Agreement:
+    """Sums numbers over all ranks, and carries each rank's wish along.
+
+    The sums stay on the device. The wishes are read after the step that the reduction began: by then they lie in host
+    memory, nothing waits for them, and all ranks read the same numbers, so all leave at the same step.
+    """
+
+    def __init__(self, world: World, wish: StopWish) -> None:
+        self.world, self.wish = world, wish
+        self._wishes: torch.Tensor | None = None
+
+    def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
+        """fp64 [n] summed over all ranks, on the device. A collective."""
+        numbers = torch.as_tensor(values, dtype=torch.float64, device=self.world.device)
+        cause = self.wish.poll()
+        wishes = torch.tensor([float(cause is not None and cause.kind is k) for k in Kind], dtype=torch.float64)
+        both = torch.cat([numbers, wishes.to(self.world.device, non_blocking=True)])
+        self.world.sum(both)
+        # On a GPU this copy runs behind the reduction; whoever reads it has synchronised with a later result.
+        self._wishes = both[len(numbers) :].to("cpu", non_blocking=True)
+        return both[: len(numbers)]
+
+    def outcome(self) -> Cause | None:
+        """What the last reduction decided: the same kind on every rank. Call only after the device was synchronised."""
+        if self._wishes is None:
+            return None
+        asked = [kind for kind in Kind if self._wishes[kind] > 0]
+        if not asked:
+            return None
+        kind = max(asked)
+        mine = self.wish.cause
+        return mine if mine is not None and mine.kind is kind else Cause.elsewhere(kind)
+
+    def now(self) -> Cause | None:
+        """Agree at once. A collective that waits: before the first step, not between steps."""
+        self.sum([])
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.outcome()

@@ -1,0 +1,90 @@
+"""What a person sees: plain lines, and on a terminal one live line below them. No torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+
+class Console:
+    """Rank 0 speaks on the terminal and in its log; the other ranks' whole output goes to their logs."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self._log: IO[str] | None = None
+        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = ""
+        self._lock = threading.Lock()  # saver threads report too
+
+    def open_log(self, path: Path) -> None:
+        """From here on also into `path`. Ranks other than 0 lose the terminal: even a crash in C ends in their log."""
+        self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open as long as the process)
+        if self.rank != 0:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(self._log.fileno(), 1)
+            os.dup2(self._log.fileno(), 2)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        with self._lock:
+            if self._log is not None:
+                stamp = time.strftime("%H:%M:%S")
+                self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+            if self.rank == 0:
+                self._write(f"{self._wipe()}{text}\n{self._live}")
+
+    def live(self, text: str) -> None:
+        """The line that moves: replaced by the next one on a terminal, a plain line elsewhere."""
+        if not self._terminal:
+            self.say(text)
+            return
+        with self._lock:
+            width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
+            wipe = self._wipe()
+            self._live = text[: width - 1]
+            self._write(wipe + self._live)
+
+    def end_live(self) -> None:
+        """Leave the live line where it is and go on below it."""
+        with self._lock:
+            if self._live:
+                self._write("\n")
+            self._live = ""
+
+    def _wipe(self) -> str:
+        return "\r\033[K" if self._live else ""
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError:
+            pass  # the terminal went away (closed ssh): the log has it, and the run goes on
+
+
+def si(number: float) -> str:
+    """1234567 -> 1.23 M."""
+    for unit in ("", " k", " M", " G", " T"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    if count < 2**20:
+        return f"{count / 2**10:.1f} KiB"
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1:15, 3700 -> 1:01:40."""
+    whole = int(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,267 @@
+"""The FSDP engine: FSDP2, HSDP and DDP by one mesh, and one process without sharding.
+
+The mesh is (replicate, shard): shard alone is FSDP, both are HSDP, replicate alone is DDP (a model sharded over groups
+of one rank, so precision, names and checkpoints are the same everywhere). One process needs no process group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from configs.schema import Config, ParallelSection
+from models import build_model
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.pieces import Piece
+from trainer.data.loader import MicroBatch
+from trainer.engines.activations import checkpoint_activations
+from trainer.engines.base import TensorInfo
+from trainer.engines.boxes import box_of, local_part
+from trainer.engines.master import MasterWeights
+from trainer.optim import build_optimizers, counts_steps, state_keys
+from trainer.seeds import generator
+from trainer.tasks.lm import LanguageModelling
+from trainer.world import World
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
+    """The device mesh of a layout, None for one process. The layout was checked against the world size before."""
+    if world.size == 1:
+        return None
+    shard = world.size // parallel.replicate
+    if parallel.replicate == 1:
+        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+class FsdpEngine:
+    """See `trainer.engines.base.Engine` for what each method promises."""
+
+    def __init__(self, config: Config, world: World, task: LanguageModelling) -> None:
+        self.config, self.world, self.task = config, world, task
+        self.device = world.device
+        self.mesh = make_mesh(config.parallel, world)
+        params, compute = DTYPES[config.precision.params], DTYPES[config.precision.compute]
+
+        with torch.device("meta"):
+            self.model = build_model(config.model).to(params)
+        self._aliases = _find_aliases(self.model)
+        checkpoint_activations(self.model.blocks, config.parallel.activation_checkpoint)
+        if config.parallel.compile:
+            for block in self.model.blocks:
+                block.compile(fullgraph=True)
+        self.master: MasterWeights | None = None
+        if self.mesh is not None:
+            self._shard(self.mesh, None if compute == params else compute)
+        self.model.to_empty(device="cpu" if config.parallel.cpu_offload and self.mesh is not None else self.device)
+        self.stored: dict[str, torch.Tensor] = dict(self.model.named_parameters())
+        if self.mesh is None and compute != params:
+            self.master = MasterWeights(self.model, compute)
+            self.stored = dict(self.master.stored)
+        self.optimizers: list[torch.optim.Optimizer] = []
+
+    def _shard(self, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+        parallel = self.config.parallel
+        # Inputs are not cast: activations follow the embedding's compute dtype, and rotary tables stay in fp32.
+        precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+        reshard = parallel.reshard and mesh.shape[-1] > 1
+        for unit in self.model.shard_units():
+            # the last unit (norm and head) is used again at once in backward: freeing it would gather it twice in a row
+            last = unit is self.model.shard_units()[-1]
+            fully_shard(
+                unit if len(unit) > 1 else unit[0],
+                mesh=mesh,
+                reshard_after_forward=reshard and not last,
+                mp_policy=precision,
+                offload_policy=offload,
+            )
+        fully_shard(self.model, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # Plain sums over ranks: the loss is already divided by the global count of targets. gloo has no
+                # pre-multiplied sum, hence the forced one.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self._prefetch(list(self.model.blocks), parallel.prefetch_blocks)
+
+    def _prefetch(self, blocks: list[FSDPModule], ahead: int) -> None:
+        if ahead <= 1 or self.device.type != "cuda":
+            return  # FSDP2 itself gathers one block ahead
+        for i, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + ahead])
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - ahead) : i][::-1])
+
+    # ---- parameters -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        for name, stored in self.stored.items():
+            # Drawn whole and cut, never drawn per shard: under FSDP2 on CPU every shard would get the same values, and
+            # the weights would depend on the world size.
+            whole = torch.empty(stored.shape, dtype=torch.float32, device=self.device)
+            self.model.init_parameter(name, whole, generator(self.device, seed, "init", name))
+            offsets, sizes = box_of(stored)
+            part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+            local_part(stored).copy_(part)
+        self._parameters_changed()
+
+    def set_trainable(self, names: Iterable[str]) -> None:
+        wanted = set(names)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        if self.master is not None:
+            self.master.set_trainable(wanted)
+        self.optimizers = build_optimizers(
+            self.config.optim, {name: p for name, p in self.stored.items() if name in wanted}
+        )
+
+    def trainable(self) -> set[str]:
+        return {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def parameters(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in self.stored.items()}
+
+    def aliases(self) -> dict[str, str]:
+        return dict(self._aliases)
+
+    def _parameters_changed(self) -> None:
+        if self.master is not None:
+            self.master.copy_to_compute()
+
+    # ---- one update -------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+        if self.mesh is not None:
+            whole = self.config.parallel.accumulate == "unsharded"
+            self.model.set_requires_gradient_sync(last or not whole)
+            self.model.set_requires_all_reduce(last)
+        total, sums = self.task.sums(self.model, micro_batch)
+        (total * scale).backward()
+        return sums
+
+    @torch.no_grad()
+    def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
+        grads = [local_part(g) for g in self._grads().values()]
+        norm = self._norm(grads, guard)
+        if math.isfinite(norm):
+            if clip is not None and norm > clip:
+                torch._foreach_mul_(grads, clip / (norm + 1e-6))
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_factor
+                optimizer.step()
+            self._parameters_changed()
+        for stored in self.stored.values():
+            stored.grad = None
+        return norm
+
+    def _grads(self) -> dict[str, torch.Tensor]:
+        return {name: p.grad for name, p in self.stored.items() if p.grad is not None}
+
+    def _norm(self, grads: list[torch.Tensor], guard: torch.Tensor) -> float:
+        """Global 2-norm over all ranks. One all-reduce, which also carries every rank's guard."""
+        if not grads:
+            return float(guard)
+        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        square = norms.double().square().sum() + guard.to(norms.device).double()
+        if self.mesh is not None:
+            dist.all_reduce(square)
+            square /= self.config.parallel.replicate  # each shard was counted once per copy
+        return float(square.sqrt())
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {name: local_part(g) for name, g in self._grads().items()}
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+        self.model.eval()
+        try:
+            return self.task.sums(self.model, micro_batch)[1]
+        finally:
+            self.model.train()
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.model.eval()
+        try:
+            return self.model(tokens)[:, -1].float()
+        finally:
+            self.model.train()
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def pieces(self) -> list[Piece]:
+        trainable = self.trainable()
+        found = []
+        for name, stored in self.stored.items():
+            found.append(self._piece(name, "model" if name in trainable else "frozen", stored, stored))
+        for name, optimizer, parameter in self._trained():
+            state = optimizer.state.get(parameter, {})
+            for key in state_keys(optimizer):
+                if key in state:
+                    found.append(self._piece(f"{name}.{key}", "optim", state[key], parameter))
+        return found
+
+    def _piece(self, key: str, group: str, tensor: torch.Tensor, like: torch.Tensor) -> Piece:
+        offsets, sizes = box_of(like)
+        replica, replicas = 0, 1
+        if self.mesh is not None and self.mesh.ndim == 2:
+            replica, replicas = self.mesh.get_local_rank("replicate"), self.mesh.shape[0]
+        return Piece(key, group, local_part(tensor), tuple(like.shape), offsets, sizes, replica, replicas)
+
+    def _trained(self) -> Iterable[tuple[str, torch.optim.Optimizer, torch.Tensor]]:
+        names = {id(p): name for name, p in self.stored.items()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield names[id(parameter)], optimizer, parameter
+
+    def step_counts(self) -> dict[str, int]:
+        return {
+            name: int(optimizer.state[parameter]["step"])
+            for name, optimizer, parameter in self._trained()
+            if "step" in optimizer.state.get(parameter, {})
+        }
+
+    def optimizer_keys(self) -> set[str]:
+        return {f"{name}.{key}" for name, optimizer, _ in self._trained() for key in state_keys(optimizer)}
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
+        for name, stored in self.stored.items():
+            checkpoint.read_into(name, *box_of(stored), local_part(stored))
+        if optimizer:
+            for name, owner, parameter in self._trained():
+                self._load_state(checkpoint, name, owner, parameter)
+        self._parameters_changed()
+
+    def _load_state(
+        self, checkpoint: Checkpoint, name: str, optimizer: torch.optim.Optimizer, parameter: torch.Tensor
+    ) -> None:
+        keys = [key for key in state_keys(optimizer) if checkpoint.holds(f"{name}.{key}")]
+        if not keys:
+            return  # saved before its first update: the plan has made sure that nothing is missing
+        state = optimizer.state[parameter]
+        for key in keys:
+            state[key] = torch.zeros_like(parameter)
+            checkpoint.read_into(f"{name}.{key}", *box_of(parameter), local_part(state[key]))
+        if counts_steps(optimizer):
+            count = checkpoint.manifest.step_counts[name]
+            # fused Adam keeps its count in fp32 beside the parameter
+            state["step"] = torch.tensor(float(count), dtype=torch.float32, device=parameter.device)
+
+
+def _find_aliases(model: nn.Module) -> dict[str, str]:
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if first[id(p)] != name}

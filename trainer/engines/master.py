@@ -1,0 +1,43 @@
+"""fp32 master weights for one process that computes in bf16: what FSDP2's mixed precision does when there is a mesh."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class MasterWeights:
+    """The model computes with low-precision copies; `stored` holds what the optimizer updates and checkpoints keep.
+
+    Gradients arrive in the compute dtype and are added up in the stored dtype, micro batch by micro batch, as FSDP2
+    does: the numbers are the same with one process as with many.
+    """
+
+    def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
+        self.stored = {name: nn.Parameter(p.detach()) for name, p in model.named_parameters()}
+        model.to(compute)  # keeps the Parameter objects, ties included, and gives them new memory
+        self.computed = dict(model.named_parameters())
+        for name, parameter in self.computed.items():
+            parameter.register_post_accumulate_grad_hook(self._collector(self.stored[name]))
+
+    @staticmethod
+    def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
+        def collect(computed: torch.Tensor) -> None:
+            grad, computed.grad = computed.grad, None
+            if grad is None:
+                return
+            if master.grad is None:
+                master.grad = grad.to(master.dtype)
+            else:
+                master.grad += grad
+
+        return collect
+
+    def set_trainable(self, names: set[str]) -> None:
+        for name, master in self.stored.items():
+            master.requires_grad_(name in names)
+
+    @torch.no_grad()
+    def copy_to_compute(self) -> None:
+        """After every change of `stored`."""
+        torch._foreach_copy_(list(self.computed.values()), list(self.stored.values()))

@@ -1,0 +1,55 @@
+"""What happened when: one JSON line per event, one file per writer. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.folder import RunFolder
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line in one system call, on a line of its own even after a writer that died in mid-line."""
+    data = (json.dumps(row) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            data = b"\n" + data
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Whole JSON lines of a file that may still be written to."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # cut off by a crash in the middle of a write
+    return rows
+
+
+class Events:
+    """Appends to `events/<node>-<role>.jsonl`. One writer per file, so that no two processes share a line."""
+
+    def __init__(self, folder: RunFolder, node: str, role: str) -> None:
+        self.path = folder.events / f"{node}-{role}.jsonl"
+        self.attempt: int | None = None
+
+    def write(self, event: str, **facts: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_row(self.path, {"time_s": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})
+
+
+def read_events(folder: RunFolder) -> list[dict[str, Any]]:
+    """Every event of a run in the order of time."""
+    rows = [row for path in sorted(folder.events.glob("*.jsonl")) for row in read_rows(path)]
+    return sorted(rows, key=lambda row: row["time_s"])

@@ -1,0 +1,76 @@
+"""The run folder: plain files that all parts of a run meet in. Paths only, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what lies where. Every path is below `root`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def lease(self) -> Path:
+        return self.root / "LEASE"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "STOP"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def cache(self, configured: str | None) -> Path:
+        """Where prepared samples lie: beside the runs, so that several runs share them."""
+        return Path(configured) if configured else self.root.parent / ".cache"
+
+    def committed_steps(self) -> list[int]:
+        """Steps that have a committed checkpoint, ascending; by name alone."""
+        names = (p.name for p in self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else ()
+        return sorted(int(n[5:]) for n in names if n[5:].isdigit())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write whole or not at all, durably: a reader on another node sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any | None:
+    """The file's content; None when it is missing or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,132 @@
+"""One writer per run folder. No torch.
+
+`LEASE` names the process that runs the folder: the launcher, or rank 0 under bare torchrun. It is made with O_EXCL and
+outlives restarts in place. A second start is refused while the holder lives; the lease of a dead one is taken over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from configs.errors import UserError
+from trainer.folder import RunFolder, read_json
+
+LEASE_VARIABLE = "MUSTER_LEASE"  # the launcher's token, for its workers
+
+
+def _self_description(node: str, attempt: int) -> dict[str, Any]:
+    process = psutil.Process()
+    return {
+        "token": uuid.uuid4().hex,
+        "node": node,
+        "pid": process.pid,
+        "started_s": process.create_time(),
+        "boot_id": _boot_id(),
+        "pid_namespace": _pid_namespace(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "attempt": attempt,
+        "time_s": time.time(),
+    }
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _alive(holder: dict[str, Any], node: str) -> bool | None:
+    """Whether the holder still runs; None when that cannot be known from here."""
+    if holder.get("boot_id") != _boot_id():
+        return False if holder.get("node") == node else None  # same node, rebooted; or another node
+    if holder.get("pid_namespace") != _pid_namespace():
+        return None  # another container of this machine: its pids mean nothing here
+    try:
+        started = psutil.Process(holder["pid"]).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    return abs(started - holder["started_s"]) < 2  # else the pid was given to someone else
+
+
+class Lease:
+    """Held from `take` to `release`."""
+
+    def __init__(self, path: Path, token: str) -> None:
+        self.path, self.token = path, token
+
+    @classmethod
+    def take(cls, folder: RunFolder, node: str, attempt: int, say: Callable[[str], None]) -> Lease:
+        """Make the lease, or take over a dead holder's. Raises UserError while a holder lives or may live."""
+        folder.root.mkdir(parents=True, exist_ok=True)
+        mine = _self_description(node, attempt)
+        with _locked(folder.root):
+            holder = read_json(folder.lease)
+            if folder.lease.exists():
+                _refuse_living(folder, holder or {}, node)
+                if holder:
+                    say(f"taking over {folder.root}: pid {holder['pid']} on {holder['node']} is gone")
+                folder.lease.unlink()
+            descriptor = os.open(folder.lease, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(mine, file)
+                file.write("\n")
+        return cls(folder.lease, mine["token"])
+
+    @classmethod
+    def inherited(cls, folder: RunFolder) -> Lease | None:
+        """The launcher's lease, for a worker it started; None under bare torchrun."""
+        token = os.environ.get(LEASE_VARIABLE)
+        if token is None:
+            return None
+        holder = read_json(folder.lease) or {}
+        if holder.get("token") != token:
+            raise UserError(f"{folder.lease}: the launcher that started this worker no longer holds the run folder")
+        return cls(folder.lease, token)
+
+    def release(self) -> None:
+        """Give the folder back. A lease that was taken over meanwhile is left alone."""
+        if (read_json(self.path) or {}).get("token") == self.token:
+            self.path.unlink(missing_ok=True)
+
+
+def _refuse_living(folder: RunFolder, holder: dict[str, Any], node: str) -> None:
+    if not holder:
+        return  # a holder that died while it wrote the lease
+    alive = _alive(holder, node)
+    who = f"pid {holder.get('pid')} on {holder.get('node')}" + (f", job {holder['job']}" if holder.get("job") else "")
+    if alive:
+        raise UserError(f"{folder.root}: already running ({who}); stop it first: touch {folder.stop}")
+    if alive is None:
+        raise UserError(
+            f"{folder.root}: held by {who}, which cannot be asked from here;\n"
+            f"if you know that it has ended, remove {folder.lease}"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Between looking at a dead lease and replacing it no second start may do the same."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,152 @@
+"""Attempts, their ends, and when to give up. No torch.
+
+An attempt is one start of a group of workers. Its `end.json` decides what happens next, never an exit code: torchrun
+turns a worker's code into 1. A missing `end.json` means failed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.folder import RunFolder, read_json, write_json
+
+FINISHED, FAILED, USER_ERROR, STOPPED, REQUEUE = 0, 1, 2, 3, 75
+
+# Environment that explains a run. Anything else may hold secrets and is never written down.
+TOLD_PREFIXES = ("SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURMD_NODENAME", "CUDA_", "NCCL_", "TORCH_", "OMP_")
+TOLD_PREFIXES += ("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GLOO_", "PYTORCH_", "MUSTER_")
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended. `checkpoint`: the newest committed one's name, None when there is none."""
+
+    reason: Literal["finished", "stopped", "failed"]
+    step: int
+    checkpoint: str | None
+    requeue: bool
+    cause: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        if self.reason == "stopped":
+            return REQUEUE if self.requeue else STOPPED
+        return FINISHED if self.reason == "finished" else FAILED
+
+
+class Attempt:
+    """One start: a folder `attempts/NNN` with what it ran on, a log per rank, and how it ended."""
+
+    def __init__(self, folder: RunFolder, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.path = folder.attempts / f"{number:03d}"
+
+    @classmethod
+    def open(cls, folder: RunFolder) -> Attempt:
+        """Make the next attempt's folder. mkdir decides: of two starters only one gets a number."""
+        folder.attempts.mkdir(parents=True, exist_ok=True)
+        while True:
+            attempt = cls(folder, max(numbers(folder), default=-1) + 1)
+            try:
+                attempt.path.mkdir()
+                return attempt
+            except FileExistsError:
+                continue
+
+    def write_start(self, start_step: int, facts: dict[str, Any]) -> None:
+        """What this attempt runs on, and from which step."""
+        told = {k: v for k, v in sorted(os.environ.items()) if k.startswith(TOLD_PREFIXES)}
+        about = {
+            "time_s": time.time(),
+            "start_step": start_step,
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "git": _git_state(),
+            "environment": told,
+        }
+        write_json(self.path / "start.json", about | facts)
+
+    def write_end(self, end: End) -> None:
+        """Decide this attempt. An end that stands already is kept: the first to know was nearer to the cause."""
+        path = self.path / "end.json"
+        if not path.exists():
+            write_json(path, asdict(end) | {"time_s": time.time()})
+        if end.cause == "stop_file":
+            # Only now: a crash in between must not lose the request.
+            moved = self.folder.stop
+            if moved.exists():
+                moved.rename(self.path / "STOP")
+
+    @property
+    def end(self) -> End | None:
+        data = read_json(self.path / "end.json")
+        return End(**{k: data.get(k) for k in End.__dataclass_fields__}) if data else None
+
+    @property
+    def start_step(self) -> int | None:
+        """The step it began after; None when it did not get that far."""
+        data = read_json(self.path / "start.json")
+        return data["start_step"] if data else None
+
+    def is_newest(self) -> bool:
+        return max(numbers(self.folder)) == self.number
+
+    def discard(self) -> None:
+        """Undo `open` after a user error: nothing stays touched."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        for empty in (self.folder.attempts, self.folder.events, self.folder.root):
+            try:
+                empty.rmdir()
+            except OSError:
+                return  # holds something, or was never made: it stays
+
+
+def numbers(folder: RunFolder) -> list[int]:
+    """Numbers of the attempts so far, ascending."""
+    if not folder.attempts.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.attempts.iterdir() if p.name.isdigit())
+
+
+def newest(folder: RunFolder) -> Attempt | None:
+    found = numbers(folder)
+    return Attempt(folder, found[-1]) if found else None
+
+
+def attempts_without_progress(folder: RunFolder) -> int:
+    """How many of the latest attempts failed without a new checkpoint.
+
+    An agreed end (finished, stopped, or given up by decision) starts the count anew: a person was there.
+    """
+    committed = max(folder.committed_steps(), default=0)
+    count = 0
+    for number in reversed(numbers(folder)):
+        attempt = Attempt(folder, number)
+        end = attempt.end
+        if end is not None and (end.reason != "failed" or end.cause == "giving_up"):
+            break
+        if (attempt.start_step or 0) < committed and attempt.start_step is not None:
+            break
+        count += 1
+    return count
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *a: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *a], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        return {"commit": run("rev-parse", "HEAD"), "changed": bool(run("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

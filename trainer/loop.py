@@ -1,0 +1,111 @@
+"""The training loop: the first file to read.
+
+A step is made by `trainer.step`; here is what stands around it: leaving at an agreed step, logging, validating, saving.
+Every rank runs this loop and takes each branch alike, because each branch may hold collectives.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from trainer.agreement import Agreement
+from trainer.health import Health
+from trainer.step import RunFailed, StepResult, train_step
+from trainer.stop import Cause, Kind
+from trainer.validation import validate
+
+if TYPE_CHECKING:
+    from trainer.run import Run
+
+
+@dataclass
+class Progress:
+    """The loop's own state, as it stands in every checkpoint."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    nonfinite_in_a_row: int = 0
+    best_loss: float | None = None
+    validations_without_better: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Progress:
+        return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state})
+
+
+def train(run: Run) -> Cause | None:
+    """Train to `train.steps`. Returns why it stopped before, None when it did not.
+
+    Raises RunFailed, on all ranks alike, when going on makes no sense.
+    """
+    config, progress = run.config, run.progress
+    agreement = Agreement(run.world, run.wish)
+    health = Health(config, progress, run.events)
+    cause = agreement.now()  # a wish that came while everything was being built
+    while cause is None and progress.step < config.train.steps and not stopped_early(run):
+        began = time.perf_counter()
+        batch = next(run.loader)
+        run.record_samples(batch)
+        result = train_step(run.engine, batch, progress.step + 1, config, agreement, run.world.rank)
+        progress.step += 1
+        progress.consumed_samples = batch.consumed_samples
+        run.meter.add(time.perf_counter() - began, run.loader.wait_s, config.train.global_batch)
+        run.after_first_step()
+
+        health.check(result, batch)
+        if due(progress.step, config.run.log_every_steps) or progress.step == config.train.steps:
+            log(run, result)
+        cause = agreement.outcome()  # the wishes that this step's reduction carried
+        better = False
+        if cause is None and validation_due(run):
+            values = validate(run, agreement)
+            cause = agreement.outcome()
+            if values is not None:  # else a wish to stop came in between
+                better = take_validation(run, values)
+        if cause is None and (due(progress.step, config.checkpoint.every_steps) or better):
+            run.save(best=better)
+        run.poll_saves()
+    if cause is not None and cause.kind is Kind.FAIL:
+        raise RunFailed(cause.word, "the run was ended by the failure said above")
+    return cause
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Whether something done `every_steps` (0: never) is done at this step."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def validation_due(run: Run) -> bool:
+    train, step = run.config.train, run.progress.step
+    return due(step, train.validate_every_steps) or (train.validate_every_steps > 0 and step == train.steps)
+
+
+def stopped_early(run: Run) -> bool:
+    """Whether the held-out loss has not fallen for as long as the config allows."""
+    patience = run.config.train.early_stop_patience
+    return patience > 0 and run.progress.validations_without_better >= patience
+
+
+def log(run: Run, result: StepResult) -> None:
+    """Write the step's row. A collective: the loss is summed over all ranks."""
+    sums = run.world.sum(result.sums.clone())
+    if run.world.first:
+        values = run.task.metrics(sums, result.target_tokens)
+        run.meter.row(run.progress.step, run.progress.consumed_samples, result, values)
+
+
+def take_validation(run: Run, values: dict[str, float]) -> bool:
+    """Note a validation's outcome; whether it is the best so far. The values are the same on all ranks."""
+    progress = run.progress
+    loss = next(iter(values.values()))
+    better = progress.best_loss is None or loss < progress.best_loss
+    progress.best_loss = loss if better else progress.best_loss
+    progress.validations_without_better = 0 if better else progress.validations_without_better + 1
+    if run.world.first:
+        run.meter.validation(progress.step, values)
+    return better

@@ -1,0 +1,119 @@
+"""What is measured, and where it goes: metrics.jsonl, TensorBoard, the live line. Rank 0 only, but for the sums."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import Config
+from trainer.console import Console, duration, si
+from trainer.events import append_row
+from trainer.folder import RunFolder
+from trainer.peaks import peak_flops_per_s
+from trainer.step import StepResult
+from trainer.world import World
+
+
+class TensorBoard:
+    """Scalars as an event file, through tensorboard's own writer (its torch front end takes seconds to import)."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Meter:
+    """Adds up steps between two rows, and writes the row.
+
+    Speeds are over the time between rows without validation and without waiting for a save, as steps take it.
+    """
+
+    def __init__(
+        self, config: Config, world: World, folder: RunFolder, console: Console, attempt: int, flops_per_token: float
+    ) -> None:
+        self.config, self.world, self.folder, self.console, self.attempt = config, world, folder, console, attempt
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops_per_s(world.device, config.precision.compute)
+        self._board: TensorBoard | None = None
+        self._steps, self._seconds, self._wait_s, self._samples = 0, 0.0, 0.0, 0
+        self._validation = ""
+
+    def add(self, seconds: float, wait_s: float, samples: int) -> None:
+        """One step of this rank."""
+        self._steps += 1
+        self._seconds += seconds
+        self._wait_s += wait_s
+        self._samples += samples
+
+    def row(self, step: int, consumed_samples: int, result: StepResult, values: dict[str, float]) -> dict[str, Any]:
+        """Write the row of `step` and begin a new interval. `values`: the task's metrics over all ranks."""
+        tokens_per_s = self._samples * self.config.data.seq_len / self._seconds
+        mfu = tokens_per_s * self._flops_per_token / (self._peak * self.world.size) if self._peak else None
+        row = {
+            "step": step,
+            **values,
+            "target_tokens": result.target_tokens,
+            "consumed_samples": consumed_samples,
+            "lr": self.config.optim.lr * result.lr_factor,
+            "grad_norm": result.grad_norm if result.applied else None,
+            "step_s": round(self._seconds / self._steps, 6),
+            "data_wait_s": round(self._wait_s / self._steps, 6),
+            "tokens_per_s": round(tokens_per_s, 1),
+            "mfu": round(mfu, 4) if mfu is not None else None,
+            "memory_gib": round(memory_gib(self.world.device), 3),
+        }
+        self._steps, self._seconds, self._wait_s, self._samples = 0, 0.0, 0.0, 0
+        self.write(row)
+        self.console.live(self._line(row))
+        return row
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Write a validation's row; the live line carries its first number on."""
+        name, value = next(iter(values.items()))
+        self._validation = f" | {name.replace('_', ' ')} {value:.4f}"
+        self.write({"step": step, **values})
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row to metrics.jsonl and TensorBoard. NaN is no JSON: such a number is written as null."""
+        clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
+        append_row(self.folder.metrics, {"time_s": round(time.time(), 3), "attempt": self.attempt, **clean})
+        if self.config.run.tensorboard:
+            self._board = self._board or TensorBoard(self.folder.tensorboard)
+            scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
+            self._board.write(clean["step"], scalars)
+
+    def _line(self, row: dict[str, Any]) -> str:
+        last = self.config.train.steps
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "n/a"
+        wait = row["data_wait_s"] / row["step_s"] if row["step_s"] else 0.0
+        return (
+            f"step {row['step']}/{last} | loss {row['loss']:.4f} | {si(row['tokens_per_s'])} tokens/s | MFU {mfu} | "
+            f"memory {row['memory_gib']:.2f} GiB | data wait {wait:.0%} | "
+            f"left {duration((last - row['step']) * row['step_s'])}{self._validation}"
+        )
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,133 @@
+"""Optimizers, their parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from configs.schema import OptimSection
+
+
+def lr_factor(optim: OptimSection, step: int, last_step: int) -> float:
+    """Learning rate of the update that makes `step` (1-based), relative to the peak.
+
+    Linear warm-up to 1 at `warmup_steps`, then the schedule down to `final_lr_ratio` at `last_step`.
+    """
+    if step <= optim.warmup_steps:
+        return step / optim.warmup_steps
+    low = optim.final_lr_ratio
+    if optim.schedule == "constant":
+        return 1.0
+    if optim.schedule == "wsd":
+        progress = 1 - (last_step - step) / optim.decay_steps
+        return 1.0 - (1.0 - low) * min(max(progress, 0.0), 1.0)
+    progress = min((step - optim.warmup_steps) / max(last_step - optim.warmup_steps, 1), 1.0)
+    if optim.schedule == "linear":
+        return 1.0 - (1.0 - low) * progress
+    return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by a Newton-Schulz iteration (Keller Jordan, 2024), for matrices sharded or not.
+
+    `torch.optim.Muon` iterates on the sharded matrix itself, with a collective per product. Here the momentum stays
+    sharded and each rank gathers one matrix at a time: one all-gather per matrix, and the same bits on every layout.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    ITERATIONS = 5
+
+    def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                direction = p.grad.lerp(buffer, group["momentum"])  # Nesterov
+                update = _keep_layout(_orthogonal, direction)
+                # Jordan's scaling: an update of the same size per element, whatever the matrix's shape
+                size = math.sqrt(max(1.0, p.shape[0] / p.shape[1]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * size)
+
+
+def _keep_layout(function: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """`function` of the whole tensor, cut back to this rank's part. Holds a collective when `tensor` is sharded."""
+    if not isinstance(tensor, DTensor):
+        return function(tensor)
+    whole = function(tensor.full_tensor())
+    # every rank computed the whole from the same gathered bytes: nothing needs to be sent to cut it
+    offset = _first_row(tensor)
+    local = whole[offset : offset + tensor.to_local().shape[0]].contiguous()
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _first_row(tensor: DTensor) -> int:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offsets[0]
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest (semi-)orthogonal matrix, roughly: singular values end between about 0.7 and 1.2."""
+    a, b, c = Muon.COEFFICIENTS
+    x = matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(Muon.ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+def build_optimizers(optim: OptimSection, trained: Mapping[str, torch.Tensor]) -> list[torch.optim.Optimizer]:
+    """One optimizer (two under muon) over `trained`, decay on matrices only. Each group keeps its peak as `peak_lr`."""
+    muon = {n for n, p in trained.items() if optim.name == "muon" and n.startswith("blocks.") and p.ndim == 2}
+    rest = [n for n in trained if n not in muon]
+    groups = [
+        {"params": [trained[n] for n in rest if trained[n].ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [trained[n] for n in rest if trained[n].ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups and optim.name == "sgd":
+        optimizers.append(torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum))
+    elif groups:
+        kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
+        betas = (optim.betas[0], optim.betas[1])
+        optimizers.append(kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True))
+    if muon:
+        optimizers.append(Muon([trained[n] for n in sorted(muon)], optim.muon_lr, optim.momentum, optim.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the tensors this optimizer keeps per parameter, each of the parameter's shape."""
+    if isinstance(optimizer, Muon):
+        return ("momentum_buffer",)
+    if isinstance(optimizer, torch.optim.SGD):
+        return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+    return ("exp_avg", "exp_avg_sq")
+
+
+def counts_steps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this optimizer keeps a step count per parameter (bias correction)."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)

@@ -1,0 +1,43 @@
+"""From a config to an exit code: joins the ranks, runs one attempt, and translates how it ended."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+from configs.errors import UserError
+from configs.schema import Config
+from trainer import life
+from trainer.layout import check_layout
+from trainer.stop import StopWish
+
+LAUNCHED_VARIABLE = "MUSTER_LAUNCHED"
+
+
+def start(config: Config, wish: StopWish) -> int:
+    """Run one attempt on this process's share of the ranks; returns the exit code. UserError goes to the caller."""
+    check_layout(config, int(os.environ.get("WORLD_SIZE", 1)))
+
+    from trainer import world as worlds  # imports torch: only now that the config is known to be good
+    from trainer.run import run
+
+    world = worlds.start(config)
+    try:
+        end = run(config, wish, world)
+    except UserError:
+        world.close()
+        raise
+    except Exception:  # noqa: BLE001 - recorded by `run`; other ranks may be gone, so nothing is closed in order
+        traceback.print_exc()
+        return life.FAILED
+    world.close()
+    return exit_code(end)
+
+
+def exit_code(end: life.End) -> int:
+    """Under torchrun an agreed end is 0: the agent would start again what exits otherwise. `end.json` says the rest."""
+    if LAUNCHED_VARIABLE in os.environ:
+        return life.FINISHED
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return life.FAILED if end.reason == "failed" else life.FINISHED
+    return end.exit_code

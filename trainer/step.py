@@ -1,0 +1,73 @@
+"""One optimizer step: the only one there is, whatever the engine, layout and task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import Config
+from trainer.agreement import Agreement
+from trainer.data.loader import StepBatch
+from trainer.engines.base import Engine
+from trainer.optim import lr_factor
+from trainer.seeds import seed_micro_batch
+
+
+class RunFailed(Exception):
+    """Going on makes no sense and starting again would not help. Raised on all ranks alike."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave. `sums` are this rank's, on the device; `bad_samples` are this rank's, when its loss was not
+    finite."""
+
+    sums: torch.Tensor
+    target_tokens: int
+    grad_norm: float
+    lr_factor: float
+    applied: bool
+    bad_samples: list[int]
+
+
+def train_step(
+    engine: Engine, batch: StepBatch, step: int, config: Config, agreement: Agreement, data_rank: int
+) -> StepResult:
+    """Make update number `step` (1-based) from this rank's share of the global batch.
+
+    The loss is divided by the count of target tokens over all ranks and micro batches, so every target weighs the same
+    wherever it falls. Raises RunFailed when there is no target at all.
+    """
+    # The one collective before the first forward; it carries the wish to stop as well.
+    targets = agreement.sum([batch.target_tokens])[0]
+    scale = (1.0 / targets).float()
+    losses = []
+    for i, micro_batch in enumerate(batch.micro_batches):
+        seed_micro_batch(config.run.seed, step, i, data_rank)
+        last = i == len(batch.micro_batches) - 1
+        losses.append(engine.forward_backward(micro_batch.to(engine.device), scale, last))
+    sums = torch.stack(losses).sum(0)
+    factor = lr_factor(config.optim, step, config.train.steps)
+    norm = engine.update(factor, config.train.clip_norm, guard=0.0 * sums.sum())
+    applied = norm == norm and norm != float("inf")
+    if int(targets) == 0:
+        raise RunFailed("no_targets", f"step {step}: no sample of the global batch has a target token")
+    bad = [] if applied else _samples_of_bad_losses(batch, losses)
+    return StepResult(sums, int(targets), norm, factor, applied, bad)
+
+
+def _samples_of_bad_losses(batch: StepBatch, losses: list[torch.Tensor]) -> list[int]:
+    """Sample numbers of the micro batches whose loss is not finite."""
+    found: list[int] = []
+    begin = 0
+    for micro_batch, loss in zip(batch.micro_batches, losses, strict=True):
+        end = begin + len(micro_batch.tokens)
+        if not torch.isfinite(loss).all():
+            found += [int(n) for n in batch.samples[begin:end]]
+        begin = end
+    return found

@@ -1,0 +1,121 @@
+"""The wish to stop: where it comes from, and how it is carried until the ranks have agreed on a step. No torch.
+
+Handlers only note the wish. Nothing collective, and no saving, happens in a signal handler: ranks on either side of a
+step boundary would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from trainer.folder import read_json, write_json
+
+REQUEST_VARIABLE = "MUSTER_STOP_REQUEST"  # file in which the launcher passes on the signals it took
+
+
+class Kind(enum.IntEnum):
+    """What is asked for. Ranks that ask for different things agree on the highest."""
+
+    REQUEUE = 0  # stop, and be started again
+    STOP = 1  # stop, as a person wants
+    FAIL = 2  # end as failed: going on makes no sense
+
+
+class Cause(enum.Enum):
+    """Why a run leaves its loop: (word in events and end.json, kind)."""
+
+    TERMINATE = ("terminate", Kind.REQUEUE)
+    WARNING = ("warning", Kind.REQUEUE)
+    TIME_LIMIT_REQUEUE = ("time_limit", Kind.REQUEUE)
+    OTHER_RANK_REQUEUE = ("another_rank", Kind.REQUEUE)
+    STOP_FILE = ("stop_file", Kind.STOP)
+    INTERRUPT = ("interrupt", Kind.STOP)
+    TIME_LIMIT = ("time_limit", Kind.STOP)
+    OTHER_RANK = ("another_rank", Kind.STOP)
+    SAVING = ("saving_failed", Kind.FAIL)
+    OTHER_RANK_FAIL = ("another_rank", Kind.FAIL)
+
+    @property
+    def word(self) -> str:
+        return self.value[0]
+
+    @property
+    def kind(self) -> Kind:
+        return self.value[1]
+
+    @classmethod
+    def elsewhere(cls, kind: Kind) -> Cause:
+        """The cause to name when only another rank knows it."""
+        return {Kind.REQUEUE: cls.OTHER_RANK_REQUEUE, Kind.STOP: cls.OTHER_RANK, Kind.FAIL: cls.OTHER_RANK_FAIL}[kind]
+
+
+SIGNALS = {
+    signal.SIGINT: Cause.INTERRUPT,
+    signal.SIGTERM: Cause.TERMINATE,
+    signal.SIGUSR2: Cause.WARNING,  # SIGUSR1 belongs to NCCL
+}
+
+
+class StopRequested(Exception):
+    """Leaves a preparation (start-up, data) that no step follows."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class StopWish:
+    """This process's wish to stop. The first cause stays: a second signal changes nothing."""
+
+    def __init__(self) -> None:
+        self.cause: Cause | None = None
+        self._stop_file: Path | None = None
+        self._request = Path(os.environ[REQUEST_VARIABLE]) if REQUEST_VARIABLE in os.environ else None
+        self._limit_s: float | None = None
+        self._began = time.monotonic()
+
+    def listen(self) -> None:
+        """Take the signals. As early as possible: before this, the launcher's request file keeps what comes."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.wish(SIGNALS[signal.Signals(number)])
+
+    def wish(self, cause: Cause) -> None:
+        if self.cause is None:
+            self.cause = cause
+
+    def watch(self, stop_file: Path, limit_s: float | None, began: float) -> None:
+        """Rank 0 also looks at the STOP file and the attempt's time limit (`began` by `time.monotonic`)."""
+        self._stop_file, self._limit_s, self._began = stop_file, limit_s, began
+
+    def poll(self) -> Cause | None:
+        """The wish as of now. Cheap enough for every step."""
+        if self.cause is not None:
+            return self.cause
+        if self._stop_file is not None and self._stop_file.exists():
+            self.wish(Cause.STOP_FILE)
+        elif self._limit_s is not None and time.monotonic() - self._began >= self._limit_s:
+            self.wish(Cause.TIME_LIMIT_REQUEUE if "SLURM_JOB_ID" in os.environ else Cause.TIME_LIMIT)
+        elif self._request is not None and self._request.exists():
+            request = read_json(self._request)
+            if request is not None:
+                self.wish(Cause[request["cause"]])
+        return self.cause
+
+    def raise_if_wished(self) -> None:
+        """Between the parts of a preparation."""
+        cause = self.poll()
+        if cause is not None:
+            raise StopRequested(cause)
+
+
+def write_request(path: Path, cause: Cause) -> None:
+    """The launcher's side of the request file."""
+    write_json(path, {"cause": cause.name, "time_s": time.time()})

@@ -1,0 +1,111 @@
+"""Ranks, devices and process groups, and the few collectives that the loop itself needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+from configs.schema import Config
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. `kv` is the store that saver threads report through; None for one process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node: str
+    device: torch.device
+    kv: dist.Store | None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place. A collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks. A collective."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What `function` gives on rank 0, on every rank; what it raises there, everywhere.
+
+        A collective: every rank calls it. Rank 0 alone looks at shared folders and decides, since a shared filesystem
+        may show different ranks different things; an error it meets must reach the ranks that wait for it.
+        """
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function()
+            except Exception as error:  # noqa: BLE001 - the ranks that wait must hear of whatever it is
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank. A collective; for rare and small things."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def shorten_timeout(self, seconds: float) -> None:
+        """After the first step a rank that does not answer is lost, not slow: load and compile times are over."""
+        if self.size > 1:
+            from torch.distributed.distributed_c10d import _set_pg_timeout
+
+            for group in list(dist.distributed_c10d._world.pg_map):
+                _set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def node_name() -> str:
+    """This node's name in events and files."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def start(config: Config) -> World:
+    """Join the ranks that torchrun started, or be alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_size > torch.cuda.device_count():
+            raise UserError(f"{local_size} processes on this node, but it has {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    kv = None
+    if size > 1:
+        timeout = timedelta(seconds=config.parallel.load_timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        kv = dist.PrefixStore("muster", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        group_store = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, local_rank, local_size, node_name(), device, kv)
