@@ -85,6 +85,18 @@ def section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
     return None, False
 
 
+def field_at(path: list[str]) -> FieldInfo | None:
+    """The field that a path of keys and list indices leads to; None if the schema has none."""
+    section: type[Section] | None = Config
+    info: FieldInfo | None = None
+    for part in path:
+        if part.isdigit():
+            continue
+        info = keys(section).get(part) if section is not None else None
+        section = section_of(info.annotation)[0] if info is not None else None
+    return info
+
+
 @cache
 def all_keys(section: type[Section] = Config, prefix: str = "") -> tuple[str, ...]:
     """Every dotted key, sections before what they hold; `*` stands for the index in a list."""
@@ -158,7 +170,8 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
         kind, key = found["type"], ".".join(path)
         at = _locate(root, path, source)
         if kind == "missing":
-            message = f"{key} is missing ({_doc(path)})"
+            info = field_at(path)
+            message = f"{key} is missing" + (f" ({info.description})" if info else "")
         elif kind == "value_error":
             reason = str(found["ctx"]["error"])
             mentioned = _mentioned(reason, path, root)
@@ -227,17 +240,6 @@ def _mentioned(text: str, path: list[str], root: Node) -> list[Place]:
             if node is not None and node.place not in places and not isinstance(node.value, dict):
                 places.append(node.place)
     return places[::-1]
-
-
-def _doc(path: list[str]) -> str:
-    section: type[Section] | None = Config
-    info: FieldInfo | None = None
-    for part in path:
-        if section is None or part.isdigit():
-            continue
-        info = keys(section)[part]
-        section = section_of(info.annotation)[0]
-    return (info.description if info else None) or "required"
 
 
 def _unit(name: str, wants: str) -> str:

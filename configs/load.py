@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from configs.errors import UserError
-from configs.explain import explain, short, show, take_unknown
+from configs.explain import explain, field_at, short, show, take_unknown
 from configs.parse import Node, Place, Problem, parse, teach_core
 from configs.schema import Config, to_dict
 
@@ -69,10 +69,11 @@ def dump(config: Config) -> str:
 def find(argument: str, folder: Path, place: Place, problems: list[Problem], included: bool) -> Path | None:
     """The file that a preset's name or a path (relative to `folder`) means; None (problem added) if there is none."""
     preset = FOLDER / f"{argument}.yaml"
-    if "/" not in argument and preset.is_file() and (included or not argument.startswith("_")):
+    # os.path, not Path: no error for names that no filesystem takes
+    if "/" not in argument and os.path.isfile(preset) and (included or not argument.startswith("_")):
         return preset
     path = folder / argument
-    if os.path.isdir(path):  # os.path, not Path: no error for names that no filesystem takes
+    if os.path.isdir(path):
         inside = path / "config.yaml"
         hint = f"did you mean {_shown(inside)}?" if inside.is_file() else "name a YAML file"
         problems.append(Problem(place, f"{argument} is a folder; {hint}", True))
@@ -171,7 +172,7 @@ def _override(root: Node, text: str, problems: list[Problem]) -> None:
     node = root
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
-        new = (value or Node(None, place)) if last else Node({}, place)
+        new = (value or Node(None, place)) if last else _default(path[: depth + 1], place)
         if isinstance(node.value, list):
             if not part.isdigit() or int(part) >= len(node.value):
                 have = f"items 0 to {len(node.value) - 1}" if node.value else "no items"
@@ -186,6 +187,14 @@ def _override(root: Node, text: str, problems: list[Problem]) -> None:
         if last:
             node.value[part] = new
         node = node.value.setdefault(part, new)
+
+
+def _default(path: list[str], place: Place) -> Node:
+    """What an override reaches into where the file says nothing: a list as the schema has it, or an empty section."""
+    info = field_at(path)
+    if info is not None and isinstance(info.default, list):
+        return Node([Node(item, place) for item in info.default], place)
+    return Node({}, place)
 
 
 def _report(problems: list[Problem], overrides: list[str]) -> str:
@@ -212,6 +221,13 @@ def _represent_list(dumper: _Dumper, value: list[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=plain)
 
 
+def _represent_text(dumper: _Dumper, value: str) -> yaml.Node:
+    # In its other styles PyYAML loses line breaks other than \n, such as U+0085.
+    style = None if value.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
 teach_core(_Dumper)
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(float, _represent_float)
 _Dumper.add_representer(list, _represent_list)

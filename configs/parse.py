@@ -126,7 +126,7 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, place: Callable[[int], Place
         hint = "; indent with spaces, not tabs" if tab else "; text that begins with this character needs quotes"
     elif "alias" in what or "alias" in str(error.context) or "anchor" in str(error.context):
         hint = "; text that begins with * or & needs quotes"
-    elif error.context_mark is not None and error.context_mark.line + 1 < line:
+    elif error.context_mark is not None and error.context_mark.line + 1 < line and place(line).line:
         hint = f"; begun in line {error.context_mark.line + 1}"
     return Problem(place(line), f"not valid YAML: {what}{hint}", True)
 
