@@ -30,6 +30,13 @@ class MicroBatch:
     targets: torch.Tensor
     documents: torch.Tensor | None
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """On `device`; a copy from page-locked memory runs behind the work that is queued there."""
+        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
+        return MicroBatch(
+            self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), documents
+        )
+
 
 @dataclass
 class StepBatch:

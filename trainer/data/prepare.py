@@ -23,6 +23,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.schema import Config, Source
 from trainer.data import files
+from trainer.data.order import quotas
 from trainer.data.prepared import Prepared
 from trainer.data.sources import (
     Document,
@@ -38,7 +39,7 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 _FILES = "files.json"
-_BATCH_BYTES = 256 << 10  # text tokenised in one call; small, so that a stop request is seen soon
+_BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is seen soon
 _POLL_S = 0.05
 _SAY_S = 1.0
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -55,6 +56,7 @@ def prepare(config: Config, cache: Path, say: Callable[[str], None], should_stop
     Raises UserError for whatever is wrong with the data, Interrupted when `should_stop` says so.
     """
     tokenizer = load_tokenizer(config.data, config.model.vocab_size)
+    quotas([s.weight for s in config.data.sources], [s.name for s in config.data.sources])  # refused before the work
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(cache)
@@ -113,7 +115,10 @@ class _Progress:
             raise Interrupted
         if now_s - self._said_s >= _SAY_S:
             self._said_s = now_s
-            self._say(f"data {self._source}: {self.summary()}")
+            self.say(self.summary())
+
+    def say(self, line: str) -> None:
+        self._say(f"data {self._source}: {line}")
 
     def summary(self) -> str:
         mb, seconds = self.bytes / 1e6, max(time.monotonic() - self._started_s, 1e-3)
@@ -131,7 +136,7 @@ def _source_folder(
     """The folder of a prepared source that holds what its files hold now; made if there is none."""
     progress = _Progress(source.name, say, should_stop)
     progress.poll()
-    found = list_files(source)
+    found = list_files(source, progress.poll)
     settings = _settings(config, source, tokenizer)
     name = f"{source.name}-{_digest(settings)}"
     stats = {}
@@ -147,7 +152,7 @@ def _source_folder(
         if not files.publish(temporary, final):
             # Another start was faster, or the same documents came in other files: these are the files now.
             (temporary / _FILES).replace(final / _FILES)
-    say(f"data {source.name}: prepared {progress.summary()}")
+    progress.say(f"prepared {progress.summary()}")
     return final
 
 
@@ -302,6 +307,11 @@ def _tokenise(
         "replaced_documents": reading.replaced_documents,
     }
     _refuse_empty(source, meta)
+    if source.kind == "tokens" and not reading.end_tokens:
+        progress.say(
+            f"warning: no end token ({tokenizer.end_token}) in its files, so each file is one document; "
+            "is data.tokenizer the one they were made with?"
+        )
     files.write_json(folder / _FILES, known)
     files.write_json(folder / "meta.json", meta)
     return fingerprint

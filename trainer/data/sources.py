@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from configs.schema import Source
 STDLIB = "python:stdlib"
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
-PIECE_BYTES = 1 << 20  # text goes to the tokenizer in pieces of at most this
+PIECE_BYTES = 128 << 10  # text goes to the tokenizer in pieces of at most this; small: stop requests wait for one
 _WHOLE_BYTES = 16 << 20  # a text file up to this is read once; a larger one is hashed first, then read again
 _CHUNK_TOKENS = 1 << 20
 
@@ -58,6 +60,7 @@ class FileReading:
     digest: str = ""
     empty_documents: int = 0
     replaced_documents: int = 0  # not valid UTF-8
+    end_tokens: int = 0  # found in token files
     poll: Callable[[int], None] = field(
         default=lambda _bytes: None, repr=False
     )  # called often with the bytes just read
@@ -79,7 +82,7 @@ def source_root(source: Source) -> Path:
     return root
 
 
-def list_files(source: Source) -> list[tuple[str, Path]]:
+def list_files(source: Source, poll: Callable[[], None]) -> list[tuple[str, Path]]:
     """(relative path, path) of every file, sorted by relative path. Hidden files and folders are left out.
 
     UserError when there is none.
@@ -90,10 +93,10 @@ def list_files(source: Source) -> list[tuple[str, Path]]:
     stdlib = source.path == STDLIB
     pattern = "**/*.py" if stdlib and source.pattern == "**/*" else source.pattern
     try:
-        found = [(path.relative_to(root).as_posix(), path) for path in root.glob(pattern) if path.is_file()]
-    except (ValueError, NotImplementedError, OSError) as e:
-        raise UserError(f"data source {source.name!r}: pattern {pattern!r} in {root}: {e}") from e
-    files = sorted((name, path) for name, path in found if _wanted(name, stdlib))
+        wanted = _glob(pattern)
+    except re.error as e:
+        raise UserError(f"data source {source.name!r}: {pattern!r} is not a pattern: {e}") from e
+    files = sorted((name, root / name) for name in _walk(source, root, stdlib, poll) if wanted.fullmatch(name))
     if not files:
         raise UserError(
             f"data source {source.name!r} is empty: no file in {root} matches {pattern!r}\n"
@@ -102,9 +105,40 @@ def list_files(source: Source) -> list[tuple[str, Path]]:
     return files
 
 
-def _wanted(name: str, stdlib: bool) -> bool:
-    parts = name.split("/")
-    return not any(part.startswith(".") for part in parts) and not (stdlib and _STDLIB_LEFT_OUT.intersection(parts))
+def _walk(source: Source, root: Path, stdlib: bool, poll: Callable[[], None]) -> Iterator[str]:
+    """Relative paths of all files, links followed. (Path.glob skips linked and unreadable folders without a word.)"""
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        poll()
+        with _readable(source, root / folder):
+            stat = (root / folder).stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue  # a link back: each folder counts once
+            seen.add((stat.st_dev, stat.st_ino))
+            entries = sorted(os.scandir(root / folder), key=lambda e: e.name, reverse=True)
+        for entry in entries:
+            if entry.name.startswith(".") or (stdlib and entry.name in _STDLIB_LEFT_OUT):
+                continue
+            if entry.is_dir():
+                waiting.append(f"{folder}{entry.name}/")
+            elif entry.is_file():
+                yield f"{folder}{entry.name}"
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """A glob over relative paths: `*` and `?` stay within a name, `**/` is any number of folders."""
+    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^]/]+\])", pattern)
+    return re.compile("".join(special.get(p) or _set_or_text(p) for p in parts), re.DOTALL)
+
+
+def _set_or_text(part: str) -> str:
+    if len(part) > 2 and part[0] == "[" and part[-1] == "]" and part != "[!]":
+        inside = re.escape(part[1:-1]).replace(r"\-", "-")
+        return f"[^{inside[1:]}]" if inside[0] == "!" else f"[{inside}]"
+    return re.escape(part)
 
 
 def read_file(source: Source, path: Path, end_token: int, vocab_size: int, reading: FileReading) -> Iterator[Document]:
@@ -142,7 +176,7 @@ def _read_text(source: Source, path: Path, reading: FileReading) -> Iterator[Doc
     if size > _WHOLE_BYTES:
         reading.digest = hash_file(source, path, reading.poll)
         check = new_hash()
-        yield Document(bytes.fromhex(reading.digest), size, _pieces_of_file(source, path, check))
+        yield Document(bytes.fromhex(reading.digest), size, _pieces_of_file(source, path, check, reading))
         if check.hexdigest() != reading.digest:
             raise UserError(f"{path} changed while it was being read\nstart again when it is complete")
         return
@@ -174,16 +208,18 @@ def _pieces(content: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _pieces_of_file(source: Source, path: Path, check: Any) -> Iterator[bytes]:
-    rest = b""
+def _pieces_of_file(source: Source, path: Path, check: Any, reading: FileReading) -> Iterator[bytes]:
+    rest, valid = b"", True
     with _readable(source, path), path.open("rb") as file:
         while chunk := file.read(PIECE_BYTES):
             check.update(chunk)
             rest += chunk
             while len(rest) > PIECE_BYTES:
                 end = _cut(rest)
+                valid = valid and _is_utf8(rest[:end])
                 yield rest[:end]
                 rest = rest[end:]
+    reading.replaced_documents += not (valid and _is_utf8(rest))
     if rest:
         yield rest
 
@@ -266,6 +302,7 @@ def _read_tokens(
             else:
                 yield _token_document(ids[begin:end])
             begin = end + 1
+            reading.end_tokens += 1
         reading.poll(0)
     if begin < len(ids):
         yield _token_document(ids[begin:])
