@@ -8,8 +8,9 @@ head is a product and counts), H the query heads, Q their width and T the sequen
     weight gradient      2 per weight                         where the weight is trainable
 
 so that with frozen parts only the products that autograd does are counted: backward ends at the lowest trainable
-parameter. Attention counts all T x T pairs; `causal_flops_per_token` counts the pairs that a token sees. Recomputation
-for activation checkpointing counts in neither: it is not the model's work.
+parameter (attention's backward counts whole once a query, key or value needs it: fused kernels have no half).
+Attention counts all T x T pairs; `causal_flops_per_token` counts the pairs that a token sees. Recomputation for
+activation checkpointing counts in neither: it is not the model's work.
 """
 
 from torch import nn
