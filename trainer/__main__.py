@@ -12,6 +12,7 @@ import traceback  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.load import dump, load  # noqa: E402
 from trainer import life  # noqa: E402
+from trainer.arguments import config_parser, take  # noqa: E402
 from trainer.parents import die_with_parent  # noqa: E402
 from trainer.stop import StopWish  # noqa: E402
 
@@ -19,20 +20,10 @@ USER_ERROR_VARIABLE = "MUSTER_USER_ERROR"  # file through which a worker tells t
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer",
-        description="Train a Transformer. CONFIG is a preset's name or a YAML file; without one, the demo runs.",
-        epilog="exit codes of one process: 0 finished, 1 failed, 2 user error, 3 stopped, 75 stopped, start again",
-    )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optim.lr=1e-3")
+    parser = config_parser("python -m trainer", "Train a Transformer, alone or as a worker of torchrun.")
     parser.add_argument("--debug", action="store_true", help="one process, a few steps cut to size, every check on")
     parser.add_argument("--print-config", action="store_true", help="print what would run, as YAML, and end")
-    found = parser.parse_intermixed_args(arguments)
-    if found.config is not None and "=" in found.config:
-        found.overrides.insert(0, found.config)
-        found.config = None
-    return found
+    return take(parser, arguments)
 
 
 def main(arguments: list[str]) -> int:

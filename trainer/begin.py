@@ -97,14 +97,16 @@ def _load(run: Run, origin: Origin) -> BadCheckpoint | None:
     if origin.everything and "data.sources" not in run.config.run.accept_changes:
         check_unchanged(checkpoint.manifest.data, run.prepared)
     wanted = {name: (info.shape, info.dtype) for name, info in run.engine.parameters().items()}
-    if origin.everything:
+    # A run whose every update was skipped so far has no optimizer state yet; else all of it must be there.
+    state = origin.everything and any(t.group == "optim" for t in checkpoint.manifest.tensors.values())
+    if state:
         wanted |= {key: wanted[key.rpartition(".")[0]] for key in run.engine.optimizer_keys()}
     groups: tuple[Group, ...] = GROUPS if origin.everything else ("model", "frozen")
     loading = plan(checkpoint.manifest, wanted, groups, str(origin.path))
     loading.refuse()
     run.console.say("\n".join(loading.summary()))
     try:
-        run.engine.load(checkpoint, optimizer=origin.everything)
+        run.engine.load(checkpoint, optimizer=state)
     except BadCheckpoint as error:
         return error
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from types import FrameType
 from trainer.folder import read_json, write_json
 
 REQUEST_VARIABLE = "MUSTER_STOP_REQUEST"  # file in which the launcher passes on the signals it took
+_AGENT_PATIENCE_S = 5.0
 
 
 class Kind(enum.IntEnum):
@@ -35,6 +37,7 @@ class Cause(enum.Enum):
     OTHER_RANK_REQUEUE = ("another_rank", Kind.REQUEUE)
     STOP_FILE = ("stop_file", Kind.STOP)
     INTERRUPT = ("interrupt", Kind.STOP)
+    HANGUP = ("hangup", Kind.STOP)
     TIME_LIMIT = ("time_limit", Kind.STOP)
     OTHER_RANK = ("another_rank", Kind.STOP)
     SAVING = ("saving_failed", Kind.FAIL)
@@ -58,6 +61,7 @@ SIGNALS = {
     signal.SIGINT: Cause.INTERRUPT,
     signal.SIGTERM: Cause.TERMINATE,
     signal.SIGUSR2: Cause.WARNING,  # SIGUSR1 belongs to NCCL
+    signal.SIGHUP: Cause.HANGUP,
 }
 
 
@@ -82,10 +86,27 @@ class StopWish:
     def listen(self) -> None:
         """Take the signals. As early as possible: before this, the launcher's request file keeps what comes."""
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
+            signal.signal(number, self._note if self._request is None else self._note_launched)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.wish(SIGNALS[signal.Signals(number)])
+
+    def _note_launched(self, number: int, frame: FrameType | None) -> None:
+        """A worker under the launcher: a real wish is in the request file, or will be in a moment.
+
+        Without one, SIGTERM is the agent's: another rank failed and this one shall end, without saving, since that
+        rank's shards are gone.
+        """
+        if number == signal.SIGTERM:
+            timer = threading.Timer(_AGENT_PATIENCE_S, self._end_unless_requested)
+            timer.daemon = True
+            timer.start()
+
+    def _end_unless_requested(self) -> None:
+        if self._request is not None and not self._request.exists():
+            os._exit(1)
 
     def wish(self, cause: Cause) -> None:
         if self.cause is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import Config
+from trainer.names import node_name
 
 T = TypeVar("T")
 
@@ -82,11 +82,6 @@ class World:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def node_name() -> str:
-    """This node's name in events and files."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def start(config: Config) -> World:

@@ -248,11 +248,8 @@ class FsdpEngine:
     def _load_state(
         self, checkpoint: Checkpoint, name: str, optimizer: torch.optim.Optimizer, parameter: torch.Tensor
     ) -> None:
-        keys = [key for key in state_keys(optimizer) if checkpoint.holds(f"{name}.{key}")]
-        if not keys:
-            return  # saved before its first update: the plan has made sure that nothing is missing
         state = optimizer.state[parameter]
-        for key in keys:
+        for key in state_keys(optimizer):
             state[key] = torch.zeros_like(parameter)
             checkpoint.read_into(f"{name}.{key}", *box_of(parameter), local_part(state[key]))
         if counts_steps(optimizer):

@@ -1,0 +1,213 @@
+"""One node's share of a run: torchrun under a supervisor that takes the signals and leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from configs.load import load
+from configs.schema import Config
+from launch.agent import FAILURES_VARIABLE
+from trainer import life
+from trainer.__main__ import USER_ERROR_VARIABLE
+from trainer.console import Console
+from trainer.events import Events, read_events
+from trainer.folder import RunFolder, read_json
+from trainer.layout import check_layout
+from trainer.lease import LEASE_VARIABLE, Lease
+from trainer.life import End
+from trainer.names import node_name
+from trainer.preflight import check_folder
+from trainer.start import LAUNCHED_VARIABLE
+from trainer.stop import REQUEST_VARIABLE, StopWish, write_request
+
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_S = 0.1
+
+
+def default_processes() -> int:
+    """One process per visible GPU; two where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip()]) or 2
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # no driver
+        return 2
+    return count or 2
+
+
+def run_node(argument: str | None, overrides: list[str], processes: int | None) -> int:
+    """Run a config on this node until it is decided; returns the exit code. Raises UserError before anything starts."""
+    config = load(argument, overrides)
+    processes = processes or default_processes()
+    check_layout(config, processes)
+    folder = RunFolder(Path(config.run_dir))
+    check_folder(config, folder)
+    wish = StopWish()
+    wish.listen()
+    console = Console(rank=0)
+    existed = folder.root.exists()
+    lease = Lease.take(folder, node_name(), max(life.numbers(folder), default=-1) + 1, console.say)
+    local = Path(tempfile.mkdtemp(prefix="muster-"))
+    try:
+        command = [*([argument] if argument else []), *overrides]
+        supervisor = Supervisor(config, folder, command, processes, wish, console, lease, local)
+        return supervisor.run()
+    finally:
+        lease.release()
+        shutil.rmtree(local, ignore_errors=True)
+        if not existed:
+            _remove_if_empty(folder.root)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds a run
+        folder.rmdir()
+
+
+class Supervisor:
+    """Starts the agent, passes requests on, and decides how it ended from what lies in the run folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        command: list[str],
+        processes: int,
+        wish: StopWish,
+        console: Console,
+        lease: Lease,
+        local: Path,
+    ) -> None:
+        self.config, self.folder, self.command, self.processes = config, folder, command, processes
+        self.wish, self.console, self.lease = wish, console, lease
+        self.request, self.user_error, self.failures = local / "request", local / "user_error", local / "failures"
+        self.events = Events(folder, node_name(), "launcher")
+        _adopt_orphans()
+
+    def run(self) -> int:
+        """Agent after agent, until an end is agreed. torchrun restarts failed workers itself; an agent that was killed
+        is started again here."""
+        for _ in range(self.config.run.max_restarts + 1):
+            before = max(life.numbers(self.folder), default=-1)
+            status = self._one_agent()
+            if self.user_error.exists():
+                return life.USER_ERROR
+            end = self._decide(before, status)
+            if end.reason != "failed" or status >= 0 or self.wish.cause is not None:
+                break
+        return end.exit_code
+
+    def _one_agent(self) -> int:
+        agent = subprocess.Popen(self._agent_command(), env=self._environment(), start_new_session=True)
+        deadline: float | None = None
+        try:
+            while agent.poll() is None:
+                if self.wish.poll() is not None and deadline is None:
+                    deadline = time.monotonic() + self.config.run.stop_grace_s
+                    self._pass_on()
+                if deadline is not None and time.monotonic() > deadline:
+                    self.console.say(f"not stopped after {self.config.run.stop_grace_s:g} s: ended by force")
+                    self.events.write("ended_by_force")
+                    break
+                time.sleep(_POLL_S)
+        finally:
+            _kill_descendants()
+        return agent.wait()
+
+    def _agent_command(self) -> list[str]:
+        torchrun = ["--standalone", f"--nproc-per-node={self.processes}"]
+        torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
+        return [sys.executable, "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
+
+    def _environment(self) -> dict[str, str]:
+        threads = max(1, (os.cpu_count() or 1) // self.processes)
+        ours = {
+            LAUNCHED_VARIABLE: "1",
+            LEASE_VARIABLE: self.lease.token,
+            REQUEST_VARIABLE: str(self.request),
+            USER_ERROR_VARIABLE: str(self.user_error),
+            FAILURES_VARIABLE: str(self.failures),
+            # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        }
+        return {**os.environ, **ours}
+
+    def _pass_on(self) -> None:
+        cause = self.wish.cause
+        assert cause is not None
+        write_request(self.request, cause)
+        self.events.write("stop_passed_on", cause=cause.word)
+        self.console.end_live()
+        self.console.say(f"stopping ({cause.word}): saving after this step")
+
+    def _decide(self, before: int, status: int) -> End:
+        """The newest attempt's end. One that nobody wrote is written here: failed."""
+        attempt = life.newest(self.folder)
+        if attempt is None or attempt.number <= before:
+            self.console.say(f"the workers ended (status {status}) before an attempt began")
+            return End("failed", 0, None, requeue=True, cause="start_failed")
+        self._name_culprits(attempt.number, status)
+        if attempt.end is None:
+            steps = self.folder.committed_steps()
+            name = f"step-{steps[-1]:08d}" if steps else None
+            attempt.write_end(End("failed", steps[-1] if steps else 0, name, requeue=True, cause=_cause(status)))
+        end = attempt.end
+        assert end is not None
+        return end
+
+    def _name_culprits(self, attempt: int, status: int) -> None:
+        """Say which rank failed first, and why, as far as anyone knows."""
+        if status == 0:
+            return
+        self.events.attempt = attempt
+        for failure in read_json(self.failures) or []:
+            self.events.write("rank_died", rank=failure["rank"], exit_code=failure["exit_code"])
+        self.failures.unlink(missing_ok=True)
+        told = [e for e in read_events(self.folder) if e["attempt"] == attempt and e["event"].startswith("rank_")]
+        for event in told[:1]:
+            why = event.get("error") or _cause(event["exit_code"])
+            self.console.say(f"rank {event['rank']} failed: {why}\n  logs: {self.folder.attempts / f'{attempt:03d}'}")
+        if status < 0:
+            self.events.write("agent_died", status=status)
+            self.console.say(f"the agent died ({_cause(status)})")
+
+
+def _cause(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit_code_{status}"
+
+
+def _adopt_orphans() -> None:
+    """Workers whose agent dies become our children, so that none is out of sight (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _kill_descendants() -> None:
+    """End the whole tree below this process. Twice round, as a dying process may just have started another."""
+    while True:
+        alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return
+        for process in alive:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(alive, timeout=5)
