@@ -110,7 +110,7 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> tuple[str, ..
 
 
 def nearest(unknown: str) -> str | None:
-    """The valid dotted key that an unknown one most likely means: by its last name, its unit or its whole path."""
+    """The valid dotted key that an unknown one most likely means, by its last name or its whole path."""
     pattern = re.sub(r"\.\d+(?=\.|$)", ".*", unknown)
     parent, _, name = pattern.rpartition(".")
     if name in ELSEWHERE:
@@ -119,9 +119,6 @@ def nearest(unknown: str) -> str | None:
     def likeness(known: str) -> float:
         known_parent, _, known_name = known.rpartition(".")
         last = SequenceMatcher(None, name, known_name).ratio()
-        stem, _, unit = known_name.rpartition("_")
-        if unit in UNITS and stem == name:
-            last = 0.97
         return max(last if known_parent == parent else 0.9 * last, SequenceMatcher(None, pattern, known).ratio())
 
     best = max(all_keys(), key=likeness)

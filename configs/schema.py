@@ -135,6 +135,8 @@ class TaskSection(Section):
     name: Literal["lm"] = result("lm", "language modelling: predict the next token")
     z_loss: float = result(0.0, "weight of the squared log-partition penalty", ge=0)
     loss_chunk_tokens: int = speed(1024, "tokens whose logits are held at once", ge=1)
+    sample_prompt: str = speed("def ", "begins the text that a finished run writes")
+    sample_tokens: int = speed(0, "length of that text; 0: none", ge=0)
 
 
 class TrainSection(Section):
