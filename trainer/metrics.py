@@ -102,7 +102,7 @@ class Meter:
         if self.config.run.tensorboard:
             self._board = self._board or TensorBoard(self.folder.tensorboard)
             scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
-            self._board.write(clean["step"], scalars)
+            self._board.write(row["step"], scalars)
 
     def _line(self, row: dict[str, Any]) -> str:
         last = self.config.train.steps

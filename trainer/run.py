@@ -32,6 +32,7 @@ from trainer.life import Attempt, End
 from trainer.loop import Progress, train
 from trainer.metrics import Meter
 from trainer.preflight import check_folder, write_config
+from trainer.sample import write_sample
 from trainer.step import RunFailed
 from trainer.stop import Cause, Kind, StopRequested, StopWish
 from trainer.summary import say_end, say_start
@@ -64,6 +65,7 @@ class Run:
             say=self.console.say,
             timeout_s=config.parallel.load_timeout_s,
         )
+        self.meter: Meter  # once the engine can tell its FLOPs
         self.saved_step = -1
         self._failed_saves = 0
         self._first_step_done = False
@@ -201,6 +203,11 @@ def live(run: Run) -> End:
         run.poll_saves(wait=True)
         run.console.say(f"FAILED: {failure}")
         return End("failed", run.progress.step, run.newest_checkpoint(), requeue=False, cause=failure.cause)
+    else:
+        if cause is None and run.config.task.sample_tokens:
+            text = write_sample(run)
+            run.console.end_live()
+            run.console.say(f"what the model writes now:\n{text}")
     finally:
         run.close()
     if cause is None:
@@ -242,10 +249,10 @@ def run_folder(config: Config, world: World, console: Console) -> Iterator[tuple
             lease.release()
 
 
-def run(config: Config, wish: StopWish, world: World) -> End:
+def run(config: Config, wish: StopWish, world: World, kind: type[Run]) -> End:
     """One attempt, from the folder to its end. Raises UserError; anything else it raises is recorded first."""
     with run_folder(config, world, Console(world.rank)) as (folder, attempt, changes):
-        run = Run(config, world, folder, attempt, wish)
+        run = kind(config, world, folder, attempt, wish)
         run.console.open_log(attempt.path / f"rank-{world.rank:05d}.log")
         try:
             end = _attempt(run, changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from typing import TYPE_CHECKING
 
 from configs.errors import UserError
 from configs.schema import Config
@@ -11,19 +12,27 @@ from trainer import life
 from trainer.layout import check_layout
 from trainer.stop import StopWish
 
+if TYPE_CHECKING:
+    from trainer.run import Run
+
 LAUNCHED_VARIABLE = "MUSTER_LAUNCHED"
 
 
-def start(config: Config, wish: StopWish) -> int:
-    """Run one attempt on this process's share of the ranks; returns the exit code. UserError goes to the caller."""
+def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
+    """Run one attempt on this process's share of the ranks; returns the exit code. UserError goes to the caller.
+
+    `kind` is the class that puts the run together, for those who check or measure one.
+    """
     check_layout(config, int(os.environ.get("WORLD_SIZE", 1)))
 
     from trainer import world as worlds  # imports torch: only now that the config is known to be good
-    from trainer.run import run
+    from trainer.run import Run, run
 
+    if config.precision.deterministic:
+        worlds.be_deterministic()
     world = worlds.start(config)
     try:
-        end = run(config, wish, world)
+        end = run(config, wish, world, kind or Run)
     except UserError:
         world.close()
         raise

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from configs.errors import UserError
 from configs.schema import Config
@@ -28,7 +29,7 @@ class World:
     local_size: int
     node: str
     device: torch.device
-    kv: dist.Store | None
+    kv: Store | None
 
     @property
     def first(self) -> bool:
@@ -84,6 +85,13 @@ class World:
             dist.destroy_process_group()
 
 
+def be_deterministic() -> None:
+    """Only algorithms that give the same bits each time. Called before a GPU is used: cuBLAS asks but once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def start(config: Config) -> World:
     """Join the ranks that torchrun started, or be alone."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -98,9 +106,9 @@ def start(config: Config) -> World:
     kv = None
     if size > 1:
         timeout = timedelta(seconds=config.parallel.load_timeout_s)
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        kv = dist.PrefixStore("muster", store)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        kv = PrefixStore("muster", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        group_store = dist.PrefixStore("groups", store)
+        group_store = PrefixStore("groups", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, local_size, node_name(), device, kv)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from configs.schema import Config, ParallelSection
 from models import build_model
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
+from trainer.checkpoint.pieces import Group, Piece
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.base import TensorInfo
@@ -93,7 +94,7 @@ class FsdpEngine:
                 module.set_force_sum_reduction_for_comms(True)
         self._prefetch(list(self.model.blocks), parallel.prefetch_blocks)
 
-    def _prefetch(self, blocks: list[FSDPModule], ahead: int) -> None:
+    def _prefetch(self, blocks: list[Any], ahead: int) -> None:
         if ahead <= 1 or self.device.type != "cuda":
             return  # FSDP2 itself gathers one block ahead
         for i, block in enumerate(blocks):
@@ -141,9 +142,9 @@ class FsdpEngine:
 
     def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         if self.mesh is not None:
-            whole = self.config.parallel.accumulate == "unsharded"
-            self.model.set_requires_gradient_sync(last or not whole)
-            self.model.set_requires_all_reduce(last)
+            model = cast(FSDPModule, self.model)
+            model.set_requires_gradient_sync(last or self.config.parallel.accumulate == "sharded")
+            model.set_requires_all_reduce(last)
         total, sums = self.task.sums(self.model, micro_batch)
         (total * scale).backward()
         return sums
@@ -212,7 +213,7 @@ class FsdpEngine:
                     found.append(self._piece(f"{name}.{key}", "optim", state[key], parameter))
         return found
 
-    def _piece(self, key: str, group: str, tensor: torch.Tensor, like: torch.Tensor) -> Piece:
+    def _piece(self, key: str, group: Group, tensor: torch.Tensor, like: torch.Tensor) -> Piece:
         offsets, sizes = box_of(like)
         replica, replicas = 0, 1
         if self.mesh is not None and self.mesh.ndim == 2:

@@ -1,0 +1,146 @@
+"""`--debug`: one process, deterministic, a few steps of the same config cut to size, every check on."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from configs.schema import Config, to_dict
+from trainer.data.loader import MicroBatch
+from trainer.data.prepared import IGNORE
+from trainer.engines.fsdp import FsdpEngine
+from trainer.folder import RunFolder
+from trainer.life import FINISHED
+from trainer.run import Run
+from trainer.start import start
+from trainer.step import RunFailed
+from trainer.stop import StopWish
+
+STEPS = 5
+LOSS_TOLERANCE = 0.5  # nats around log(vocabulary); a cut model's first logits spread by about 0.2
+
+
+def debug(config: Config, wish: StopWish) -> int:
+    """Run `config` cut to size under all checks; returns the exit code. The run folder stays if `run.dir` names one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--debug runs in one process: start it with python -m trainer, not with torchrun")
+    with tempfile.TemporaryDirectory(prefix="muster-debug-") as folder:
+        small = cut_to_size(config, config.run.dir or f"{folder}/run")
+        torch.autograd.set_detect_anomaly(True)
+        code = start(small, wish, CheckedRun)
+        if code == FINISHED:
+            print("debug: every check held" + ("" if config.run.dir else "; the folder above was temporary"))
+        return code
+
+
+def cut_to_size(config: Config, run_dir: str) -> Config:
+    """The same config with a smaller model, shorter samples and smaller batches. What is small already stays."""
+    data = to_dict(config)
+    if config.start.from_ is None:
+        data["model"] |= _cut_model(data["model"])
+    seq_len = min(config.data.seq_len, 128)
+    data["data"] |= {"seq_len": seq_len, "cache": str(RunFolder(Path(config.run_dir)).cache(config.data.cache))}
+    batch = min(config.train.global_batch, 8)
+    data["train"] |= {
+        "steps": min(config.train.steps, STEPS),
+        "global_batch": batch,
+        "micro_batch": min(config.train.micro_batch, max(batch // 2, 1)),  # so that gradients are accumulated
+        "validate_every_steps": min(config.train.validate_every_steps, STEPS),
+        "validate_samples": min(config.train.validate_samples, 8),
+    }
+    data["run"] |= {"dir": run_dir, "log_every_steps": 1, "tensorboard": False}
+    data["parallel"] |= {"replicate": 1, "shard": -1, "compile": False}
+    data["precision"] |= {"deterministic": True}
+    return Config.model_validate(data)
+
+
+def _cut_model(model: dict[str, Any]) -> dict[str, Any]:
+    heads, width = model["heads"], model["head_dim"] or model["dim"] // model["heads"]
+    group = heads // (model["kv_heads"] or heads)
+    small_heads = min(heads, 4)
+    small_group = math.gcd(group, small_heads)
+    small_width = min(width, 32)
+    return {
+        "layers": min(model["layers"], 2),
+        "heads": small_heads,
+        "kv_heads": small_heads // small_group,
+        "head_dim": small_width,
+        "dim": min(model["dim"], 128),
+        "mlp_dim": min(model["mlp_dim"], 384),
+    }
+
+
+class CheckedRun(Run):
+    """A run whose engine looks at every batch and gradient."""
+
+    def build(self) -> None:
+        super().build()
+        fresh = self.origin.path is None
+        self.engine = CheckedEngine(self.engine, self.config, fresh)  # type: ignore[assignment]
+
+
+class CheckedEngine:
+    """Passes everything on to an engine, and checks what goes in and what comes out. Raises RunFailed."""
+
+    def __init__(self, engine: FsdpEngine, config: Config, fresh: bool) -> None:
+        self._engine, self._config = engine, config
+        self._expected_loss = math.log(config.model.vocab_size) if fresh else None
+        self._loss = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+        check_batch(micro_batch)
+        sums = self._engine.forward_backward(micro_batch, scale, last)
+        self._loss += float(sums[0] * scale)
+        return sums
+
+    def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
+        check_gradients(self._engine.gradients(), self._engine.trainable())
+        if self._expected_loss is not None:
+            check_first_loss(self._loss, self._expected_loss)
+        self._expected_loss, self._loss = None, 0.0
+        return self._engine.update(lr_factor, clip, guard)
+
+
+def check_batch(micro_batch: MicroBatch) -> None:
+    """A batch has targets, and none of them belongs to another document than its input."""
+    targets, documents = micro_batch.targets, micro_batch.documents
+    if not (targets != IGNORE).any() and micro_batch.tokens.any():
+        raise RunFailed("check", "check failed: a micro batch with samples has no target")
+    if documents is None:
+        return
+    crosses = (documents[:, 1:] != documents[:, :-1]) & (targets[:, :-1] != IGNORE)
+    if crosses.any():
+        sample, place = (int(n) for n in crosses.nonzero()[0])
+        raise RunFailed("check", f"check failed: the target of token {place} of sample {sample} is another document's")
+
+
+def check_gradients(gradients: dict[str, torch.Tensor], trainable: set[str]) -> None:
+    """Every trainable parameter has a finite gradient that is not all zero; nothing else has one."""
+    frozen = sorted(gradients.keys() - trainable)
+    missing = sorted(trainable - gradients.keys())
+    nonfinite = sorted(n for n, g in gradients.items() if not torch.isfinite(g).all())
+    zero = sorted(n for n, g in gradients.items() if not g.any())
+    for names, what in (
+        (frozen, "is frozen but has a gradient"),
+        (missing, "is trainable but has no gradient"),
+        (nonfinite, "has a gradient that is not finite"),
+        (zero, "has a gradient of zeros: nothing of it would be learned"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise RunFailed("check", f"check failed: {names[0]}{more} {what}")
+
+
+def check_first_loss(loss: float, expected: float) -> None:
+    """A fresh model knows nothing: its loss is that of guessing."""
+    if not abs(loss - expected) < LOSS_TOLERANCE:
+        raise RunFailed("check", f"check failed: the first loss is {loss:.3f}, log(vocabulary) is {expected:.3f}")
