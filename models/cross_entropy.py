@@ -107,8 +107,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """grad * scale in dtype, without a second copy in between.
 
-    The scale (1 / target tokens) goes in with two dimensions, because torch would round a bare scalar to grad's bf16
-    first and so make every gradient of the model up to 0.4 % too large or too small.
+    The scale (1 / target tokens) goes in with two dimensions. A bare scalar takes part in grad's own dtype, which on a
+    GPU means rounded to bf16: every gradient of the model would be up to 0.4 % too large or too small.
     """
     if grad is None:
         return None

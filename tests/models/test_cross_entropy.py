@@ -174,8 +174,8 @@ def test_logits_of_more_than_a_chunk_never_exist(dtype: torch.dtype) -> None:
 
 
 def test_it_costs_no_time() -> None:
-    """The demo's shape, against plain cross-entropy over all logits: interleaved, median of pairs. Seen: 0.89 to 1.02;
-    the bound leaves room for a busy machine. One thread: with more, the order of pairs decides under load."""
+    """The demo's shape, against plain cross-entropy over all logits: interleaved, median of pairs. Seen: 0.97 to 1.00;
+    processor time of one thread, since other processes of a busy machine must not decide."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     hidden, weight, targets = make(1024, 264, dim=256)
@@ -184,10 +184,10 @@ def test_it_costs_no_time() -> None:
         for _ in range(25):
             times = []
             for loss in (chunked_cross_entropy, plain):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 gradients(loss, hidden, weight, targets)
-                times.append(time.perf_counter() - begin)
+                times.append(time.process_time() - begin)
             pairs.append(times[0] / times[1])
     finally:
         torch.set_num_threads(threads)
-    assert statistics.median(pairs[3:]) < 1.15
+    assert statistics.median(pairs[3:]) < 1.1
