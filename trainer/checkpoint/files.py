@@ -285,6 +285,9 @@ class FileReader:
             os.close(self._fd)
         self._fd, self._held, self._scratch = -1, -1, bytearray()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 def host_blocks(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
     """The bytes of tensors in row-major order, at most a block of host memory at a time.
@@ -294,7 +297,7 @@ def host_blocks(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
     """
     scratch: torch.Tensor | None = None
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         if flat.device.type == "cpu":
             yield bytes_of(flat)
             continue
