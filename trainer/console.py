@@ -16,12 +16,14 @@ class Console:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._log: IO[str] | None = None
+        self.log_path: Path | None = None
         self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._live = ""
         self._lock = threading.Lock()  # saver threads report too
 
     def open_log(self, path: Path) -> None:
         """From here on also into `path`. Ranks other than 0 lose the terminal: even a crash in C ends in their log."""
+        self.log_path = path
         self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open as long as the process)
         if self.rank != 0:
             sys.stdout.flush()
@@ -31,12 +33,17 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        self.note(text)
+        with self._lock:
+            if self.rank == 0:
+                self._write(f"{self._wipe()}{text}\n{self._live}")
+
+    def note(self, text: str) -> None:
+        """A line for the log alone."""
         with self._lock:
             if self._log is not None:
                 stamp = time.strftime("%H:%M:%S")
                 self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
-            if self.rank == 0:
-                self._write(f"{self._wipe()}{text}\n{self._live}")
 
     def live(self, text: str) -> None:
         """The line that moves: replaced by the next one on a terminal, a plain line elsewhere."""

@@ -277,6 +277,9 @@ def _attempt(run: Run, changes: Changes) -> End:
             f"giving up after {config.run.give_up_after} attempts without a new checkpoint: {folder.attempts}"
         )
         return End("failed", 0, run.newest_checkpoint(), requeue=False, cause="giving_up")
+    before = Attempt(folder, attempt.number - 1)
+    if attempt.number and world.first and (before.end is None or before.end.reason == "failed"):
+        run.console.say(f"attempt {attempt.number}: attempt {before.number} failed, going on from the last checkpoint")
     try:
         run.wish.raise_if_wished()
         run.build()
@@ -293,12 +296,18 @@ def _attempt(run: Run, changes: Changes) -> End:
     return live(run)
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def _record_failure(run: Run, error: Exception) -> None:
     """The traceback and rank, for whoever looks. The other ranks may be gone: no collective from here on."""
     text = "".join(traceback.format_exception(error))
     run.events.write("rank_failed", rank=run.world.rank, error=repr(error), traceback=text)
-    run.console.say(text)
-    if run.world.rank != 0:
+    run.console.note(text)
+    if run.world.size == 1:
         print(text, file=sys.stderr)
+    else:  # it may be another rank's death that this one met; the launcher names the first
+        run.console.say(f"rank {run.world.rank} failed: {_first_line(error)}; traceback in {run.console.log_path}")
     if run.world.first:
         run.attempt.write_end(End("failed", run.progress.step, run.newest_checkpoint(), True, "rank_failed"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
@@ -36,8 +35,7 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     except UserError:
         world.close()
         raise
-    except Exception:  # noqa: BLE001 - recorded by `run`; other ranks may be gone, so nothing is closed in order
-        traceback.print_exc()
+    except Exception:  # noqa: BLE001 - `run` has recorded it; other ranks may be gone, so nothing is closed in order
         return life.FAILED
     world.close()
     return exit_code(end)
