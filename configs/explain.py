@@ -112,14 +112,13 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> tuple[str, ..
 def nearest(unknown: str) -> str | None:
     """The valid dotted key that an unknown one most likely means, by its last name or its whole path."""
     pattern = re.sub(r"\.\d+(?=\.|$)", ".*", unknown)
-    parent, _, name = pattern.rpartition(".")
+    name = pattern.rpartition(".")[2]
     if name in ELSEWHERE:
         return ELSEWHERE[name]
 
     def likeness(known: str) -> float:
-        known_parent, _, known_name = known.rpartition(".")
-        last = SequenceMatcher(None, name, known_name).ratio()
-        return max(last if known_parent == parent else 0.9 * last, SequenceMatcher(None, pattern, known).ratio())
+        last = SequenceMatcher(None, name, known.rpartition(".")[2]).ratio()
+        return max(last, SequenceMatcher(None, pattern, known).ratio())
 
     best = max(all_keys(), key=likeness)
     if likeness(best) < 0.62:
