@@ -59,7 +59,8 @@ def test_neighbours_are_torn_apart() -> None:
     assert abs(np.corrcoef(out, np.arange(100_000))[0, 1]) < 0.02
 
 
-sources = st.lists(st.tuples(st.integers(1, 20_000), st.floats(0.01, 100.0)), min_size=1, max_size=5)
+# The smallest share, 0.05 in 200, still gets a draw of each block.
+sources = st.lists(st.tuples(st.integers(1, 20_000), st.floats(0.05, 50.0)), min_size=1, max_size=5)
 
 
 @given(sources=sources, seed=st.integers(-(2**40), 2**40), first_block=st.sampled_from([0, 1, 10**9]))
@@ -94,15 +95,23 @@ def test_any_position_alone_gives_the_same(sources: list[tuple[int, float]], see
         assert together[:, i].tolist() == np.concatenate(order.draw(np.array([p]))).tolist()
 
 
-def test_seeds_epochs_and_sources_have_orders_of_their_own() -> None:
-    def run(seed: int, sizes: tuple[int, ...], which: int = 0) -> np.ndarray:
-        source, sample, _ = Order(sizes, [1.0] * len(sizes), seed).draw(np.arange(3 * 1000 * len(sizes)))
-        return sample[source == which][:2000]
+def test_blocks_seeds_epochs_and_sources_have_permutations_of_their_own() -> None:
+    size = 2 * BLOCK_DRAWS  # an epoch of each source is four blocks
 
-    one = run(0, (1000,))
-    assert not np.array_equal(one[:1000], one[1000:])
-    assert not np.array_equal(one, run(1, (1000,)))
-    assert not np.array_equal(np.sort(run(0, (1000, 1000), 0)[:100]), np.sort(run(0, (1000, 1000), 1)[:100]))
+    def block(seed: int, b: int) -> tuple[list[int], set[int], set[int]]:
+        """Which source stands where in a block, and which samples of both sources are in it."""
+        source, sample, _ = Order([size, size], [1.0, 1.0], seed).draw(
+            np.arange(b * BLOCK_DRAWS, (b + 1) * BLOCK_DRAWS)
+        )
+        return source.tolist(), set(sample[source == 0].tolist()), set(sample[source == 1].tolist())
+
+    places, first, second = block(0, 0)
+    assert first != second
+    assert places != block(0, 1)[0]
+    assert places != block(1, 0)[0]
+    assert first != block(1, 0)[1]
+    assert first != block(0, 4)[1]  # the same block of the next epoch
+    assert places[: BLOCK_DRAWS // 8].count(0) == pytest.approx(BLOCK_DRAWS // 16, rel=0.15)
 
 
 def test_the_order_is_the_same_as_ever() -> None:

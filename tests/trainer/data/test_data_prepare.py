@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_other_sources_and_settings_are_refused_by_name(tmp_path: Path) -> None:
         check_unchanged(first.fingerprints, prepared(tmp_path / "cache", config(source, data__validation_fraction=0.3)))
 
 
-def test_moved_and_regrouped_documents_are_the_same_source(tmp_path: Path) -> None:
+def test_moved_and_renamed_documents_are_the_same_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = text_folder(tmp_path / "text")
     first = prepared(tmp_path / "cache", config({"name": "t", "path": str(folder)}))
     folder.rename(tmp_path / "moved")
@@ -172,6 +173,8 @@ def test_moved_and_regrouped_documents_are_the_same_source(tmp_path: Path) -> No
     (tmp_path / "moved" / "part0" / "000.txt").rename(tmp_path / "moved" / "part0" / "000a.txt")
     assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
     assert len(list((tmp_path / "cache").glob("t-*"))) == 2
+    monkeypatch.setattr("trainer.data.prepare.read_file", refuse_to_read)
+    assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
 
 
 def test_a_restored_source_is_accepted_again(tmp_path: Path) -> None:
@@ -248,7 +251,7 @@ def test_a_stop_is_seen_soon_and_progress_comes_once_a_second(tmp_path: Path, ki
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text((json.dumps({"text": "words " * 200}) + "\n") * 5_000)
     (tmp_path / "big.txt").write_bytes(b"one long document\n" * 2_000_000)
-    np.save(tmp_path / "x.npy", np.tile(np.arange(257, dtype=np.uint16), 100_000))
+    np.save(tmp_path / "x.npy", np.tile(np.arange(257, dtype=np.uint16), 40_000))
     cfg = config(
         {"name": "j", "kind": "jsonl", "path": str(tmp_path / "x.jsonl")},
         {"name": "t", "path": str(tmp_path / "big.txt")},
@@ -261,7 +264,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 12e6, f"{peak_bytes / 1e6:.0f} MB for 90 MB of data"
+    assert peak_bytes < 12e6, f"{peak_bytes / 1e6:.0f} MB for 60 MB of data"
 
 
 _KILLED = """
@@ -381,6 +384,21 @@ def test_damaged_prepared_data_is_refused(tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size - 2)
     with pytest.raises(UserError, match="missing or damaged"):
         Prepared.open(path, patience_s=0.3)
+    np.save(file, np.zeros(5, np.uint16))
+    with pytest.raises(UserError, match=r"does not hold what its meta\.json says"):
+        Prepared.open(path, patience_s=0.0)
+
+
+def test_files_that_show_late_are_waited_for(tmp_path: Path) -> None:
+    """As on a shared filesystem, where what rank 0 wrote appears a little later on other nodes."""
+    cfg = config({"name": "t", "path": str(text_folder(tmp_path / "text"))})
+    path = prepare(cfg, tmp_path / "cache", lambda line: None, lambda: False)
+    hidden = path.with_suffix(".hidden")
+    path.rename(hidden)
+    timer = threading.Timer(0.3, lambda: hidden.rename(path))
+    timer.start()
+    assert Prepared.open(path).fingerprints
+    timer.join()
 
 
 def test_token_files_without_an_end_token_are_warned_about(tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def test_special_strings_in_documents_stay_text(loaded: JsonTokenizer, parts: li
     assert loaded.decode(ids.tolist()) == document
 
 
+def test_special_strings_take_the_ordinary_way(loaded: JsonTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting is for vocabularies that need it: elsewhere it could change the ids around the string."""
+    monkeypatch.delattr(JsonTokenizer, "_encode_cut")
+    (ids,) = loaded.encode([b"a <|endoftext|> b"])
+    assert loaded.decode(ids.tolist()) == "a <|endoftext|> b"
+
+
 def test_truncation_and_padding_of_the_file_are_switched_off(loaded: JsonTokenizer) -> None:
     long, short = loaded.encode([b"the model learns from text " * 50, b"a"])
     assert len(long) > 100
