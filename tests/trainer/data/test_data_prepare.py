@@ -243,7 +243,9 @@ def test_a_stop_is_seen_soon_and_progress_comes_once_a_second(tmp_path: Path, ki
         lambda: asked_s.append(time.monotonic()) or False,
     )
     asked_s.append(time.monotonic())
-    assert max(np.diff(asked_s)) < 0.5
+    # Ten times a second or more on a free machine; the bound leaves room for a busy one.
+    assert max(np.diff(asked_s)) < 1.0
+    assert np.median(np.diff(asked_s)) < 0.3
     progress_s = said_s[:-1]  # the last one says that it is done
     assert all(gap > 0.99 for gap in np.diff(progress_s))
 
