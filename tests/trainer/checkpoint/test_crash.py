@@ -35,7 +35,7 @@ def traced_calls(trace: str, folder: str) -> Counter[str]:
         name, arguments = call.groups()
         if "/mark-" in arguments and name.startswith("mkdir"):
             counting = "/mark-begin" in arguments
-        elif counting and folder in arguments:
+        elif counting and re.search(re.escape(folder) + r"[/\">]", arguments):
             reads_only = name.startswith("open") and not re.search(r"O_CREAT|O_WRONLY|O_RDWR|O_TRUNC", arguments)
             calls[name] += 0 if reads_only else 1
     return +calls

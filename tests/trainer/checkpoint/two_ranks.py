@@ -17,18 +17,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from configs.schema import KeepSection
 from trainer.checkpoint import disk
+from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore, RunState
+from trainer.checkpoint.store import CheckpointStore
 
 ATTEMPT = 3
 KEEP = KeepSection(last=1, best=False)
@@ -101,7 +101,7 @@ class Rank:
         return os.waitstatus_to_exitcode(status)
 
 
-def fork_rank(root: Path, rank: int, port: int, name: str, watch: Callable[[int], None], whole: bool = False) -> Rank:
+def fork_rank(root: Path, rank: int, watch: Callable[[int], None], whole: bool = False) -> Rank:
     """Start a rank. `watch(rank)` installs its observer before the second save, or (`whole`) before the first."""
     said_out, said_in = os.pipe()
     go_out, go_in = os.pipe()
@@ -114,12 +114,10 @@ def fork_rank(root: Path, rank: int, port: int, name: str, watch: Callable[[int]
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(60)
-        kv = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        kv = FileStore(str(root.parent.parent / f"kv-{root.parent.name}"), 2)
         if whole:
             watch(rank)
-        store = CheckpointStore(
-            root, rank, 2, PrefixStore(name, kv), attempt=ATTEMPT, keep=KEEP, timeout_s=30, say=lambda line: None
-        )
+        store = CheckpointStore(root, rank, 2, kv, attempt=ATTEMPT, keep=KEEP, timeout_s=30, say=lambda line: None)
         store.save(1, pieces(1, rank), run_state(1))
         must_succeed(store)
         os.write(said_in, b"1")
@@ -129,29 +127,15 @@ def fork_rank(root: Path, rank: int, port: int, name: str, watch: Callable[[int]
         store.save(2, pieces(2, rank), run_state(2))
         must_succeed(store)
         code = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the exit code tells the parent
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def start_master() -> tuple[int, int]:
-    """A store that ranks connect to, in a process of its own: (pid, port). Its threads must not be in the process that
-    forks ranks, as a fork copies the locks that they happen to hold."""
-    out, into = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(280)
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        os.write(into, str(store.port).encode())
-        while True:
-            signal.pause()
-    return pid, int(os.read(out, 10))
-
-
-def two_saves(root: Path, port: int, watch: Callable[[int], None], between: Callable[[], None], whole: bool) -> list[Rank]:
+def two_saves(root: Path, watch: Callable[[int], None], between: Callable[[], None], whole: bool) -> list[Rank]:
     """Fork both ranks and let them go when the first save is committed, after `between`."""
-    ranks = [fork_rank(root, rank, port, str(root), watch, whole) for rank in (0, 1)]
+    ranks = [fork_rank(root, rank, watch, whole) for rank in (0, 1)]
     for rank in ranks:
         rank.first_save_done()
     between()
@@ -160,7 +144,7 @@ def two_saves(root: Path, port: int, watch: Callable[[int], None], between: Call
     return ranks
 
 
-def names_of_operations(folder: Path, port: int) -> list[list[str]]:
+def names_of_operations(folder: Path) -> list[list[str]]:
     """Save twice below `folder`; the names of each rank's operations in the second save. Marks frame that save."""
 
     def watch(rank: int) -> None:
@@ -173,14 +157,15 @@ def names_of_operations(folder: Path, port: int) -> list[list[str]]:
         disk.observer = observe
 
     (folder / "run").mkdir()
-    ranks = two_saves(folder / "run" / "checkpoints", port, watch, (folder / "mark-begin").mkdir, whole=False)
+    ranks = two_saves(folder / "run" / "checkpoints", watch, (folder / "mark-begin").mkdir, whole=False)
     assert [rank.reap() for rank in ranks] == [0, 0]
     (folder / "mark-end").mkdir()
-    return [(folder / f"names-{rank}").read_text().split() for rank in (0, 1)]
+    return names_in(folder)
 
 
-def record(folder: Path, port: int) -> Path:
-    """Save twice below `folder`; every operation of both ranks, in the order in which they happened, one JSON a line."""
+def record(folder: Path) -> None:
+    """Save twice below `folder`; its file `log` gets every operation of both ranks in the order in which they happened,
+    one a line."""
     log, lock = folder / "log", folder / "lock"
     lock.touch()
 
@@ -198,14 +183,13 @@ def record(folder: Path, port: int) -> Path:
         disk.observer = observe
 
     (folder / "run").mkdir()
-    ranks = two_saves(folder / "run" / "checkpoints", port, watch, lambda: None, whole=True)
+    ranks = two_saves(folder / "run" / "checkpoints", watch, lambda: None, whole=True)
     assert [rank.reap() for rank in ranks] == [0, 0]
-    return log
 
 
-def crash(root: Path, port: int, victim: int, point: int, after: bool) -> None:
-    """Two saves; `victim` is killed right before (or right `after`) operation number `point` of its second. The other rank
-    follows at once, as when a node dies, or (`after`) goes on for a while, as when only a process does."""
+def crash(root: Path, victim: int, point: int, after: bool) -> None:
+    """Two saves; `victim` is killed right before (or right `after`) operation number `point` of its second. The other
+    rank follows at once, as when a node dies, or (`after`) goes on for a while, as when only a process does."""
 
     def watch(rank: int) -> None:
         seen = -1
@@ -223,7 +207,7 @@ def crash(root: Path, port: int, victim: int, point: int, after: bool) -> None:
         if rank == victim:
             disk.observer = observe
 
-    ranks = two_saves(root, port, watch, lambda: None, whole=False)
+    ranks = two_saves(root, watch, lambda: None, whole=False)
     assert ranks[victim].reap() == -signal.SIGKILL
     if after:
         time.sleep(0.05)
@@ -252,34 +236,47 @@ def recover(root: Path) -> int:
     return checkpoint.step
 
 
-def kill_everywhere(folder: Path, port: int) -> list[tuple[int, int, bool, int]]:
+def kill_everywhere(folder: Path, workers: int = 4) -> list[tuple[int, int, bool, int]]:
     """A crash at each operation of each rank, before and after: (victim, point, after, step that was found)."""
-    names = names_of_operations(folder, port)
-    found = []
-    for victim in (0, 1):
-        for point in range(len(names[victim])):
-            for after in (False, True):
-                root = folder / f"{victim}-{point}-{after}" / "checkpoints"
-                root.parent.mkdir()
-                crash(root, port, victim, point, after)
-                found.append((victim, point, after, recover(root)))
-                shutil.rmtree(root.parent)
-    return found
+    names = names_of_operations(folder)
+    trials = [(v, point, after) for v in (0, 1) for point in range(len(names[v])) for after in (False, True)]
+    pids = [fork_worker(folder, index, trials[index::workers]) for index in range(workers)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [0] * workers, codes
+    return [tuple(found) for index in range(workers) for found in json.loads((folder / f"found-{index}").read_text())]
+
+
+def fork_worker(folder: Path, index: int, trials: list[tuple[int, int, bool]]) -> int:
+    """A process that goes through its part of the trials, most of which is waiting."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        found = []
+        for victim, point, after in trials:
+            root = folder / f"{victim}-{point}-{after}" / "checkpoints"
+            root.parent.mkdir()
+            crash(root, victim, point, after)
+            found.append((victim, point, after, recover(root)))
+            shutil.rmtree(root.parent)
+        (folder / f"found-{index}").write_text(json.dumps(found))
+        code = 0
+    except BaseException:  # noqa: BLE001 - the exit code tells the parent
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    pid, port = start_master()
-    try:
-        if what == "names":
-            print(json.dumps(names_of_operations(folder, port)))
-        elif what == "record":
-            print(json.dumps(str(record(folder, port))))
-        elif what == "kill":
-            print(json.dumps({"found": kill_everywhere(folder, port), "names": names_in(folder)}))
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    if what == "names":
+        print(json.dumps(names_of_operations(folder)))
+    elif what == "record":
+        record(folder)
+        print("null")
+    elif what == "kill":
+        print(json.dumps({"found": kill_everywhere(folder), "names": names_in(folder)}))
 
 
 def names_in(folder: Path) -> list[list[str]]:
