@@ -199,7 +199,7 @@ class ParallelSection(Section):
     """Layout. Changes speed and memory, and the order of summation, nothing else."""
 
     engine: Literal["fsdp"] = speed("fsdp", "what shards the model")
-    replicate: int = speed(1, "groups that each hold the whole model; all ranks: DDP", ge=1)
+    replicate: int = speed(1, "groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1)
     shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1)
     reshard: bool = speed(True, "free a block's gathered parameters after its forward (less memory, more traffic)")
     prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=0)
@@ -217,8 +217,10 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _shard(self) -> ParallelSection:
-        if self.shard == 0:
-            raise ValueError("shard must be -1 (what is left) or at least 1")
+        if self.shard == 0 or self.replicate == 0:
+            raise ValueError("replicate and shard must be -1 (what is left) or at least 1")
+        if self.shard == self.replicate == -1:
+            raise ValueError("only one of replicate and shard can be -1 (what is left)")
         return self
 
 

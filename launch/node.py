@@ -23,7 +23,7 @@ from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
 from trainer.events import Events, read_events
 from trainer.folder import RunFolder, read_json
-from trainer.layout import check_layout
+from trainer.layout import resolve
 from trainer.lease import LEASE_VARIABLE, Lease
 from trainer.life import End
 from trainer.names import node_name
@@ -55,7 +55,7 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None) 
     """Run a config on this node until it is decided; returns the exit code. Raises UserError before anything starts."""
     config = load(argument, overrides)
     processes = processes or default_processes()
-    check_layout(config, processes)
+    resolve(config.parallel, processes)
     folder = RunFolder(Path(config.run_dir))
     check_folder(config, folder)
     wish = StopWish()

@@ -36,7 +36,11 @@ def free_port() -> int:
 
 
 def run_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0, env: dict[str, str] | None = None
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_s: float = 120.0,
+    env: dict[str, str] | None = None,
 ) -> list[Any]:
     """`function(*arguments)` on `size` ranks with torchrun's environment; returns what each gave, by rank.
 
@@ -114,7 +118,27 @@ def write_corpus(folder: Path, seed: int = 0) -> Path:
     import random
 
     folder.mkdir(parents=True, exist_ok=True)
-    words = "def class return import self value for in if else while try None True False print data step loss".split()
+    words = [
+        "def",
+        "class",
+        "return",
+        "import",
+        "self",
+        "value",
+        "for",
+        "in",
+        "if",
+        "else",
+        "while",
+        "try",
+        "None",
+        "True",
+        "False",
+        "print",
+        "data",
+        "step",
+        "loss",
+    ]
     for number in range(TEXTS):
         rng = random.Random(f"{seed}-{number}")
         (folder / f"{number:03d}.txt").write_text(" ".join(rng.choice(words) for _ in range(60)) + "\n")
@@ -122,7 +146,7 @@ def write_corpus(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A config of a model of some thousand parameters over `write_corpus`; `changes` by dotted key with `__` for dots."""
+    """A config of a small model over `write_corpus`; `changes` by dotted key with `__` for dots."""
     config: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "log_every_steps": 1, "tensorboard": False},
         "model": {"vocab_size": 260, "dim": 32, "layers": 2, "heads": 2, "mlp_dim": 64, "max_seq_len": 64},

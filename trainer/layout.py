@@ -1,19 +1,32 @@
-"""Whether a layout fits the ranks there are. No torch: asked before anything starts."""
+"""How the ranks are laid out: groups that replicate the model, and ranks that share one copy. No torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import ParallelSection
 
 
-def check_layout(config: Config, size: int) -> None:
-    """Raise UserError when the layout does not fit `size` ranks."""
-    p = config.parallel
-    if size % p.replicate:
-        raise UserError(f"parallel.replicate={p.replicate} does not divide the {size} ranks of this run")
-    if p.shard not in (-1, size // p.replicate):
-        fits = size // p.replicate
+@dataclass(frozen=True)
+class Layout:
+    """`replicate` groups of `shard` ranks; their product is the world size."""
+
+    replicate: int
+    shard: int
+
+
+def resolve(parallel: ParallelSection, world_size: int) -> Layout:
+    """The layout for this many ranks. Raises UserError when they do not fit."""
+    replicate, shard = parallel.replicate, parallel.shard
+    given = f"parallel.replicate={replicate}, parallel.shard={shard}"
+    if replicate == -1:
+        replicate = world_size // shard
+    if shard == -1:
+        shard = world_size // replicate
+    if replicate * shard != world_size:
         raise UserError(
-            f"parallel.replicate={p.replicate} x parallel.shard={p.shard} is {p.replicate * p.shard} ranks, "
-            f"but this run has {size}; shard={fits} or -1 fits"
+            f"{given}: {replicate} x {shard} is not the {world_size} rank(s) of this run; "
+            f"parallel.replicate=1 parallel.shard=-1 fits any number"
         )
+    return Layout(replicate, shard)

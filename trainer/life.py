@@ -21,17 +21,9 @@ from trainer.folder import RunFolder, read_json, write_json
 FINISHED, FAILED, USER_ERROR, STOPPED, REQUEUE = 0, 1, 2, 3, 75
 
 # Environment that explains a run. Anything else may hold secrets and is never written down.
-TOLD_PREFIXES: tuple[str, ...] = (
-    "SLURM_JOB_",
-    "SLURM_NNODES",
-    "SLURM_NTASKS",
-    "SLURMD_NODENAME",
-    "CUDA_",
-    "NCCL_",
-    "TORCH_",
-    "OMP_",
-)
-TOLD_PREFIXES += ("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GLOO_", "PYTORCH_", "MUSTER_")
+_CLUSTER = ("SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS", "SLURMD_NODENAME", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
+_LIBRARIES = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "TORCHELASTIC_", "PYTORCH_", "OMP_", "MUSTER_")
+TOLD_PREFIXES = _CLUSTER + _LIBRARIES
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trainer.engines.fsdp import FsdpEngine
 from trainer.events import Events, append_row
 from trainer.folder import RunFolder
 from trainer.freeze import choose_trainable
+from trainer.layout import resolve
 from trainer.lease import Lease
 from trainer.life import Attempt, End
 from trainer.loop import Progress, train
@@ -162,14 +164,14 @@ class Run:
         self.world.from_first(lambda: self.store.shelf.check_space(int(total[0]), int(total[1])))
 
     def _state(self) -> RunState:
-        world, parallel = self.world, self.config.parallel
+        layout = resolve(self.config.parallel, self.world.size)
         return RunState(
             position={"consumed_samples": self.progress.consumed_samples},
             loop=self.progress.state(),
             config=to_dict(self.config),
             fingerprint=fingerprint(self.config),
             model=to_dict(self.config)["model"],
-            layout={"engine": parallel.engine, "world_size": world.size, "replicate": parallel.replicate},
+            layout={"engine": self.config.parallel.engine, **asdict(layout)},
             data=self.prepared.fingerprints,
             step_counts=self.engine.step_counts(),
             aliases=self.engine.aliases(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
-from trainer.layout import check_layout
+from trainer.layout import resolve
 from trainer.stop import StopWish
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
 
     `kind` is the class that puts the run together, for those who check or measure one.
     """
-    check_layout(config, int(os.environ.get("WORLD_SIZE", 1)))
+    resolve(config.parallel, int(os.environ.get("WORLD_SIZE", 1)))  # refused before anything is touched
 
     from trainer import world as worlds  # imports torch: only now that the config is known to be good
     from trainer.run import Run, run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainer.console import duration, gib, si
+from trainer.layout import resolve
 from trainer.life import End
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def _layout(run: Run) -> str:
     p, precision = config.parallel, config.precision
     kind = "one process"
     if world.size > 1:
-        shard = world.size // p.replicate
-        kind = f"{p.replicate} x {shard} (replicate x shard) on {world.size} ranks"
+        layout = resolve(p, world.size)
+        kind = f"{layout.replicate} x {layout.shard} (replicate x shard) on {world.size} ranks"
     extras = [f"{precision.compute} compute, {precision.params} parameters", world.device.type]
     extras += ["compiled"] if p.compile else []
     extras += [f"{p.activation_checkpoint} activation checkpointing"] if p.activation_checkpoint != "none" else []

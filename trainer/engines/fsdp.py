@@ -25,6 +25,7 @@ from trainer.engines.activations import checkpoint_activations
 from trainer.engines.base import TensorInfo
 from trainer.engines.boxes import box_of, local_part
 from trainer.engines.master import MasterWeights
+from trainer.layout import resolve
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
 from trainer.tasks.lm import LanguageModelling
@@ -37,10 +38,11 @@ def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
     """The device mesh of a layout, None for one process. The layout was checked against the world size before."""
     if world.size == 1:
         return None
-    shard = world.size // parallel.replicate
-    if parallel.replicate == 1:
-        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+    layout = resolve(parallel, world.size)
+    if layout.replicate == 1:
+        return init_device_mesh(world.device.type, (layout.shard,), mesh_dim_names=("shard",))
+    shape = (layout.replicate, layout.shard)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 class FsdpEngine:
@@ -176,7 +178,7 @@ class FsdpEngine:
         square = norms.double().square().sum() + guard.to(norms.device).double()
         if self.mesh is not None:
             dist.all_reduce(square)
-            square /= self.config.parallel.replicate  # each shard was counted once per copy
+            square /= resolve(self.config.parallel, self.world.size).replicate  # a shard was counted once per copy
         return float(square.sqrt())
 
     def gradients(self) -> dict[str, torch.Tensor]:

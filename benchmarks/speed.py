@@ -1,0 +1,166 @@
+"""Muster's loop against a bare PyTorch loop: the same model, the same batches, the same optimizer, interleaved.
+
+    python benchmarks/speed.py --processes 2 [--pairs 9] [--preset demo] [--json FILE] [key=value ...]
+
+Each pair runs a segment of steps of one, then of the other, in the same processes. "ours" is the real loop
+(`trainer.loop`) with its loader, agreement and logging, without a save; with `--saving` also with a save every 50 steps.
+"bare" is what a person would write: forward, cross-entropy over all logits, backward, `clip_grad_norm_`, fused AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional as F
+
+from benchmarks.table import show
+from configs.load import load
+from configs.schema import Config
+from tests.distributed import run_ranks
+
+SEGMENT_STEPS = 10
+SAVING_STEPS = 50  # long enough for one save
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--saving", action="store_true", help="also measure logging and a save every 50 steps")
+    parser.add_argument("--json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory(prefix="muster-speed-") as folder:
+        fixed = [
+            f"run.dir={folder}/run",
+            "train.steps=1000000",
+            "train.validate_every_steps=0",
+            "run.tensorboard=false",
+        ]
+        config = load(options.preset, [*fixed, "checkpoint.every_steps=0", *options.overrides])
+        rows = run_ranks(options.processes, measure, config, options.pairs, options.saving, timeout_s=3600)[0]
+    show(f"tokens/s against a bare loop, {options.preset}, {options.processes} processes", rows, options.json)
+
+
+def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
+    """One rank's part; rank 0's rows count."""
+    from trainer import world as worlds
+    from trainer.folder import RunFolder
+    from trainer.life import Attempt
+    from trainer.loop import train
+    from trainer.metrics import Meter
+    from trainer.run import Run
+    from trainer.stop import StopWish
+
+    world = worlds.start(config)
+    folder = RunFolder(Path(config.run_dir))
+    attempt = Attempt(folder, world.from_first(lambda: Attempt.open(folder).number))
+    run = Run(config, world, folder, attempt, StopWish())
+    run.console.rank = -1  # no lines between the figures
+    run.build()
+    run.meter = Meter(config, world, folder, run.console, attempt.number, run.flops_per_token())
+    bare = BareLoop(run)
+
+    def ours(steps: int, save_every: int = 0) -> None:
+        train_section = config.train.model_copy(update={"steps": run.progress.step + steps})
+        checkpoint = config.checkpoint.model_copy(update={"every_steps": save_every})
+        run.config = config.model_copy(update={"train": train_section, "checkpoint": checkpoint})
+        train(run)
+        run.poll_saves(wait=True)
+
+    tokens = config.train.global_batch * config.data.seq_len
+    rows = [_row("ours / bare", ours, bare.run, SEGMENT_STEPS, pairs, tokens, world)]
+    if saving:
+        with_saves: Callable[[int], None] = lambda steps: ours(steps, SAVING_STEPS)  # noqa: E731
+        rows.append(_row("ours with a save / without", with_saves, ours, SAVING_STEPS, pairs, tokens, world))
+    run.close()
+    world.close()
+    return rows
+
+
+def _row(
+    name: str, a: Callable[[int], None], b: Callable[[int], None], steps: int, pairs: int, tokens: int, world: Any
+) -> dict[str, Any]:
+    a(steps), b(steps)  # warm-up
+    times: list[tuple[float, float]] = []
+    for pair in range(pairs):
+        first, second = (a, b) if pair % 2 == 0 else (b, a)
+        measured = [_seconds(first, steps, world), _seconds(second, steps, world)]
+        times.append((measured[0], measured[1]) if pair % 2 == 0 else (measured[1], measured[0]))
+    ratios = sorted(y / x for x, y in times)
+    return {
+        "what": name,
+        "pairs": pairs,
+        "tokens/s (first)": steps * tokens / statistics.median(x for x, _ in times),
+        "tokens/s (second)": steps * tokens / statistics.median(y for _, y in times),
+        "ratio (median)": statistics.median(ratios),
+        "ratio (min)": ratios[0],
+        "ratio (max)": ratios[-1],
+    }
+
+
+def _seconds(function: Callable[[int], None], steps: int, world: Any) -> float:
+    world.barrier()
+    began = time.perf_counter()
+    function(steps)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+class BareLoop:
+    """A training loop without Muster, on the model of a run (rebuilt) and on batches taken from its loader before."""
+
+    def __init__(self, run: Any) -> None:
+        from models import build_model
+        from trainer.engines.fsdp import DTYPES, make_mesh
+
+        self.config, self.world = run.config, run.world
+        compute = DTYPES[self.config.precision.compute]
+        torch.manual_seed(0)
+        self.model: nn.Module = build_model(self.config.model)
+        for name, parameter in self.model.named_parameters():
+            self.model.init_parameter(name, parameter.data, torch.Generator().manual_seed(0))  # type: ignore[operator]
+        self.model.to(self.world.device)
+        mesh = make_mesh(self.config.parallel, self.world)
+        self.autocast = mesh is None and compute != torch.float32
+        if mesh is not None:
+            precision = MixedPrecisionPolicy(param_dtype=compute if compute != torch.float32 else None)
+            for block in self.model.blocks:  # type: ignore[union-attr]
+                fully_shard(block, mesh=mesh, mp_policy=precision)
+            fully_shard(self.model, mesh=mesh, mp_policy=precision)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.optim.lr, fused=True)
+        batches = list(itertools.islice(run.loader, 4))
+        run.progress.step, run.progress.consumed_samples = batches[-1].step, batches[-1].consumed_samples
+        self.batches: Iterator[Any] = itertools.cycle(batches)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = next(self.batches)
+            for micro in batch.micro_batches:
+                micro = micro.to(self.world.device)
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
+                    logits = self.model(micro.tokens, documents=micro.documents)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), micro.targets.flatten())
+                (loss / len(batch.micro_batches)).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
