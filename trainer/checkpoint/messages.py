@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -16,12 +17,18 @@ class Messages:
 
     def __init__(self, kv: Store | None, attempt: int, timeout_s: float) -> None:
         """`kv` None: this process is the only one."""
+        self._kv_of_others = kv  # a clone does not keep the server alive that the original may hold
         own: Store = kv.clone() if kv is not None else HashStore()  # type: ignore[attr-defined]
         self._kv = PrefixStore(f"muster/saves/{attempt}", own)
         self._timeout = timedelta(seconds=timeout_s)
 
     def put(self, name: str, content: Any) -> None:
         self._kv.set(name, json.dumps(content))
+
+    def tell(self, name: str, content: Any) -> None:
+        """As `put`, where nothing can be done any more if the store is gone: whoever waits will time out."""
+        with suppress(RuntimeError):
+            self.put(name, content)
 
     def get(self, name: str, whose: str) -> Any:
         """Wait for a message. Raises SaveError, saying whose it would have been, when it does not come in time."""

@@ -187,9 +187,9 @@ class CheckpointStore:
                 outcome = self._write_and_commit(job, partial)
         except Exception as error:  # noqa: BLE001 - every kind of failure is told to all ranks
             outcome = {"error": _text(error), "superseded": isinstance(error, Superseded)}
-            self._messages.put(f"{job.number}/go", {"error": outcome["error"]})
             self._discard(partial)
-        self._messages.put(f"{job.number}/done", outcome)
+            self._messages.tell(f"{job.number}/go", outcome)
+        self._messages.tell(f"{job.number}/done", outcome)
         if "error" not in outcome:
             self._after_commit(job)
         return outcome
