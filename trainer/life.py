@@ -6,6 +6,7 @@ turns a worker's code into 1. A missing `end.json` means failed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -105,10 +106,8 @@ class Attempt:
         """Undo `open` after a user error: nothing stays touched."""
         shutil.rmtree(self.path, ignore_errors=True)
         for empty in (self.folder.attempts, self.folder.events, self.folder.root):
-            try:
+            with contextlib.suppress(OSError):  # it holds something and stays, or was never made
                 empty.rmdir()
-            except OSError:
-                return  # holds something, or was never made: it stays
 
 
 def numbers(folder: RunFolder) -> list[int]:
