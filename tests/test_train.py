@@ -42,6 +42,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"parallel__replicate": 2, "train__micro_batch": 2}),
     (5, {}),
     (6, {"train__micro_batch": 64}),
+    (2, {"parallel__compile": True, "parallel__activation_checkpoint": "selective"}),
 ]
 
 

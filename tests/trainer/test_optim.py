@@ -1,0 +1,86 @@
+"""Learning-rate schedules, optimizers at any world size, groups."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.schema import OptimSection
+from tests.distributed import tiny, train
+from tests.test_train import losses
+from trainer.optim import Muon, build_optimizers, lr_factor
+
+SCHEDULES = ["cosine", "linear", "wsd", "constant"]
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(0, 50), st.integers(60, 500), st.floats(0, 1), st.integers(1, 100))
+def test_schedules_rise_to_the_peak_and_end_low(schedule: str, warmup: int, last: int, low: float, decay: int) -> None:
+    optim = OptimSection.model_validate(
+        {"schedule": schedule, "warmup_steps": warmup, "final_lr_ratio": low, "decay_steps": decay}
+    )
+    factors = [lr_factor(optim, step, last) for step in range(1, last + 1)]
+    assert factors[:warmup] == [step / warmup for step in range(1, warmup + 1)]
+    after = factors[warmup:]
+    assert all(low - 1e-9 <= f <= 1 for f in after)
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
+    assert after[-1] == pytest.approx(1.0 if schedule == "constant" else low, abs=1e-9)
+    if schedule == "wsd":
+        assert all(f == 1.0 for f in after[: max(last - warmup - decay, 0)])
+
+
+def test_cosine_is_the_formula() -> None:
+    optim = OptimSection(schedule="cosine", warmup_steps=10, final_lr_ratio=0.1)
+    assert lr_factor(optim, 60, 110) == pytest.approx(0.1 + 0.9 * 0.5)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    named = {"blocks.0.w": torch.zeros(3, 3), "blocks.0.norm": torch.zeros(3), "head.bias": torch.zeros(2)}
+    (optimizer,) = build_optimizers(OptimSection(weight_decay=0.3), {k: v.requires_grad_() for k, v in named.items()})
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert [decay[id(p)] for p in named.values()] == [0.3, 0.0, 0.0]
+
+
+def test_muon_takes_the_blocks_matrices_alone() -> None:
+    shapes = {"embed.weight": (4, 3), "blocks.0.w": (3, 3), "blocks.0.norm": (3,), "head.weight": (4, 3)}
+    named = {k: torch.zeros(v, requires_grad=True) for k, v in shapes.items()}
+    adamw, muon = build_optimizers(OptimSection(name="muon"), named)
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(named["blocks.0.w"])]
+    assert sum(len(g["params"]) for g in adamw.param_groups) == 3
+
+
+def test_muon_agrees_with_torchs_own() -> None:
+    """torch.optim.Muon on a whole matrix: the same updates but for bf16 rounding in the iteration."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(24, 16), [torch.randn(24, 16) for _ in range(4)]
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    mine = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1)
+    reference = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1)
+    for grad in grads:
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        mine.step()
+        reference.step()
+    assert (ours - theirs).abs().max() < 2e-3  # updates are 0.02 in size, bf16 keeps 8 bits of each
+    assert (ours - start).abs().max() > 0.02
+
+
+# Muon iterates in bf16 (8 bits), so the order in which a gradient was summed moves its updates by up to 1e-3.
+TOLERANCES = {"adamw": 2e-5, "adam": 2e-5, "sgd": 2e-5, "muon": 5e-3}
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_an_optimizer_gives_the_same_on_two_ranks(name: str, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 2):
+        config = tiny(tmp_path / str(size), optim__name=name, train__steps=8, checkpoint__every_steps=4)
+        assert train(config, size) == [0] * size
+        config["train"]["steps"] = 10  # its state goes through a checkpoint
+        assert train(config, 3 - size) == [0] * (3 - size)
+        found.append(losses(config))
+    assert len(found[0]) == 10
+    assert found[0] == pytest.approx(found[1], abs=TOLERANCES[name])
+    assert found[0][-1] < found[0][0]
