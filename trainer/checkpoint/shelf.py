@@ -15,6 +15,7 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 
 _COMMITTED = re.compile(r"^step-(\d{8,})$")
+_ASIDE = re.compile(r"^step-\d{8,}\.bad-\d+$")
 _LEFTOVER = re.compile(r"^step-\d{8,}\.(partial|deleting)-")
 
 
@@ -52,7 +53,7 @@ class Shelf:
         """The newest checkpoint whose manifest and files are sound, or None when there is none at all.
 
         Bad ones that are newer are set aside as `step-....bad-<k>`, loudly. When all are bad nothing is renamed and a
-        UserError says so, because going on would begin the run from nothing.
+        UserError says so, because going on would begin the run from nothing; likewise when only such are left.
         """
         bad: list[tuple[int, BadCheckpoint]] = []
         for step in reversed(self.steps()):
@@ -68,7 +69,19 @@ class Shelf:
             return checkpoint
         if bad:
             raise UserError(f"none of the {len(bad)} checkpoints in {self.root} can be read; the newest: {bad[0][1]}")
+        aside = self.set_aside()
+        if aside:
+            raise UserError(
+                f"no good checkpoint is left in {self.root}, only {', '.join(aside)}: "
+                "repair one, or move them away to begin the run anew"
+            )
         return None
+
+    def set_aside(self) -> list[str]:
+        """Names of the bad checkpoints."""
+        if not self.root.is_dir():
+            return []
+        return sorted(entry.name for entry in os.scandir(self.root) if _ASIDE.match(entry.name))
 
     def reject(self, step: int, reason: str) -> Path:
         """Set a bad checkpoint aside under another name, from which nothing continues. Returns the new path."""

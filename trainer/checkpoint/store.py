@@ -35,7 +35,8 @@ _FOLDER_APPEARS_S = 30.0
 @dataclass(frozen=True)
 class SaveResult:
     """How a save went, the same on all ranks but for the times. `bytes_written` is over all ranks, links excluded;
-    `stall_s` is how long training stood still, waiting for the save before this one included."""
+    `seconds` ends with the commit, before pruning; `stall_s` is how long training stood still, waiting for the save
+    before this one included."""
 
     step: int
     ok: bool
@@ -60,6 +61,7 @@ class _Job:
     files: list[WrittenFile] = field(default_factory=list)
     error: str | None = None
     began: float = 0.0
+    seconds: float = 0.0
     stall_s: float = 0.0
     result: SaveResult | None = None
 
@@ -167,7 +169,7 @@ class CheckpointStore:
             step=job.step,
             ok="error" not in outcome,
             error=outcome.get("error"),
-            seconds=time.monotonic() - job.began,
+            seconds=job.seconds or time.monotonic() - job.began,
             stall_s=0.0,
             bytes_written=outcome.get("bytes", 0),
             superseded=outcome.get("superseded", False),
@@ -190,6 +192,7 @@ class CheckpointStore:
             self._discard(partial)
             self._messages.tell(f"{job.number}/go", outcome)
         self._messages.tell(f"{job.number}/done", outcome)
+        job.seconds = time.monotonic() - job.began
         if "error" not in outcome:
             self._after_commit(job)
         return outcome

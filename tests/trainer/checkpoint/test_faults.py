@@ -161,6 +161,10 @@ def test_all_bad_is_an_error_and_nothing_is_renamed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 2 checkpoints"):
         shelf.newest_good()
     assert shelf.steps() == [1, 2]
+    for step in (1, 2):
+        shelf.reject(step, "a block was bad")
+    with pytest.raises(UserError, match=r"only step-00000001\.bad-0, step-00000002\.bad-0"):
+        shelf.newest_good()
 
 
 def test_a_file_that_changes_under_the_reader_is_bad(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.errors import Superseded
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.share import bytes_needed
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.store import CheckpointStore, SaveResult
 
@@ -74,6 +75,12 @@ def test_the_tensors_may_change_once_save_returns(tmp_path: Path) -> None:
     assert checkpoint.manifest.loop == {"best": 1.5}
     assert checkpoint.manifest.tensors["w"].trained_step == 1
     assert checkpoint.manifest.tensors["f"].trained_step == 0
+
+
+def test_the_bytes_announced_are_those_written(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    assert sum(bytes_needed(some(1))) == save(store, 1).bytes_written
+    assert bytes_needed(some(1))[0] == save(store, 2).bytes_written
 
 
 def test_keep(tmp_path: Path) -> None:
@@ -320,7 +327,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 
 
 def test_host_memory_of_a_save_is_one_copy_and_a_block(tmp_path: Path) -> None:
-    """200 MB change, 100 MB are frozen; the peak grows by the 200 MB, a block and little else, also at a second save."""
+    """200 MB change, 100 MB are frozen; the peak grows by 200 MB, a block and little else, also at a second save."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).with_name("peak_memory.py")
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
