@@ -67,7 +67,8 @@ def train(run: Run) -> Cause | None:
             cause = agreement.outcome()
             if values is not None:  # else a wish to stop came in between
                 better = take_validation(run, values)
-        if cause is None and (due(progress.step, config.checkpoint.every_steps) or better):
+        keeps_best = better and config.checkpoint.keep.best
+        if cause is None and (due(progress.step, config.checkpoint.every_steps) or keeps_best):
             run.save(best=better)
         run.poll_saves()
     if cause is not None and cause.kind is Kind.FAIL:
