@@ -41,3 +41,14 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "installing Muster, PyTorch and the test tools into $(VENV); this takes minutes once"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $(VENV)/.demo $@
+
+# Longer than `make test`, each run by hand before its result is claimed.
+.PHONY: gpu bench
+gpu: $(VENV)/.test
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs an NVIDIA GPU")'
+	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	@$(BIN)/python benchmarks/gpu_speed.py
+
+bench: $(VENV)/.test
+	@$(BIN)/python benchmarks/speed.py --processes 1 --saving
+	@$(BIN)/python benchmarks/speed.py --processes 2 --saving

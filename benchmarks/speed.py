@@ -3,7 +3,7 @@
     python benchmarks/speed.py --processes 2 [--pairs 9] [--preset demo] [--json FILE] [key=value ...]
 
 Each pair runs a segment of steps of one, then of the other, in the same processes. "ours" is the real loop
-(`trainer.loop`) with its loader, agreement and logging, without a save; with `--saving` also with a save every 50 steps.
+(`trainer.loop`) with its loader, agreement and logging, without a save; with `--saving` also with one every 50 steps.
 "bare" is what a person would write: forward, cross-entropy over all logits, backward, `clip_grad_norm_`, fused AdamW.
 """
 
