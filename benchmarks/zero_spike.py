@@ -174,7 +174,7 @@ class ZeroEngine:
     def train(self, step: int, clip: float = 0.0, poison: float = 0.0, guard: float = 0.0) -> float:
         """One step as the trainer would do it. A NaN `poison` spoils a gradient of rank 1 alone, `guard` its guard."""
         self.backward(step, poison)
-        return self.update(clip, torch.tensor(guard * dist.get_rank()))
+        return self.update(clip, torch.tensor(guard if dist.get_rank() == 1 else 0.0))
 
     def backward(self, step: int, poison: float = 0.0) -> None:
         for index, batch in enumerate(micro_batches(step, dist.get_rank())):
