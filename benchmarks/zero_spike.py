@@ -396,6 +396,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(
-        main()
-    )  # at stage 3 a plain exit, after the last row, aborted in 3 of about 25 runs: SIGABRT, cause not found
+    os._exit(main())  # a plain exit after the last row aborted in 3 of about 25 runs at stage 3, cause not found
