@@ -60,10 +60,11 @@ def _alive(holder: dict[str, Any], node: str) -> bool | None:
     if holder.get("pid_namespace") != _pid_namespace():
         return None  # another container of this machine: its pids mean nothing here
     try:
-        started = psutil.Process(holder["pid"]).create_time()
+        process = psutil.Process(holder["pid"])
+        # A zombie has ended; whoever started it (a container without an init, say) just never asked how.
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder["started_s"]) < 2
     except psutil.NoSuchProcess:
-        return False
-    return abs(started - holder["started_s"]) < 2  # else the pid was given to someone else
+        return False  # and an hour later the pid may be someone else's, hence the time above
 
 
 class Lease:

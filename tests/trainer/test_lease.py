@@ -1,0 +1,76 @@
+"""One writer per run folder: who is refused, and whose lease is taken over."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from configs.errors import UserError
+from trainer.folder import RunFolder
+from trainer.lease import Lease
+
+
+def held_by(folder: RunFolder, pid: int, **changes: Any) -> None:
+    """Make the lease look like that of another process on this node."""
+    lease = Lease.take(folder, "here", 0, print)
+    holder = json.loads(lease.path.read_text())
+    lease.path.write_text(
+        json.dumps(holder | {"pid": pid, "started_s": psutil.Process(pid).create_time(), "token": "theirs"} | changes)
+    )
+
+
+def test_a_living_holder_is_refused_and_a_dead_one_succeeded(tmp_path: Path) -> None:
+    folder, said = RunFolder(tmp_path), list[str]()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        held_by(folder, other.pid)
+        with pytest.raises(UserError, match=f"already running \\(pid {other.pid} on here\\)"):
+            Lease.take(folder, "here", 1, said.append)
+        other.kill()
+        # Killed but not waited for: a zombie, as in a container without an init.
+        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+            pass
+        lease = Lease.take(folder, "here", 1, said.append)
+    assert said == [f"taking over {tmp_path}: pid {other.pid} on here is gone"]
+    lease.release()
+    assert not folder.lease.exists()
+
+
+def test_another_process_with_the_same_pid_is_no_holder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    held_by(folder, psutil.Process().pid, started_s=1.0)
+    Lease.take(folder, "here", 1, print)
+
+
+@pytest.mark.parametrize("other", [{"boot_id": "x", "node": "there"}, {"pid_namespace": "pid:[1]"}])
+def test_a_holder_that_cannot_be_asked_is_not_overrun(other: dict[str, str], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    held_by(folder, psutil.Process().pid, **other)
+    with pytest.raises(UserError, match="cannot be asked from here"):
+        Lease.take(folder, "here", 1, print)
+
+
+def test_before_the_last_boot_is_long_ago(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    held_by(folder, psutil.Process().pid, boot_id="an earlier one")
+    Lease.take(folder, "here", 1, print)
+
+
+def test_a_lease_that_was_taken_over_is_not_released(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lease = Lease.take(folder, "here", 0, print)
+    lease.path.write_text(json.dumps({"token": "theirs"}))
+    lease.release()
+    assert folder.lease.exists()
+
+
+def test_a_lease_cut_short_by_a_crash_is_replaced(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.lease.write_text('{"token": ')
+    Lease.take(folder, "here", 0, print).release()
+    assert not folder.lease.exists()
