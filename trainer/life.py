@@ -82,8 +82,9 @@ class Attempt:
         path = self.path / "end.json"
         if not path.exists():
             write_json(path, asdict(end) | {"time_s": time.time()})
-        if end.cause == "stop_file":
-            # Only now: a crash in between must not lose the request.
+        if not end.requeue:
+            # Only now: a crash in between must not lose the request. At whatever end, so that it stops no later start;
+            # but what is started again by itself still has to hear of it.
             moved = self.folder.stop
             if moved.exists():
                 moved.rename(self.path / "STOP")
