@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
-from trainer.parents import die_with_parent
+from trainer.events import append_row
+from trainer.parents import PARENT_VARIABLE, die_with_parent
 
 FAILURES_VARIABLE = "MUSTER_FAILURES"  # file that names the ranks which failed, for the launcher
 
@@ -15,6 +17,7 @@ FAILURES_VARIABLE = "MUSTER_FAILURES"  # file that names the ranks which failed,
 def main(arguments: list[str]) -> int:
     """Run torchrun with `arguments`; 1 when workers failed for good."""
     die_with_parent()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
     # Slurm signals every process of a step. An agent that dies of it takes its workers along, unsaved.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -25,16 +28,28 @@ def main(arguments: list[str]) -> int:
     known = {option for action in run.get_args_parser()._actions for option in action.option_strings}
     if "--signals-to-handle" in known:  # else torchrun would undo the shield
         arguments = ["--signals-to-handle", "SIGQUIT", *arguments]
+    _tell_failures(Path(os.environ[FAILURES_VARIABLE]))
     try:
         run.main(arguments)
-    except ChildFailedError as error:
-        failures = [
-            {"rank": rank, "exit_code": f.exitcode, "time_s": f.timestamp} for rank, f in error.failures.items()
-        ]
-        with open(os.environ[FAILURES_VARIABLE], "w", encoding="utf-8") as file:
-            json.dump(sorted(failures, key=lambda f: f["time_s"]), file)
+    except ChildFailedError:
         return 1
     return 0
+
+
+def _tell_failures(path: Path) -> None:
+    """Have torchrun write down each rank that failed, also when it starts the ranks again: then it tells nobody."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.launcher import api
+
+    class TellingAgent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            if result.is_failed():
+                for rank, failure in sorted(result.failures.items()):
+                    append_row(path, {"rank": rank, "exit_code": failure.exitcode})
+            return result
+
+    api.LocalElasticAgent = TellingAgent  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,12 +22,13 @@ from launch.agent import FAILURES_VARIABLE
 from trainer import life
 from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
-from trainer.events import Events, read_events
-from trainer.folder import RunFolder, read_json
+from trainer.events import Events, read_events, read_rows
+from trainer.folder import RunFolder
 from trainer.layout import resolve
 from trainer.lease import LEASE_VARIABLE, Lease
 from trainer.life import End
 from trainer.names import node_name
+from trainer.parents import PARENT_VARIABLE
 from trainer.preflight import check_folder
 from trainer.start import LAUNCHED_VARIABLE
 from trainer.stop import REQUEST_VARIABLE, StopWish, write_request
@@ -98,6 +100,8 @@ class Supervisor:
         self.wish, self.console, self.lease = wish, console, lease
         self.request, self.user_error, self.failures = local / "request", local / "user_error", local / "failures"
         self.events = Events(folder, node_name(), "launcher")
+        self._failures_told = 0
+        self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
 
     def run(self) -> int:
@@ -125,10 +129,14 @@ class Supervisor:
                     self.console.say(f"not stopped after {self.config.run.stop_grace_s:g} s: ended by force")
                     self.events.write("ended_by_force")
                     break
+                self._tell_failures()
                 time.sleep(_POLL_S)
         finally:
+            agent.kill()
+            status = agent.wait()
             _kill_descendants()
-        return agent.wait()
+        self._tell_failures()
+        return status
 
     def _agent_command(self) -> list[str]:
         torchrun = ["--standalone", f"--nproc-per-node={self.processes}"]
@@ -139,6 +147,7 @@ class Supervisor:
         threads = max(1, (os.cpu_count() or 1) // self.processes)
         ours = {
             LAUNCHED_VARIABLE: "1",
+            PARENT_VARIABLE: str(os.getpid()),
             LEASE_VARIABLE: self.lease.token,
             REQUEST_VARIABLE: str(self.request),
             USER_ERROR_VARIABLE: str(self.user_error),
@@ -163,7 +172,10 @@ class Supervisor:
         if attempt is None or attempt.number <= before:
             self.console.say(f"the workers ended (status {status}) before an attempt began")
             return End("failed", 0, None, requeue=True, cause="start_failed")
-        self._name_culprits(attempt.number, status)
+        if status < 0:
+            self.events.attempt = attempt.number
+            self.events.write("agent_died", status=status)
+            self.console.say(f"the agent died ({_cause(status)})")
         if attempt.end is None:
             steps = self.folder.committed_steps()
             name = f"step-{steps[-1]:08d}" if steps else None
@@ -172,21 +184,33 @@ class Supervisor:
         assert end is not None
         return end
 
-    def _name_culprits(self, attempt: int, status: int) -> None:
-        """Say which rank failed first, and why, as far as anyone knows."""
-        if status == 0:
+    def _tell_failures(self) -> None:
+        """Ranks that died since the last call, as events and by the name of the first. The attempt that is the newest
+        now was theirs: torchrun's next one takes seconds to begin."""
+        failures = read_rows(self.failures)[self._failures_told :]
+        if not failures:
             return
-        self.events.attempt = attempt
-        for failure in read_json(self.failures) or []:
-            self.events.write("rank_died", rank=failure["rank"], exit_code=failure["exit_code"])
-        self.failures.unlink(missing_ok=True)
-        told = [e for e in read_events(self.folder) if e["attempt"] == attempt and e["event"].startswith("rank_")]
-        for event in told[:1]:
-            why = event.get("error") or _cause(event["exit_code"])
-            self.console.say(f"rank {event['rank']} failed: {why}\n  logs: {self.folder.attempts / f'{attempt:03d}'}")
-        if status < 0:
-            self.events.write("agent_died", status=status)
-            self.console.say(f"the agent died ({_cause(status)})")
+        self._failures_told += len(failures)
+        newest = max(life.numbers(self.folder), default=-1)
+        self.events.attempt = attempt = newest if newest > self._before else None
+        for failure in failures:
+            self.events.write("rank_died", **failure)
+        raised = [e for e in read_events(self.folder) if e["event"] == "rank_failed" and e["attempt"] == attempt]
+        rank, why = _first_to_fall(failures, raised)
+        self.console.end_live()
+        logs = f"\n  logs: {self.folder.attempts / f'{attempt:03d}'}" if attempt is not None else ""
+        self.console.say(f"rank {rank} failed: {why}{logs}")
+
+
+def _first_to_fall(failures: list[dict[str, Any]], raised: list[dict[str, Any]]) -> tuple[int, str]:
+    """The rank that failed first, and why. One that was killed without a word comes before those that raised: they
+    met its silence. torchrun's own SIGTERM comes last of all."""
+    told = {e["rank"] for e in raised}
+    killed = [f for f in failures if f["rank"] not in told and f["exit_code"] < 0 and f["exit_code"] != -signal.SIGTERM]
+    if raised and not killed:
+        return raised[0]["rank"], raised[0]["error"].splitlines()[0]
+    first = (killed or failures)[0]
+    return first["rank"], _cause(first["exit_code"])
 
 
 def _cause(status: int) -> str:
@@ -200,9 +224,9 @@ def _adopt_orphans() -> None:
 
 
 def _kill_descendants() -> None:
-    """End the whole tree below this process. Twice round, as a dying process may just have started another."""
+    """End the whole tree below this process. Again and again, as a dying process may just have started another."""
     while True:
-        alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        alive = [p for p in psutil.Process().children(recursive=True) if _is_alive(p)]
         if not alive:
             return
         for process in alive:
@@ -211,3 +235,10 @@ def _kill_descendants() -> None:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(alive, timeout=5)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

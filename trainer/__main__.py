@@ -28,6 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
+    die_with_parent()
     options = parse(arguments)
     wish = StopWish()
     try:
@@ -36,7 +37,6 @@ def main(arguments: list[str]) -> int:
             print(dump(config), end="")
             return life.FINISHED
         wish.listen()  # as early as can be: what comes before the first step is kept for it
-        die_with_parent()
         if options.debug:
             from trainer.debug import debug
 
