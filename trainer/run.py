@@ -138,8 +138,13 @@ class Run:
                 self.saved_step = -1
             if self.world.first:
                 self._tell(result)
-        if self._failed_saves >= self.config.checkpoint.failures_limit:
+        if self.saving_failed:
             self.wish.wish(Cause.SAVING)
+
+    @property
+    def saving_failed(self) -> bool:
+        """Whether as many saves failed in a row as make the run fail."""
+        return self._failed_saves >= self.config.checkpoint.failures_limit
 
     def _tell(self, result: SaveResult) -> None:
         name = f"step-{result.step:08d}"
@@ -198,9 +203,7 @@ def live(run: Run) -> End:
     """Train, save what is not saved, and say how it ended. The same on every rank."""
     try:
         cause = train(run)
-        if run.progress.step > 0:
-            run.save(best=False)
-        run.poll_saves(wait=True)
+        save_last(run)
     except RunFailed as failure:
         run.poll_saves(wait=True)
         run.console.say(f"FAILED: {failure}")
@@ -217,10 +220,23 @@ def live(run: Run) -> End:
     return stopped(run, cause)
 
 
+def save_last(run: Run) -> None:
+    """Save where the run leaves off. A save that fails is tried again as often as saves may fail in a row.
+
+    Raises RunFailed, on all ranks alike, when none succeeds.
+    """
+    run.poll_saves(wait=True)  # else ranks that know of a failed save would save again, and the others would not
+    while run.progress.step > 0 and run.saved_step != run.progress.step:
+        run.save(best=False)
+        run.poll_saves(wait=True)
+        if run.saving_failed:
+            raise RunFailed(Cause.SAVING.word, f"step {run.progress.step} could not be saved")
+
+
 def stopped(run: Run, cause: Cause) -> End:
-    run.events.write("stop_requested", cause=cause.word, step=run.progress.step)
-    requeue = cause.kind is Kind.REQUEUE
-    return End("stopped", run.progress.step, run.newest_checkpoint(), requeue, cause.word)
+    step = run.progress.step or max(run.folder.committed_steps(), default=0)  # perhaps nothing is loaded yet
+    run.events.write("stop_requested", cause=cause.word, step=step)
+    return End("stopped", step, run.newest_checkpoint(), cause.kind is Kind.REQUEUE, cause.word)
 
 
 @contextmanager
@@ -283,7 +299,7 @@ def _attempt(run: Run, changes: Changes) -> End:
     if attempt.number and world.first and (before.end is None or before.end.reason == "failed"):
         run.console.say(f"attempt {attempt.number}: attempt {before.number} failed, going on from the last checkpoint")
     try:
-        run.wish.raise_if_wished()
+        world.from_first(run.wish.raise_if_wished)  # agreed: the others may not have heard of it yet
         run.build()
     except StopRequested as request:
         return stopped(run, request.cause)

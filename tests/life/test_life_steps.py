@@ -1,0 +1,294 @@
+"""What goes wrong inside a step or a save: the ranks agree on what follows, and the state stays what it was."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.schema import Config
+from tests.distributed import run_ranks, tiny, write_config
+from tests.life.runs import LAUNCH, Watched, clean_end, running
+from trainer.checkpoint import disk
+from trainer.data.loader import MicroBatch
+from trainer.run import Run
+from trainer.start import start
+from trainer.stop import Cause, StopWish
+
+Outcome = tuple[int, int]  # exit code and last step
+
+
+def on_ranks(
+    folder: Path, size: int, prepare: Callable[..., Any], *arguments: Any, **changes: Any
+) -> tuple[Watched, list[Any]]:
+    """A run on forked ranks whose `Run` and `StopWish` were handed to `prepare` first: (what it wrote, outcomes)."""
+    write_config(folder, **changes)
+    return Watched(folder), run_ranks(size, _start, tiny(folder, **changes), prepare, arguments)
+
+
+def _start(config: dict[str, Any], prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcome:
+    wish, runs = StopWish(), list[Run]()
+
+    class Prepared(Run):
+        def build(self) -> None:
+            super().build()
+            runs.append(self)
+            prepare(self, wish, *arguments)
+
+    code = start(Config.model_validate(config), wish, Prepared)
+    return code, runs[0].progress.step if runs else -1
+
+
+class Engine:
+    """Passes everything on to an engine, but for what a test changes."""
+
+    def __init__(self, engine: Any) -> None:
+        self.inner, self.step = engine, 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def update(self, *arguments: Any, **named: Any) -> float:
+        self.step += 1
+        return float(self.inner.update(*arguments, **named))
+
+
+# ---- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+class Poisoned(Engine):
+    """On one rank, at some steps, the loss (or only the gradient) is not finite. No skip may change a number."""
+
+    def __init__(self, engine: Any, rank: int, steps: set[int], what: str) -> None:
+        super().__init__(engine)
+        self.bad, self.what = steps if engine.world.rank == rank else set(), what
+        self.poisoned = steps
+
+    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+        poison = float("nan") if self.step in self.bad else 1.0
+        sums = self.inner.forward_backward(micro_batch, scale * poison, last)
+        return sums * poison if self.what == "loss" else sums
+
+    def update(self, *arguments: Any, **named: Any) -> float:
+        skipped = self.step in self.poisoned
+        before = self._state()
+        norm = super().update(*arguments, **named)
+        assert (norm != norm) is skipped
+        assert (before == self._state()) is skipped  # parameters, moments and step counts, on every rank
+        return norm
+
+    def _state(self) -> tuple[dict[str, bytes], dict[str, int]]:
+        return {p.key: p.tensor.detach().numpy().tobytes() for p in self.inner.pieces()}, self.inner.step_counts()
+
+
+def poison(run: Run, wish: StopWish, rank: int, steps: set[int], what: str) -> None:
+    run.engine = Poisoned(run.engine, rank, steps, what)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_skipped_updates_change_nothing_and_are_survived(what: str, tmp_path: Path) -> None:
+    steps = {3, 4, 6}  # never three in a row
+    run, outcomes = on_ranks(
+        tmp_path, 2, poison, 1, steps, what, train__steps=8, train__nonfinite_limit=3, data__record_samples=True
+    )
+    assert outcomes == [(0, 8), (0, 8)]
+    assert run.end()["reason"] == "finished"
+    for role in ("rank00000", "rank00001"):
+        assert [e["step"] for e in run.told_by(role, "nonfinite")] == sorted(steps)
+    told = run.told_by("rank00001", "nonfinite")[0]
+    assert told["what"] == what
+    assert set(told["samples"]) <= set(range(16, 24))  # those that step 3 gave to rank 1
+    assert all(n % 2 == 1 for n in told["samples"])
+    rows = {row["step"]: row for row in run.rows()}
+    assert [step for step, row in rows.items() if row["grad_norm"] is None] == sorted(steps)
+
+
+def test_too_many_in_a_row_fail_on_all_ranks_at_one_step(tmp_path: Path) -> None:
+    run, outcomes = on_ranks(tmp_path, 3, poison, 2, {5, 6, 7, 8, 9}, "loss", train__steps=9, train__nonfinite_limit=3)
+    assert outcomes == [(1, 7)] * 3
+    end = run.end()
+    assert (end["reason"], end["cause"], end["step"], end["requeue"]) == ("failed", "nonfinite", 7, False)
+    assert end["checkpoint"] == "step-00000006"
+
+
+def test_the_count_goes_on_after_a_restart(tmp_path: Path) -> None:
+    """Else a run that is stopped often enough would skip for ever."""
+    changes = {"train__nonfinite_limit": 4, "checkpoint__every_steps": 2}
+    on_ranks(tmp_path, 1, poison, 0, {3, 4}, "loss", train__steps=4, **changes)
+    run, outcomes = on_ranks(tmp_path, 1, poison, 0, {1, 2, 3}, "loss", train__steps=9, **changes)  # of this start
+    assert outcomes == [(1, 6)]
+    assert run.end()["cause"] == "nonfinite"
+
+
+def test_the_launcher_does_not_start_it_again(tmp_path: Path) -> None:
+    write_config(tmp_path, optim__lr=1e30, optim__warmup_steps=0, train__clip_norm=None, train__steps=50)
+    with running(LAUNCH, tmp_path) as run:
+        assert run.wait() == 1
+        clean_end(run)
+    assert len(run.attempts()) == 1
+    end = run.end()
+    assert (end["reason"], end["cause"], end["requeue"]) == ("failed", "nonfinite", False)
+    assert [e["step"] for e in run.told_by("rank00000", "nonfinite")] == list(range(end["step"] - 4, end["step"] + 1))
+    assert "5 times in a row" in run.output
+
+
+# ---- saves that fail ------------------------------------------------------------------------------------------------
+
+
+def full_disk(run: Run, wish: StopWish, rank: int, times: dict[int, int]) -> None:
+    """The disk of one rank is full at the first so many saves of a step."""
+    left = dict(times)
+
+    @contextmanager
+    def refuse() -> Iterator[None]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    def observe(operation: disk.Operation) -> AbstractContextManager[None]:
+        path = Path(operation.path)
+        for step in left:
+            if operation.name == "create" and f"step-{step:08d}.partial" in str(path) and left[step] > 0:
+                left[step] -= 1
+                return refuse()
+        return nullcontext()
+
+    if run.world.rank == rank:
+        disk.observer = observe
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_is_said_and_the_next_save_tries_again(rank: int, tmp_path: Path) -> None:
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, rank, {6: 1}, train__steps=10, checkpoint__keep={"last": 5})
+    assert outcomes == [(0, 10), (0, 10)]
+    assert run.folder.committed_steps() == [3, 9, 10]
+    (failed,) = run.events("save_failed")
+    assert failed["checkpoint"] == "step-00000006"
+    assert "No space left on device" in failed["error"]
+    log = (run.attempts()[0] / "rank-00000.log").read_text()
+    assert "SAVE FAILED, step-00000006" in log
+    assert "the last good checkpoint stands" in log
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_too_many_failed_saves_end_the_run_at_one_step(rank: int, tmp_path: Path) -> None:
+    never = dict.fromkeys(range(4, 100), 99)
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, rank, never, train__steps=60, checkpoint__failures_limit=2)
+    (code, step), other = outcomes
+    assert (code, step) == other
+    assert code == 1
+    assert 9 <= step < 60
+    end = run.end()
+    assert (end["reason"], end["cause"], end["requeue"]) == ("failed", "saving_failed", False)
+    assert (end["step"], end["checkpoint"]) == (step, "step-00000003")
+    assert run.folder.committed_steps() == [3]
+
+
+@pytest.mark.parametrize("last", [6, 8])
+def test_the_last_save_is_tried_again(last: int, tmp_path: Path) -> None:
+    """Also when it was begun by the loop: then one rank may know that it failed before the other does."""
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, 1, {last: 2}, train__steps=last)
+    assert outcomes == [(0, last), (0, last)]
+    assert run.committed() == last
+    assert len(run.events("save_failed")) == 2
+    assert run.end()["checkpoint"] == f"step-{last:08d}"
+
+
+def test_a_run_that_cannot_save_its_end_has_failed(tmp_path: Path) -> None:
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, 0, {8: 99}, train__steps=8)
+    assert outcomes == [(1, 8), (1, 8)]
+    end = run.end()
+    assert (end["reason"], end["cause"], end["checkpoint"]) == ("failed", "saving_failed", "step-00000006")
+
+
+# ---- wishes that only one rank has ----------------------------------------------------------------------------------
+
+
+def ask(run: Run, wish: StopWish, rank: int) -> None:
+    if run.world.rank == rank:
+        wish.wish(Cause.TERMINATE)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_stop_when_one_was_asked(rank: int, tmp_path: Path) -> None:
+    run, outcomes = on_ranks(tmp_path, 2, ask, rank)
+    assert outcomes == [(75, 0), (75, 0)]
+    assert run.end()["requeue"] is True
+
+
+def test_a_wish_before_the_first_collective_is_agreed(tmp_path: Path) -> None:
+    """The launcher's request may be seen by one rank and, a moment earlier, not by the other."""
+    write_config(tmp_path)
+    assert run_ranks(2, _asked_at_once, tiny(tmp_path), timeout_s=30) == [3, 3]
+    end = Watched(tmp_path).end()
+    assert (end["reason"], end["cause"], end["step"]) == ("stopped", "interrupt", 0)
+
+
+def _asked_at_once(config: dict[str, Any]) -> int:
+    wish = StopWish()
+    if os.environ["RANK"] == "0":
+        wish.wish(Cause.INTERRUPT)
+    return start(Config.model_validate(config), wish)
+
+
+# ---- a rank that hangs ----------------------------------------------------------------------------------------------
+
+TIMEOUT_S = 2.0
+
+
+def freeze(run: Run, wish: StopWish, folder: Path) -> None:
+    """Rank 1 stands still from step 3 on, as a process does whose GPU hangs."""
+
+    class Frozen(Engine):
+        def forward_backward(self, *arguments: Any) -> torch.Tensor:
+            if self.step == 3:
+                (folder / "frozen").write_text(f"{os.getpid()} {time.time()}")
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return torch.as_tensor(self.inner.forward_backward(*arguments))
+
+    if run.world.rank == 1:
+        run.engine = Frozen(run.engine)  # type: ignore[assignment]
+
+
+def test_a_frozen_rank_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+    config = tiny(tmp_path, parallel__step_timeout_s=TIMEOUT_S, parallel__load_timeout_s=600.0)
+    write_config(tmp_path)
+    (code, waited_s), _ = run_ranks(2, _beside_a_frozen_one, config, tmp_path)
+    assert code == 1
+    assert TIMEOUT_S - 0.5 <= waited_s < TIMEOUT_S + 10
+    run = Watched(tmp_path)
+    assert run.end()["cause"] == "rank_failed"
+    assert run.told_by("rank00000", "rank_failed")
+
+
+def _beside_a_frozen_one(config: dict[str, Any], folder: Path) -> tuple[int, float]:
+    code, _ = _start(config, freeze, (folder,))
+    pid, since = (folder / "frozen").read_text().split()
+    waited_s = time.time() - float(since)
+    if os.environ["RANK"] == "0":
+        os.kill(int(pid), signal.SIGCONT)
+    return code, waited_s
+
+
+def test_a_frozen_rank_under_the_launcher(tmp_path: Path, full: bool, table: list[tuple[str, ...]]) -> None:
+    """torchrun gives the frozen rank 30 s after the others raised: run in full only, else as above."""
+    if not full:
+        return
+    write_config(tmp_path, train__steps=40, train__global_batch=64, parallel__step_timeout_s=3.0)
+    with running(LAUNCH, tmp_path) as run:
+        run.wait_for("step 4", lambda: run.step() >= 4)
+        since = time.time()
+        run.workers()[1].suspend()
+        assert run.wait() == 0, run.output
+        clean_end(run)
+    assert len(run.attempts()) == 2
+    assert "rank 1 failed: SIGKILL" in run.output
+    seconds = run.events("started")[-1]["time_s"] - since
+    table.append(("step", "SIGSTOP rank 1", "0", f"{seconds:.1f} until it trains again", str(run.start_step(1))))
