@@ -43,11 +43,14 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@touch $(VENV)/.demo $@
 
 # Longer than `make test`, each run by hand before its result is claimed.
-.PHONY: gpu bench
+.PHONY: gpu bench picture
 gpu: $(VENV)/.test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs an NVIDIA GPU")'
 	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 	@$(BIN)/python benchmarks/gpu_speed.py
+
+picture: $(VENV)/.test
+	@$(BIN)/python benchmarks/picture.py
 
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving

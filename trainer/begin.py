@@ -74,6 +74,7 @@ def begin(run: Run) -> Origin:
         bad = _load(run, origin)
         bad_ranks = run.world.sum(torch.tensor([float(bad is not None)], device=run.world.device))
         if float(bad_ranks) == 0:
+            run.engine.after_load()
             return origin
         reasons = run.world.gather(str(bad) if bad is not None else "")
         reason = next(r for r in reasons if r)

@@ -32,12 +32,13 @@ class Engine(Protocol):
         """Fill every parameter from (seed, its name): the same values at every world size and layout."""
 
     def set_trainable(self, names: Iterable[str]) -> None:
-        """Exactly these parameters train from now on; the rest get no gradient and no optimizer state."""
+        """Exactly these parameters train from now on; the rest get no gradient and no optimizer state. A collective:
+        an engine may have to build itself anew, and loses optimizer state then; `load` brings it back."""
 
     def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         """Add this micro batch's gradients. `scale` is 1 / the step's global target count (0-d, on the device): the
-        engine undoes its backend's own averaging, so gradients are plain sums over ranks. `last` marks the micro batch
-        that synchronises. Returns the task's sums, fp64 [columns], of this rank alone."""
+        engine undoes its backend's own averaging, so gradients are plain sums over ranks. After the `last` one they are
+        synchronised; an engine may do so earlier. Returns the task's sums, fp64 [columns], of this rank alone."""
 
     def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
         """Clip, update, clear gradients; returns the global gradient norm before clipping.
@@ -74,4 +75,8 @@ class Engine(Protocol):
         """`<parameter>.<state>` for every optimizer tensor there is or, before the first update, will be."""
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
-        """Read parameters, and optimizer state when asked, into place. What is there was planned and agreed before."""
+        """Read parameters, and optimizer state when asked, into place. What is there was planned and agreed before. No
+        collective: a rank may meet a bad block and raise BadCheckpoint while the others read on."""
+
+    def after_load(self) -> None:
+        """Once all ranks have loaded: bring low-precision copies up to date. A collective."""

@@ -246,6 +246,8 @@ class FsdpEngine:
         if optimizer:
             for name, owner, parameter in self._trained():
                 self._load_state(checkpoint, name, owner, parameter)
+
+    def after_load(self) -> None:
         self._parameters_changed()
 
     def _load_state(
