@@ -277,10 +277,9 @@ def _beside_a_frozen_one(config: dict[str, Any], folder: Path) -> tuple[int, flo
     return code, waited_s
 
 
-def test_a_frozen_rank_under_the_launcher(tmp_path: Path, full: bool, table: list[tuple[str, ...]]) -> None:
-    """torchrun gives the frozen rank 30 s after the others raised: run in full only, else as above."""
-    if not full:
-        return
+@pytest.mark.full
+def test_a_frozen_rank_under_the_launcher(tmp_path: Path, note: Callable[..., None]) -> None:
+    """torchrun gives the frozen rank 30 s after the others raised."""
     write_config(tmp_path, train__steps=40, train__global_batch=64, parallel__step_timeout_s=3.0)
     with running(LAUNCH, tmp_path) as run:
         run.wait_for("step 4", lambda: run.step() >= 4)
@@ -291,4 +290,4 @@ def test_a_frozen_rank_under_the_launcher(tmp_path: Path, full: bool, table: lis
     assert len(run.attempts()) == 2
     assert "rank 1 failed: SIGKILL" in run.output
     seconds = run.events("started")[-1]["time_s"] - since
-    table.append(("step", "SIGSTOP rank 1", "0", f"{seconds:.1f} until it trains again", str(run.start_step(1))))
+    note("launch run", "step", "SIGSTOP rank 1", 0, f"{seconds:.1f} until it trains again", run.start_step(1))

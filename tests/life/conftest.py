@@ -1,0 +1,47 @@
+"""`--full` (`make life`) runs every phase with every cause and prints the table of docs/life.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+Row = tuple[str, str, str, str, str, str]
+HEAD: Row = ("started by", "phase", "cause", "exit code", "seconds until gone", "resumed at step")
+ROWS: list[Row] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="every phase with every cause, instead of each once")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: only with --full (make life)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("full", False):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for row in (HEAD, ("---",) * len(HEAD), *ROWS) if ROWS else ():
+        terminalreporter.write_line(f"| {' | '.join(row)} |")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether all phases and causes are run, and every start is a command of its own."""
+    return bool(request.config.getoption("full", False))
+
+
+@pytest.fixture
+def note() -> Callable[..., None]:
+    """Adds a row to the Markdown table that ends the session."""
+
+    def note(by: str, phase: str, cause: str, code: int, seconds: str, resumed: int) -> None:
+        ROWS.append((by, phase, cause, str(code), seconds, str(resumed)))
+
+    return note
