@@ -55,3 +55,7 @@ picture: $(VENV)/.test
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving
 	@$(BIN)/python benchmarks/speed.py --processes 2 --saving
+
+.PHONY: tutorial
+tutorial: $(VENV)/.test
+	@$(BIN)/python benchmarks/tutorial.py

@@ -58,7 +58,6 @@ class Meter:
         self._peak = peak_flops_per_s(world.device, config.precision.compute)
         self._board: TensorBoard | None = None
         self._steps, self._seconds, self._wait_s, self._samples = 0, 0.0, 0.0, 0
-        self._validation = ""
 
     def add(self, seconds: float, wait_s: float, samples: int) -> None:
         """One step of this rank."""
@@ -90,9 +89,9 @@ class Meter:
         return row
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        """Write a validation's row; the live line carries its first number on."""
-        name, value = next(iter(values.items()))
-        self._validation = f" | {name.replace('_', ' ')} {value:.4f}"
+        """Write a validation's row."""
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        self.console.say(f"step {step}: {told}")
         self.write({"step": step, **values})
 
     def write(self, row: dict[str, Any]) -> None:
@@ -111,7 +110,7 @@ class Meter:
         return (
             f"step {row['step']}/{last} | loss {row['loss']:.4f} | {si(row['tokens_per_s'])} tokens/s | MFU {mfu} | "
             f"memory {row['memory_gib']:.2f} GiB | data wait {wait:.0%} | "
-            f"left {duration((last - row['step']) * row['step_s'])}{self._validation}"
+            f"left {duration((last - row['step']) * row['step_s'])}"
         )
 
     def close(self) -> None:
