@@ -22,7 +22,7 @@ from launch.agent import FAILURES_VARIABLE
 from trainer import life
 from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
-from trainer.events import Events, read_events, read_rows
+from trainer.events import Events, read_events, read_rows, tolerate_full_disk
 from trainer.folder import RunFolder
 from trainer.layout import resolve
 from trainer.lease import LEASE_VARIABLE, Lease
@@ -163,8 +163,8 @@ class Supervisor:
         assert cause is not None
         write_request(self.request, cause)
         self.events.write("stop_passed_on", cause=cause.word)
-        self.console.end_live()
-        self.console.say(f"stopping ({cause.word}): saving after this step")
+        below = "\n" if sys.stdout.isatty() else ""  # rank 0's live line
+        self.console.say(f"{below}stopping ({cause.word}): saving after this step")
 
     def _decide(self, before: int, status: int) -> End:
         """The newest attempt's end. One that nobody wrote is written here: failed."""
@@ -179,10 +179,11 @@ class Supervisor:
         if attempt.end is None:
             steps = self.folder.committed_steps()
             name = f"step-{steps[-1]:08d}" if steps else None
-            attempt.write_end(End("failed", steps[-1] if steps else 0, name, requeue=True, cause=_cause(status)))
-        end = attempt.end
-        assert end is not None
-        return end
+            end = End("failed", steps[-1] if steps else 0, name, requeue=True, cause=_cause(status))
+            with tolerate_full_disk():  # missing means failed, too
+                attempt.write_end(end)
+            return end
+        return attempt.end
 
     def _tell_failures(self) -> None:
         """Ranks that died since the last call, as events and by the name of the first. The attempt that is the newest

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from trainer.events import tolerate_full_disk
+
 
 class Console:
     """Rank 0 speaks on the terminal and in its log; the other ranks' whole output goes to their logs."""
@@ -43,7 +45,8 @@ class Console:
         with self._lock:
             if self._log is not None:
                 stamp = time.strftime("%H:%M:%S")
-                self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+                with tolerate_full_disk():
+                    self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
 
     def live(self, text: str) -> None:
         """The line that moves: replaced by the next one on a terminal, a plain line elsewhere."""

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trainer.folder import RunFolder
 
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line in one system call, on a line of its own even after a writer that died in mid-line."""
+    """Append one JSON line in one system call, on a line of its own even after a writer that died in mid-line.
+
+    On a full disk the row is lost: a run that cannot note its loss can still train until there is room to save again.
+    """
     data = (json.dumps(row) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    with tolerate_full_disk():
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data
+            os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def tolerate_full_disk() -> Iterator[None]:
+    """For writing what a run can go on without. Saves say by themselves that the disk is full."""
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            data = b"\n" + data
-        os.write(descriptor, data)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import Config
 from trainer.console import Console, duration, si
-from trainer.events import append_row
+from trainer.events import append_row, tolerate_full_disk
 from trainer.folder import RunFolder
 from trainer.peaks import peak_flops_per_s
 from trainer.step import StepResult
@@ -99,9 +99,11 @@ class Meter:
         clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
         append_row(self.folder.metrics, {"time_s": round(time.time(), 3), "attempt": self.attempt, **clean})
         if self.config.run.tensorboard:
-            self._board = self._board or TensorBoard(self.folder.tensorboard)
             scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
-            self._board.write(row["step"], scalars)
+            with tolerate_full_disk():
+                board, self._board = self._board or TensorBoard(self.folder.tensorboard), None
+                board.write(row["step"], scalars)
+                self._board = board  # one that failed once fails for ever: the next row begins a new file
 
     def _line(self, row: dict[str, Any]) -> str:
         last = self.config.train.steps
@@ -115,4 +117,5 @@ class Meter:
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with tolerate_full_disk():
+                self._board.close()

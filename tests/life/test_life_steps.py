@@ -19,6 +19,8 @@ from tests.distributed import run_ranks, tiny, write_config
 from tests.life.runs import LAUNCH, Watched, clean_end, running
 from trainer.checkpoint import disk
 from trainer.data.loader import MicroBatch
+from trainer.folder import RunFolder
+from trainer.names import node_name
 from trainer.run import Run
 from trainer.start import start
 from trainer.stop import Cause, StopWish
@@ -206,6 +208,22 @@ def test_a_run_that_cannot_save_its_end_has_failed(tmp_path: Path) -> None:
     assert outcomes == [(1, 8), (1, 8)]
     end = run.end()
     assert (end["reason"], end["cause"], end["checkpoint"]) == ("failed", "saving_failed", "step-00000006")
+
+
+def full_log(run: Run, wish: StopWish) -> None:
+    run.console._log = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+
+
+def test_rows_that_find_no_room_are_lost_and_the_run_is_not(tmp_path: Path) -> None:
+    """/dev/full answers every write as a full disk does."""
+    folder = RunFolder(tmp_path / "run")
+    folder.events.mkdir(parents=True)
+    for path in (folder.metrics, *(folder.events / f"{node_name()}-rank0000{rank}.jsonl" for rank in range(2))):
+        path.symlink_to("/dev/full")
+    run, outcomes = on_ranks(tmp_path, 2, full_log)
+    assert outcomes == [(0, 6), (0, 6)]
+    assert run.committed() == 6
+    assert run.end()["reason"] == "finished"
 
 
 # ---- wishes that only one rank has ----------------------------------------------------------------------------------
