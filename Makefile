@@ -52,6 +52,10 @@ gpu: $(VENV)/.test
 picture: $(VENV)/.test
 	@$(BIN)/python benchmarks/picture.py
 
+.PHONY: life
+life: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/life --full $(ARGS)
+
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving
 	@$(BIN)/python benchmarks/speed.py --processes 2 --saving
