@@ -12,7 +12,7 @@ help:
 	@echo "make clean   remove the environment and every cache (runs stay)"
 
 demo: $(VENV)/.demo
-	@$(BIN)/python -m launch run demo $(ARGS)
+	@$(BIN)/python -m launch run demo $(ARGS) || [ $$? -eq 3 ]  # 3: stopped as asked
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest $(ARGS)
@@ -34,12 +34,12 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@echo "installing Muster and PyTorch into $(VENV); this takes minutes once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "installing Muster, PyTorch and the test tools into $(VENV); this takes minutes once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'
 	@touch $(VENV)/.demo $@
 
 # Longer than `make test`, each run by hand before its result is claimed.

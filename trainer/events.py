@@ -65,7 +65,7 @@ class Events:
 
     def write(self, event: str, **facts: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_row(self.path, {"time_s": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})
+        append_row(self.path, {"time_s": round(time.time(), 6), "attempt": self.attempt, "event": event, **facts})
 
 
 def read_events(folder: RunFolder) -> list[dict[str, Any]]:

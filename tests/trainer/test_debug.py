@@ -1,0 +1,87 @@
+"""The checks of --debug find what they look for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import load, presets
+from tests.distributed import run_ranks, tiny, train
+from trainer.data.loader import MicroBatch
+from trainer.data.prepared import IGNORE
+from trainer.debug import check_batch, check_first_loss, check_gradients, cut_to_size
+from trainer.step import RunFailed
+
+
+def batch(targets: list[int], documents: list[int]) -> MicroBatch:
+    tokens = torch.arange(1, len(targets) + 1)[None]
+    return MicroBatch(tokens, torch.tensor([targets]), torch.tensor([documents]))
+
+
+def test_a_target_of_another_document_is_found() -> None:
+    check_batch(batch([2, IGNORE, 4, 5], [0, 0, 1, 1]))
+    with pytest.raises(RunFailed, match="target of token 1 of sample 0"):
+        check_batch(batch([2, 3, 4, 5], [0, 0, 1, 1]))
+
+
+def test_a_batch_without_targets_is_found() -> None:
+    with pytest.raises(RunFailed, match="no target"):
+        check_batch(batch([IGNORE] * 4, [0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ({"a": 1.0, "b": 1.0}, "b is frozen"),
+        ({}, "a is trainable but has no gradient"),
+        ({"a": float("nan")}, "a has a gradient that is not finite"),
+        ({"a": 0.0}, "a has a gradient of zeros"),
+    ],
+)
+def test_a_wrong_gradient_is_found(gradients: dict[str, float], message: str) -> None:
+    with pytest.raises(RunFailed, match=message):
+        check_gradients({name: torch.full((2,), value) for name, value in gradients.items()}, {"a"})
+    check_gradients({"a": torch.tensor([0.0, 1.0])}, {"a"})
+
+
+def test_a_first_loss_far_from_guessing_is_found() -> None:
+    check_first_loss(5.5, 5.56)
+    for loss in (4.0, 7.0, float("nan")):
+        with pytest.raises(RunFailed, match="first loss"):
+            check_first_loss(loss, 5.56)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_can_be_cut_to_size(name: str) -> None:
+    small = cut_to_size(load(name, []), "somewhere").model
+    assert small.layers <= 2
+    assert small.dim <= 128
+    assert small.vocab_size == load(name, []).model.vocab_size
+
+
+def test_a_run_that_fails_a_check_exits_1_and_says_which(tmp_path: Path) -> None:
+    config = tiny(tmp_path, model__init_std=3.0)  # logits far from guessing
+    assert train(config, debug=True) == [1]
+    end = json.loads((tmp_path / "run/attempts/000/end.json").read_text())
+    assert (end["reason"], end["cause"], end["requeue"]) == ("failed", "check", False)
+    assert "first loss" in (tmp_path / "run/attempts/000/rank-00000.log").read_text()
+
+
+def _debug_on_two(config: dict) -> str:
+    from configs.errors import UserError
+    from configs.schema import Config
+    from trainer.debug import debug
+    from trainer.stop import StopWish
+
+    try:
+        debug(Config.model_validate(config), StopWish())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_debug_is_for_one_process(tmp_path: Path) -> None:
+    assert all("one process" in text for text in run_ranks(2, _debug_on_two, tiny(tmp_path)))
