@@ -93,6 +93,7 @@ class Running(Watched):
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_as_from_a_terminal,
             )
 
     @property
@@ -174,6 +175,11 @@ class Running(Watched):
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         assert left == [], f"left behind: {left}\n{self.output}"
+
+
+def _as_from_a_terminal() -> None:
+    """Hangups are heard, although these tests may themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @contextmanager

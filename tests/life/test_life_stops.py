@@ -14,7 +14,7 @@ from tests.life.phases import BY_NAME, PHASES, Phase
 from tests.life.runs import LAUNCH, Running, Watched, clean_end, finish, finish_here, running, samples_are_consecutive
 
 
-@dataclass(frozen=True)
+@dataclass
 class StopCause:
     """`act` is None where the config brings the stop about. A person's wish is 3, a machine's 75."""
 
@@ -22,6 +22,23 @@ class StopCause:
     word: str
     code: int
     act: Callable[[Running], None] | None
+    since: float = 0.0
+
+    def limit(self, phase: Phase) -> dict[str, float]:
+        """Changes of the config."""
+        return {"train__time_limit_s": phase.limit_s} if self.act is None else {}
+
+    def bring_about(self, run: Running, phase: Phase) -> None:
+        """Wait for the phase, and act. A time limit comes by itself, on a slow machine even before the phase."""
+        if self.act is not None:
+            run.wait_for(phase.name, lambda: phase.reached(run))
+            self.since = time.time()
+            self.act(run)
+
+    def seconds(self, run: Running) -> str:
+        """From the cause until now, when everything is gone."""
+        told = run.events("stop_requested", "ended")[0]["time_s"]
+        return f"{time.time() - (told if self.act is None else self.since):.1f}"
 
 
 CAUSES = [
@@ -37,10 +54,10 @@ EACH_ONCE = [
     ("start-up", "SIGINT"),
     ("preparation", "SIGHUP"),
     ("compile", "SIGUSR2 to all"),
-    ("step", "STOP file"),
-    ("validation", "time limit"),
+    ("step", "time limit"),
+    ("validation", "STOP file"),
     ("saving", "SIGTERM"),
-    ("last step", "STOP file"),
+    ("last step", "SIGINT"),
 ]
 
 
@@ -61,22 +78,15 @@ def _name(value: Phase | StopCause) -> str:
 
 
 def test_stop(phase: Phase, cause: StopCause, tmp_path: Path, full: bool, note: Callable[..., None]) -> None:
-    limit = {"train__time_limit_s": phase.limit_s} if cause.act is None else {}
-    phase.write(tmp_path, endless=True, **limit)
+    phase.write(tmp_path, endless=True, **cause.limit(phase))
     with running(LAUNCH, tmp_path) as run:
-        if cause.act is None and phase.name == "start-up":
-            since = time.monotonic()
-        else:
-            run.wait_for(phase.name, lambda: phase.reached(run))
-            since = time.monotonic()
-        if cause.act is not None:
-            cause.act(run)
+        cause.bring_about(run, phase)
         if phase.name == "saving" and cause.word not in ("stop_file", "time_limit"):
             run.wait_for("the first signal's effect", lambda: run.events("stop_passed_on"))
             run.signal(signal.SIGINT if cause.word == "terminate" else signal.SIGTERM)  # changes nothing
         code = run.wait()
         clean_end(run)
-        seconds = time.monotonic() - since
+        seconds = cause.seconds(run)
         stopped_as_told(run, phase, cause, code)
 
     step = run.end()["step"]
@@ -93,7 +103,7 @@ def test_stop(phase: Phase, cause: StopCause, tmp_path: Path, full: bool, note: 
     assert after.end()["reason"] == "finished"
     assert after.step() == after.committed() == last
     samples_are_consecutive(after)
-    note("launch run", phase.name, cause.name, code, f"{seconds:.1f}", resumed)
+    note("launch run", phase.name, cause.name, code, seconds, resumed)
 
 
 def stopped_as_told(run: Running, phase: Phase, cause: StopCause, code: int) -> None:
@@ -113,5 +123,9 @@ def stopped_as_told(run: Running, phase: Phase, cause: StopCause, code: int) -> 
     assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", cause.word, cause.code == 75)
     assert [e["cause"] for e in run.told_by("rank00000", "stop_requested")] == [cause.word]
     assert {e["cause"] for e in run.events("stop_requested")} <= {cause.word, "another_rank"}
+    if phase.name == "preparation":
+        assert not list(run.cache.glob("words-*"))  # left at once, not when all was prepared
+    if phase.name == "validation":
+        assert not [row for row in run.rows() if row["step"] == end["step"] and "loss" not in row]
     if phase.name in ("start-up", "preparation"):
         assert end["step"] == phase.before

@@ -1,0 +1,40 @@
+"""What the launcher makes of ranks that failed. Whole runs are in tests/life."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launch.node import _first_to_fall, default_processes
+
+KILLED, RAISED, ENDED = -9, 1, -15  # by somebody's SIGKILL, by an exception, by torchrun's SIGTERM
+
+
+def failures(*codes: int) -> list[dict[str, Any]]:
+    return [{"rank": rank, "exit_code": code} for rank, code in enumerate(codes)]
+
+
+def raised(*ranks: int) -> list[dict[str, Any]]:
+    """Their `rank_failed` events, oldest first."""
+    return [{"rank": rank, "error": f"error {rank}\nmore"} for rank in ranks]
+
+
+@pytest.mark.parametrize(
+    ("codes", "events", "first"),
+    [
+        ((RAISED, KILLED), raised(0), (1, "SIGKILL")),  # rank 0 only met the other's silence
+        ((RAISED, RAISED, RAISED), raised(2, 0, 1), (2, "error 2")),
+        ((ENDED, RAISED), raised(1), (1, "error 1")),
+        ((ENDED, KILLED), [], (1, "SIGKILL")),
+        ((RAISED, ENDED), [], (0, "exit_code_1")),  # it never came as far as the events: an import failed
+    ],
+)
+def test_the_first_to_fall(codes: tuple[int, ...], events: list[dict[str, Any]], first: tuple[int, str]) -> None:
+    assert _first_to_fall(failures(*codes), events) == first
+
+
+@pytest.mark.parametrize(("visible", "processes"), [("0,1,2", 3), ("", 2)])
+def test_a_process_per_visible_gpu(visible: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert default_processes() == processes
