@@ -88,7 +88,7 @@ def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
         with_saves: Callable[[int], None] = lambda steps: ours(steps, SAVING_STEPS)  # noqa: E731
         rows.append(_row("ours with a save / without", with_saves, ours, SAVING_STEPS, pairs, tokens, world))
     run.close()
-    world.close()
+    worlds.leave()
     return rows
 
 

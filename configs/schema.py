@@ -41,7 +41,7 @@ class RunSection(Section):
     tensorboard: bool = speed(True, "also write the metrics for TensorBoard")
     stop_grace_s: float = speed(120.0, "how long a stopping run may take to save before it is ended by force", gt=0)
     max_restarts: int = speed(3, "restarts in place after a failure, by `launch run`", ge=0)
-    give_up_after: int = speed(3, "attempts without a new checkpoint or a new step before the run is given up", ge=1)
+    give_up_after: int = speed(3, "attempts without a new checkpoint before the run is given up", ge=1)
 
 
 class RopeScaling(Section):
@@ -202,7 +202,7 @@ class ParallelSection(Section):
     replicate: int = speed(1, "groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1)
     shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1)
     reshard: bool = speed(True, "free a block's gathered parameters after its forward (less memory, more traffic)")
-    prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=0)
+    prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=1)
     accumulate: Literal["sharded", "unsharded"] = speed(
         "sharded",
         "gradients between micro batches: reduced each time, or kept whole until the last (faster, more memory)",

@@ -31,10 +31,11 @@ from trainer.names import node_name
 from trainer.parents import PARENT_VARIABLE
 from trainer.preflight import check_folder
 from trainer.start import LAUNCHED_VARIABLE
-from trainer.stop import REQUEST_VARIABLE, StopWish, write_request
+from trainer.stop import REQUEST_VARIABLE, Kind, StopWish, write_request
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1
+_USER_ERROR_PATIENCE_S = 5.0
 
 
 def default_processes() -> int:
@@ -126,9 +127,12 @@ class Supervisor:
                     deadline = time.monotonic() + self.config.run.stop_grace_s
                     self._pass_on()
                 if deadline is not None and time.monotonic() > deadline:
-                    self.console.say(f"not stopped after {self.config.run.stop_grace_s:g} s: ended by force")
-                    self.events.write("ended_by_force")
+                    if not self.user_error.exists():
+                        self.console.say(f"not stopped after {self.config.run.stop_grace_s:g} s: ended by force")
+                        self.events.write("ended_by_force")
                     break
+                if self.user_error.exists() and deadline is None:
+                    deadline = time.monotonic() + _USER_ERROR_PATIENCE_S  # ranks that wait for one that gave up
                 self._tell_failures()
                 time.sleep(_POLL_S)
         finally:
@@ -177,13 +181,20 @@ class Supervisor:
             self.events.write("agent_died", status=status)
             self.console.say(f"the agent died ({_cause(status)})")
         if attempt.end is None:
-            steps = self.folder.committed_steps()
-            name = f"step-{steps[-1]:08d}" if steps else None
-            end = End("failed", steps[-1] if steps else 0, name, requeue=True, cause=_cause(status))
+            end = self._unwritten_end(status)
             with tolerate_full_disk():  # missing means failed, too
                 attempt.write_end(end)
             return end
         return attempt.end
+
+    def _unwritten_end(self, status: int) -> End:
+        """What an attempt came to that could not say so itself: stopped by force as asked, or failed."""
+        steps = self.folder.committed_steps()
+        step, name = (steps[-1], f"step-{steps[-1]:08d}") if steps else (0, None)
+        asked = self.wish.cause
+        if asked is not None:
+            return End("stopped", step, name, requeue=asked.kind is Kind.REQUEUE, cause=asked.word)
+        return End("failed", step, name, requeue=True, cause=_cause(status))
 
     def _tell_failures(self) -> None:
         """Ranks that died since the last call, as events and by the name of the first. The attempt that is the newest

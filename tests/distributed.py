@@ -178,10 +178,10 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 def train(config: dict[str, Any], size: int = 1, timeout_s: float = 120.0, debug: bool = False) -> list[int]:
     """A whole run by the trainer's own entry on `size` ranks; the exit code of each."""
-    return run_ranks(size, _train, config, debug, timeout_s=timeout_s)
+    return run_ranks(size, train_here, config, debug, timeout_s=timeout_s)
 
 
-def _train(config: dict[str, Any], debug: bool) -> int:
+def train_here(config: dict[str, Any], debug: bool) -> int:
     from configs.schema import Config
     from trainer.start import start
     from trainer.stop import StopWish

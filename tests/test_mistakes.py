@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,49 @@ def _entry_with_little_space(arguments: list[str]) -> tuple[int, str]:
     usage = shutil.disk_usage("/")
     shutil.disk_usage = lambda path: usage._replace(free=1000)  # type: ignore[assignment]
     return entry(arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_folder_that_cannot_be_made(size: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(tmp_path, [str(write_config(tmp_path)), f"run.dir={tmp_path}/file/run"], "run.dir", "file/run", size=size)
+
+
+def _slow_preparation(config: dict[str, Any], seconds: float) -> int:
+    from configs.schema import Config
+    from trainer.run import Run
+    from trainer.start import start
+    from trainer.stop import StopWish
+
+    class Slow(Run):
+        def _prepare(self) -> Path:
+            time.sleep(seconds)
+            return super()._prepare()
+
+    return start(Config.model_validate(config), StopWish(), Slow)
+
+
+def test_preparation_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+    config = tiny(tmp_path, parallel__load_timeout_s=3.0)
+    assert run_ranks(2, _slow_preparation, config, 6.0) == [0, 0]
+
+
+def _alone(config: dict[str, Any], arguments: list[str]) -> tuple[int, str]:
+    """Rank 1 alone meets what a person has to mend."""
+    from configs.errors import UserError
+    from trainer import run
+
+    if os.environ["RANK"] == "1":
+
+        def refuse(path: Path) -> None:
+            raise UserError(f"{path}: not readable on this node")
+
+        run.Prepared.open = staticmethod(refuse)  # type: ignore[assignment]
+    return entry(arguments)
+
+
+def test_what_one_rank_alone_meets_is_said_by_that_rank(tmp_path: Path) -> None:
+    path = str(write_config(tmp_path))
+    (first, _), (second, text) = run_ranks(2, _alone, {}, [path])
+    assert (first, second) == (1, 2)  # the first only sees its peer go
+    assert "not readable on this node" in text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.distributed import tiny, train
+from tests.distributed import run_ranks, tiny, train
 from trainer.events import read_rows
 from trainer.folder import RunFolder, read_json
 
@@ -100,3 +100,42 @@ def test_another_world_size_goes_on_at_the_very_sample(tmp_path: Path) -> None:
     assert found == {step: list(range(10 * (step - 1), 10 * step)) for step in range(1, 13)}
     manifest = read_json(Path(config["run"]["dir"]) / "checkpoints/step-00000012/manifest.json")
     assert manifest["position"] == {"consumed_samples": 120}
+
+
+def stop_at(step: int, config: dict[str, Any]) -> int:
+    """A run in which somebody touches STOP while `step` is being made."""
+    from configs.schema import Config
+    from trainer.data.loader import StepBatch
+    from trainer.run import Run
+    from trainer.start import start
+    from trainer.stop import StopWish
+
+    class Stopped(Run):
+        def record_samples(self, batch: StepBatch) -> None:
+            if batch.step == step:
+                self.folder.stop.touch()
+
+    return start(Config.model_validate(config), StopWish(), Stopped)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("step", [9, 10])
+def test_a_stop_leaves_no_trace_in_what_is_learned(size: int, step: int, tmp_path: Path) -> None:
+    """Stopped at a validation, at a save or between: losses, validations and the last checkpoint are the same bits."""
+    changes: dict[str, Any] = {"train__steps": 20, "train__validate_every_steps": 5, "checkpoint__every_steps": 10}
+    straight, broken = tiny(tmp_path / "straight", **changes), tiny(tmp_path / "broken", **changes)
+    broken["data"] = straight["data"]
+    assert train(straight, size) == [0] * size
+    assert run_ranks(size, stop_at, step, broken) == [3] * size
+    assert train(broken, size) == [0] * size
+    assert losses(broken) == losses(straight)
+    assert validations(broken) == validations(straight)
+    assert list(validations(broken)) == [5, 10, 15, 20]
+    assert tensors(broken["run"]["dir"], 20) == tensors(straight["run"]["dir"], 20)
+    last = [read_json(Path(c["run"]["dir"]) / "checkpoints/step-00000020/manifest.json") for c in (broken, straight)]
+    assert last[0]["loop"] == last[1]["loop"]
+
+
+def validations(config: dict[str, Any]) -> dict[int, float]:
+    rows = read_rows(RunFolder(Path(config["run"]["dir"])).metrics)
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}

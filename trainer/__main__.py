@@ -49,14 +49,15 @@ def main(arguments: list[str]) -> int:
 
 
 def user_error(error: UserError, show_traceback: bool) -> int:
-    """Say it once, from rank 0, and tell a launcher: it must not start this again."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Say it once, and tell a launcher: it must not start this again."""
+    if int(os.environ.get("RANK", 0)) == 0 or error.alone:
         if show_traceback:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         if USER_ERROR_VARIABLE in os.environ:
-            with open(os.environ[USER_ERROR_VARIABLE], "w", encoding="utf-8") as file:
-                file.write(str(error))
+            with open(os.environ[USER_ERROR_VARIABLE], "a", encoding="utf-8") as file:
+                file.write(f"{error}\n")
+    # To torchrun's agent 0 means: nothing to start again. The launcher ends the ranks that still wait.
     return life.FINISHED if USER_ERROR_VARIABLE in os.environ else life.USER_ERROR
 
 

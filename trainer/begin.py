@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from trainer.run import Run
 
 
+OPEN_PATIENCE_S = 20.0  # for a shared filesystem that shows a new folder late
+
+
 @dataclass(frozen=True)
 class Origin:
     """What is loaded: nothing when `path` is None. `everything`: optimizer, step and position too."""
@@ -37,17 +41,41 @@ class Origin:
 
 
 def find_origin(run: Run) -> Origin:
-    """Decide, on rank 0, where to begin. Bad checkpoints of this run are set aside; others' folders are not touched."""
+    """Decide, on rank 0, where to begin, and refuse what does not fit. Bad checkpoints of this run are set aside;
+    others' folders are not touched."""
     newest = run.store.shelf.newest_good()
-    if newest is not None:
-        return Origin(newest.path, everything=True, continuing=True)
     start = run.config.start
-    if start.from_ is None:
-        return Origin(None, everything=False, continuing=False)
-    return Origin(named_checkpoint(Path(start.from_)), start.take == "everything", continuing=False)
+    if newest is not None:
+        origin = Origin(newest.path, everything=True, continuing=True)
+        check_fit(run, newest, origin)
+    elif start.from_ is not None:
+        named = named_checkpoint(Path(start.from_))
+        origin = Origin(named.path, start.take == "everything", continuing=False)
+        check_fit(run, named, origin)
+    else:
+        origin = Origin(None, everything=False, continuing=False)
+    return origin
 
 
-def named_checkpoint(path: Path) -> Path:
+def check_fit(run: Run, checkpoint: Checkpoint, origin: Origin) -> None:
+    """Raise UserError unless data and tensors are what this run expects; else say what will be loaded."""
+    if origin.everything and "data.sources" not in run.config.run.accept_changes:
+        check_unchanged(checkpoint.manifest.data, run.prepared)
+    wanted = {name: (info.shape, info.dtype) for name, info in run.engine.parameters().items()}
+    if origin.everything and holds_state(checkpoint):
+        wanted |= {key: wanted[key.rpartition(".")[0]] for key in run.engine.optimizer_keys()}
+    groups: tuple[Group, ...] = GROUPS if origin.everything else ("model", "frozen")
+    loading = plan(checkpoint.manifest, wanted, groups, str(origin.path))
+    loading.refuse()
+    run.console.say("\n".join(loading.summary()))
+
+
+def holds_state(checkpoint: Checkpoint) -> bool:
+    """A run whose every update was skipped so far has no optimizer state yet; else all of it must be there."""
+    return any(tensor.group == "optim" for tensor in checkpoint.manifest.tensors.values())
+
+
+def named_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that `start.from` names: the folder itself, or the newest one of a run folder."""
     if (path / "manifest.json").exists():
         found = path
@@ -58,10 +86,9 @@ def named_checkpoint(path: Path) -> Path:
             raise UserError(f"start.from: {path} {what}; name a run folder or a checkpoint in it")
         found = RunFolder(path).checkpoints / f"step-{steps[-1]:08d}"
     try:
-        Checkpoint(found)
+        return Checkpoint(found)
     except BadCheckpoint as error:
         raise UserError(f"start.from: {error}\nname another checkpoint") from error
-    return found
 
 
 def begin(run: Run) -> Origin:
@@ -78,36 +105,29 @@ def begin(run: Run) -> Origin:
             return origin
         reasons = run.world.gather(str(bad) if bad is not None else "")
         reason = next(r for r in reasons if r)
-        if not origin.continuing:
-            raise UserError(f"start.from: {reason}\nname another checkpoint")
+        run.world.from_first(partial(set_aside, run, origin, origin.path, reason))
         run.events.write("checkpoint_rejected", checkpoint=origin.path.name, reason=reason)
-        step = int(origin.path.name.removeprefix("step-"))
-        run.world.from_first(partial(run.store.shelf.reject, step, reason))
+
+
+def set_aside(run: Run, origin: Origin, path: Path, reason: str) -> None:
+    """Reject this run's own checkpoint, but never the last: going on would begin the run from nothing."""
+    shelf = run.store.shelf
+    if not origin.continuing:
+        raise UserError(f"start.from: {reason}\nname another checkpoint")
+    if len(shelf.steps()) == 1:
+        raise UserError(f"{reason}\nit is the only checkpoint left in {shelf.root}: restore it, or begin another run")
+    shelf.reject(int(path.name.removeprefix("step-")), reason)
 
 
 def _load(run: Run, origin: Origin) -> BadCheckpoint | None:
-    """Plan, check, load. Returns what is wrong with the file rather than raising: the others must not be left waiting.
-
-    What does not fit (UserError) is seen alike by all ranks, since the plan is made from the manifest alone.
-    """
+    """Read into place. Returns what is wrong with a file rather than raising: the others must not be left waiting."""
     assert origin.path is not None
     try:
-        checkpoint = Checkpoint(origin.path)
+        checkpoint = _open(origin.path, patience_s=0.0 if run.world.first else OPEN_PATIENCE_S)
     except BadCheckpoint as error:
         return error
-    if origin.everything and "data.sources" not in run.config.run.accept_changes:
-        check_unchanged(checkpoint.manifest.data, run.prepared)
-    wanted = {name: (info.shape, info.dtype) for name, info in run.engine.parameters().items()}
-    # A run whose every update was skipped so far has no optimizer state yet; else all of it must be there.
-    state = origin.everything and any(t.group == "optim" for t in checkpoint.manifest.tensors.values())
-    if state:
-        wanted |= {key: wanted[key.rpartition(".")[0]] for key in run.engine.optimizer_keys()}
-    groups: tuple[Group, ...] = GROUPS if origin.everything else ("model", "frozen")
-    loading = plan(checkpoint.manifest, wanted, groups, str(origin.path))
-    loading.refuse()
-    run.console.say("\n".join(loading.summary()))
     try:
-        run.engine.load(checkpoint, optimizer=state)
+        run.engine.load(checkpoint, with_optimizer=origin.everything and holds_state(checkpoint))
     except BadCheckpoint as error:
         return error
     finally:
@@ -115,3 +135,15 @@ def _load(run: Run, origin: Origin) -> BadCheckpoint | None:
     if origin.everything:
         run.progress = Progress.of(checkpoint.manifest.loop)
     return None
+
+
+def _open(path: Path, patience_s: float) -> Checkpoint:
+    """Rank 0 has just opened it and found it good: what another node does not see yet, it will in a moment."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return Checkpoint(path)
+        except BadCheckpoint:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.5)

@@ -73,8 +73,8 @@ class Console:
         try:
             sys.stdout.write(text)
             sys.stdout.flush()
-        except OSError:
-            pass  # the terminal went away (closed ssh): the log has it, and the run goes on
+        except (OSError, UnicodeEncodeError):
+            pass  # the terminal went away (closed ssh), or cannot show it: the log has it, and the run goes on
 
 
 def si(number: float) -> str:

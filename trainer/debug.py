@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,25 @@ LOSS_TOLERANCE = 0.5  # nats around log(vocabulary); a cut model's first logits 
 
 
 def debug(config: Config, wish: StopWish) -> int:
-    """Run `config` cut to size under all checks; returns the exit code. The run folder stays if `run.dir` names one."""
+    """Run `config` cut to size under all checks, in a folder of its own; returns the exit code."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--debug runs in one process: start it with python -m trainer, not with torchrun")
-    with tempfile.TemporaryDirectory(prefix="muster-debug-") as folder:
-        small = cut_to_size(config, config.run.dir or f"{folder}/run")
-        torch.autograd.set_detect_anomaly(True)
-        code = start(small, wish, CheckedRun)
-        if code == FINISHED:
-            print("debug: every check held" + ("" if config.run.dir else "; the folder above was temporary"))
-        return code
+    folder = tempfile.mkdtemp(prefix="muster-debug-")
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        code = start(cut_to_size(config, f"{folder}/run"), wish, CheckedRun)
+    except UserError:
+        shutil.rmtree(folder)
+        raise
+    if code == FINISHED:
+        shutil.rmtree(folder)
+        print("debug: every check held; the folder above was temporary")
+    return code
 
 
 def cut_to_size(config: Config, run_dir: str) -> Config:
-    """The same config with a smaller model, shorter samples and smaller batches. What is small already stays."""
+    """The same config with a narrower model, shorter samples and smaller batches. What is small already stays, and so
+    does every layer: patterns name them."""
     data = to_dict(config)
     if config.start.from_ is None:
         data["model"] |= _cut_model(data["model"])
@@ -67,7 +73,6 @@ def _cut_model(model: dict[str, Any]) -> dict[str, Any]:
     small_group = math.gcd(group, small_heads)
     small_width = min(width, 32)
     return {
-        "layers": min(model["layers"], 2),
         "heads": small_heads,
         "kv_heads": small_heads // small_group,
         "head_dim": small_width,

@@ -23,8 +23,7 @@ def choose_trainable(freeze: FreezeSection, names: Iterable[str], aliases: Mappi
             hits = {first_name[n] for n in first_name if fnmatchcase(n, pattern)}
             if not hits:
                 raise UserError(
-                    f"freeze.{key}: {pattern!r} matches no parameter; names look like "
-                    f"{', '.join(list(first_name)[:3])} (list them with --debug)"
+                    f"freeze.{key}: {pattern!r} matches no parameter; names look like {', '.join(list(first_name)[:3])}"
                 )
             found |= hits
         return found

@@ -16,23 +16,25 @@ if TYPE_CHECKING:
 class Health:
     """Counts skipped updates and ends a run that skips too many in a row."""
 
-    def __init__(self, config: Config, progress: Progress, events: Events) -> None:
-        self.config, self.progress, self.events = config, progress, events
+    def __init__(self, config: Config, progress: Progress, events: Events, first: bool) -> None:
+        self.config, self.progress, self.events, self.first = config, progress, events, first
 
     def check(self, result: StepResult, batch: StepBatch) -> None:
         """Look at one step. Every rank comes to the same verdict: the norm is the same everywhere.
 
-        A rank whose loss was not finite names its samples; when only the gradients were not, the batch is named by
-        rank 0. Raises RunFailed after `train.nonfinite_limit` skips in a row.
+        A rank whose loss was not finite names its samples; when only the gradients were not, rank 0 names its share of
+        the batch. Raises RunFailed after `train.nonfinite_limit` skips in a row.
         """
         progress = self.progress
         if result.applied:
             progress.nonfinite_in_a_row = 0
             return
         progress.nonfinite_in_a_row += 1
-        what = "loss" if result.bad_samples else "gradient"
-        samples = result.bad_samples or [int(n) for n in batch.samples]
-        self.events.write("nonfinite", step=progress.step, what=what, samples=samples[:64])
+        if result.bad_samples:
+            self.events.write("nonfinite", step=progress.step, what="loss", samples=result.bad_samples[:64])
+        elif self.first and not result.bad_loss:
+            samples = [int(n) for n in batch.samples[:64]]
+            self.events.write("nonfinite", step=progress.step, what="gradient", samples=samples)
         if progress.nonfinite_in_a_row >= self.config.train.nonfinite_limit:
             raise RunFailed(
                 "nonfinite",

@@ -34,6 +34,7 @@ def _self_description(node: str, attempt: int) -> dict[str, Any]:
         "boot_id": _boot_id(),
         "pid_namespace": _pid_namespace(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "life": os.environ.get("SLURM_RESTART_COUNT", "0"),
         "attempt": attempt,
         "time_s": time.time(),
     }
@@ -55,6 +56,9 @@ def _pid_namespace() -> str:
 
 def _alive(holder: dict[str, Any], node: str) -> bool | None:
     """Whether the holder still runs; None when that cannot be known from here."""
+    same_job = bool(holder.get("job")) and holder["job"] == os.environ.get("SLURM_JOB_ID")
+    if same_job and holder.get("life") != os.environ.get("SLURM_RESTART_COUNT", "0"):
+        return False  # an earlier life of this very job: Slurm requeues it only once that has ended
     if holder.get("boot_id") != _boot_id():
         return False if holder.get("node") == node else None  # same node, rebooted; or another node
     if holder.get("pid_namespace") != _pid_namespace():
@@ -76,9 +80,8 @@ class Lease:
     @classmethod
     def take(cls, folder: RunFolder, node: str, attempt: int, say: Callable[[str], None]) -> Lease:
         """Make the lease, or take over a dead holder's. Raises UserError while a holder lives or may live."""
-        folder.root.mkdir(parents=True, exist_ok=True)
         mine = _self_description(node, attempt)
-        with _locked(folder.root):
+        with writable(folder.root), _locked(folder.root):
             holder = read_json(folder.lease)
             if folder.lease.exists():
                 _refuse_living(folder, holder or {}, node)
@@ -120,6 +123,16 @@ def _refuse_living(folder: RunFolder, holder: dict[str, Any], node: str) -> None
             f"{folder.root}: held by {who}, which cannot be asked from here;\n"
             f"if you know that it has ended, remove {folder.lease}"
         )
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Make the run folder; what the filesystem has against it is a person's to mend."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {folder}: {error.strerror or error}") from error
 
 
 @contextmanager

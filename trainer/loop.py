@@ -6,6 +6,7 @@ Every rank runs this loop and takes each branch alike, because each branch may h
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ class Progress:
     step: int = 0
     consumed_samples: int = 0
     nonfinite_in_a_row: int = 0
+    validated_step: int = 0
     best_loss: float | None = None
     validations_without_better: int = 0
 
@@ -45,8 +47,9 @@ def train(run: Run) -> Cause | None:
     """
     config, progress = run.config, run.progress
     agreement = Agreement(run.world, run.wish)
-    health = Health(config, progress, run.events)
+    health = Health(config, progress, run.events, run.world.first)
     cause = agreement.now()  # a wish that came while everything was being built
+    cause, _ = validate_if_due(run, agreement, cause)  # one that a stop left undone
     while cause is None and progress.step < config.train.steps and not stopped_early(run):
         began = time.perf_counter()
         batch = next(run.loader)
@@ -61,12 +64,7 @@ def train(run: Run) -> Cause | None:
         if due(progress.step, config.run.log_every_steps) or progress.step == config.train.steps:
             log(run, result)
         cause = agreement.outcome()  # the wishes that this step's reduction carried
-        better = False
-        if cause is None and validation_due(run):
-            values = validate(run, agreement)
-            cause = agreement.outcome()
-            if values is not None:  # else a wish to stop came in between
-                better = take_validation(run, values)
+        cause, better = validate_if_due(run, agreement, cause)
         keeps_best = better and config.checkpoint.keep.best
         if cause is None and (due(progress.step, config.checkpoint.every_steps) or keeps_best):
             run.save(best=better)
@@ -81,9 +79,19 @@ def due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def validation_due(run: Run) -> bool:
-    train, step = run.config.train, run.progress.step
-    return due(step, train.validate_every_steps) or (train.validate_every_steps > 0 and step == train.steps)
+def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> tuple[Cause | None, bool]:
+    """Validate unless a wish to stop stands or comes in between: then the next start makes up for it.
+
+    Returns the wish, and whether the held-out loss is the best so far.
+    """
+    train, progress = run.config.train, run.progress
+    every, step = train.validate_every_steps, progress.step
+    is_due = every > 0 and 0 < step != progress.validated_step and (due(step, every) or step == train.steps)
+    if cause is not None or not is_due:
+        return cause, False
+    values = validate(run, agreement)
+    better = values is not None and take_validation(run, values)
+    return agreement.outcome(), better
 
 
 def stopped_early(run: Run) -> bool:
@@ -103,8 +111,9 @@ def log(run: Run, result: StepResult) -> None:
 def take_validation(run: Run, values: dict[str, float]) -> bool:
     """Note a validation's outcome; whether it is the best so far. The values are the same on all ranks."""
     progress = run.progress
+    progress.validated_step = progress.step
     loss = next(iter(values.values()))
-    better = progress.best_loss is None or loss < progress.best_loss
+    better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
     progress.best_loss = loss if better else progress.best_loss
     progress.validations_without_better = 0 if better else progress.validations_without_better + 1
     if run.world.first:

@@ -7,7 +7,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import dump, load
 from configs.schema import Config, differences, fields, fingerprint, result_fields
-from trainer.folder import RunFolder
+from trainer.folder import RunFolder, write_text
 
 
 def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
@@ -52,6 +52,5 @@ def _steps_changed(old: Config, new: Config) -> dict[str, Any]:
 def write_config(config: Config, folder: RunFolder) -> None:
     """Put the resolved config and its fingerprint into the run folder."""
     text = f"# fingerprint: {fingerprint(config)}\n{dump(config)}"
-    temporary = folder.config.with_name(".config.yaml.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder.config)
+    if not folder.config.exists() or folder.config.read_text(encoding="utf-8") != text:
+        write_text(folder.config, text)

@@ -25,19 +25,22 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     resolve(config.parallel, int(os.environ.get("WORLD_SIZE", 1)))  # refused before anything is touched
 
     from trainer import world as worlds  # imports torch: only now that the config is known to be good
-    from trainer.run import Run, run
+    from trainer.attempt import Recorded, run_attempt
+    from trainer.run import Run
 
     if config.precision.deterministic:
         worlds.be_deterministic()
-    world = worlds.start(config)
     try:
-        end = run(config, wish, world, kind or Run)
-    except UserError:
-        world.close()
+        world = worlds.start(config)
+        end = run_attempt(config, wish, world, kind or Run)
+    except UserError as error:
+        error.alone = not error.agreed
+        if error.agreed:
+            worlds.leave()
         raise
-    except Exception:  # noqa: BLE001 - `run` has recorded it; other ranks may be gone, so nothing is closed in order
-        return life.FAILED
-    world.close()
+    except Recorded:
+        return life.FAILED  # other ranks may be gone: nothing is closed in order
+    worlds.leave()
     return exit_code(end)
 
 

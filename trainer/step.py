@@ -24,8 +24,8 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave. `sums` are this rank's, on the device; `bad_samples` are this rank's, when its loss was not
-    finite."""
+    """What one step gave. `sums` are this rank's, on the device. After a skipped update `bad_samples` are those whose
+    loss was not finite on this rank; `bad_loss` says whether any rank has such."""
 
     sums: torch.Tensor
     target_tokens: int
@@ -33,6 +33,7 @@ class StepResult:
     lr_factor: float
     applied: bool
     bad_samples: list[int]
+    bad_loss: bool
 
 
 def train_step(
@@ -58,7 +59,8 @@ def train_step(
     if int(targets) == 0:
         raise RunFailed("no_targets", f"step {step}: no sample of the global batch has a target token")
     bad = [] if applied else _samples_of_bad_losses(batch, losses)
-    return StepResult(sums, int(targets), norm, factor, applied, bad)
+    bad_loss = not applied and float(agreement.sum([float(bool(bad))])[0]) > 0  # all ranks skipped, so all are here
+    return StepResult(sums, int(targets), norm, factor, applied, bad, bad_loss)
 
 
 def _samples_of_bad_losses(batch: StepBatch, losses: list[torch.Tensor]) -> list[int]:

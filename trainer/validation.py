@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
 
 def validate(run: Run, agreement: Agreement) -> dict[str, float] | None:
-    """The task's validation metrics over all ranks; None when a wish to stop came in between.
+    """The task's validation metrics over all ranks; None when a wish to stop came before the last batch.
 
     Sums and wishes are agreed together after each batch, so that a long validation can be left, by all ranks at the
     same place.
     """
     total: torch.Tensor | None = None
-    for micro_batches in validation_batches(run.prepared, run.config, run.world.rank, run.world.size):
+    batches = validation_batches(run.prepared, run.config, run.world.rank, run.world.size)
+    for number, micro_batches in enumerate(batches, 1):
         targets = sum(int((m.targets != IGNORE).sum()) for m in micro_batches)
         sums = torch.stack([run.engine.evaluate(m.to(run.world.device)) for m in micro_batches]).sum(0)
         agreed = agreement.sum(torch.cat([sums, sums.new_tensor([float(targets)])]))
         total = agreed if total is None else total + agreed
         if run.world.device.type == "cuda":
             torch.cuda.synchronize()
-        if agreement.outcome() is not None:
+        if agreement.outcome() is not None and number < len(batches):
             return None
     assert total is not None  # the preparation refuses a run that validates without held-out samples
     return run.task.validation_metrics(total[:-1], int(total[-1]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,10 +45,13 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks. A collective."""
-        self.sum(torch.zeros(1, device=self.device))
+        float(self.sum(torch.zeros(1, device=self.device)))  # read: on a GPU the reduction alone would only be queued
 
-    def from_first(self, function: Callable[[], T]) -> T:
+    def from_first(self, function: Callable[[], T], patiently: str | None = None) -> T:
         """What `function` gives on rank 0, on every rank; what it raises there, everywhere.
+
+        `patiently` is a word, used once, under which the others wait in the store as long as it takes; without it they
+        wait in a collective, which has a timeout.
 
         A collective: every rank calls it. Rank 0 alone looks at shared folders and decides, since a shared filesystem
         may show different ranks different things; an error it meets must reach the ranks that wait for it.
@@ -58,9 +63,16 @@ class World:
             try:
                 outcome[0] = function()
             except Exception as error:  # noqa: BLE001 - the ranks that wait must hear of whatever it is
-                outcome[1] = error
+                outcome[1] = _portable(error)
+            if patiently is not None and self.kv is not None:
+                self.kv.set(patiently, "done")
+        elif patiently is not None and self.kv is not None:
+            while not self.kv.check([patiently]):
+                time.sleep(0.2)
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
+            if isinstance(outcome[1], UserError):
+                outcome[1].agreed = True
             raise outcome[1]
         return outcome[0]
 
@@ -80,9 +92,20 @@ class World:
             for group in list(dist.distributed_c10d._world.pg_map):
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
-    def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its words where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever an unknown exception's pickling may raise
+        return RuntimeError(repr(error))
+    return error
+
+
+def leave() -> None:
+    """End what `start` began. A rank that leaves while others still talk to it makes them fail: agree first."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def be_deterministic() -> None:

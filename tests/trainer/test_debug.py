@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.load import load, presets
-from tests.distributed import run_ranks, tiny, train
+from tests.distributed import run_ranks, tiny, train, train_here
 from trainer.data.loader import MicroBatch
 from trainer.data.prepared import IGNORE
 from trainer.debug import check_batch, check_first_loss, check_gradients, cut_to_size
@@ -57,17 +57,24 @@ def test_a_first_loss_far_from_guessing_is_found() -> None:
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_can_be_cut_to_size(name: str) -> None:
     small = cut_to_size(load(name, []), "somewhere").model
-    assert small.layers <= 2
     assert small.dim <= 128
-    assert small.vocab_size == load(name, []).model.vocab_size
+    assert (small.layers, small.vocab_size) == (load(name, []).model.layers, load(name, []).model.vocab_size)
 
 
 def test_a_run_that_fails_a_check_exits_1_and_says_which(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
     config = tiny(tmp_path, model__init_std=3.0)  # logits far from guessing
-    assert train(config, debug=True) == [1]
-    end = json.loads((tmp_path / "run/attempts/000/end.json").read_text())
+    assert run_ranks(1, train_here, config, True, env={"TMPDIR": str(tmp_path / "kept")}) == [1]
+    (folder,) = (tmp_path / "kept").glob("muster-debug-*")
+    end = json.loads((folder / "run/attempts/000/end.json").read_text())
     assert (end["reason"], end["cause"], end["requeue"]) == ("failed", "check", False)
-    assert "first loss" in (tmp_path / "run/attempts/000/rank-00000.log").read_text()
+    assert "first loss" in (folder / "run/attempts/000/rank-00000.log").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_that_names_an_upper_layer_holds(tmp_path: Path) -> None:
+    config = tiny(tmp_path, model__layers=5, freeze__frozen=["blocks.4.*"])
+    assert train(config, debug=True) == [0]
 
 
 def _debug_on_two(config: dict) -> str:

@@ -27,8 +27,10 @@ class HostCopy:
             total += -(-layout.data_bytes // DATA_ALIGNMENT) * DATA_ALIGNMENT
         device = any(piece.tensor.is_cuda for layout in layouts for piece in layout.pieces)
         if self._buffer.numel() < total:
+            if self._buffer.numel() and device:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr()))
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=device)
+            self._buffer = _pinned(total) if device else torch.empty(total, dtype=torch.uint8)
         with torch.no_grad():
             for layout, begin in zip(layouts, begins, strict=True):
                 for piece, start in zip(layout.pieces, layout.starts, strict=True):
@@ -40,3 +42,11 @@ class HostCopy:
             bytes_of(self._buffer[begin : begin + layout.data_bytes])
             for layout, begin in zip(layouts, begins, strict=True)
         ]
+
+
+def _pinned(count: int) -> torch.Tensor:
+    """Page-locked bytes of exactly this size: torch's own pinned allocator rounds up to a power of two, which for the
+    state of a large model is another half of it, and never gives it back. Unregistered before it is freed."""
+    buffer = torch.empty(count, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), count, 0))
+    return buffer

@@ -74,7 +74,7 @@ class Engine(Protocol):
     def optimizer_keys(self) -> set[str]:
         """`<parameter>.<state>` for every optimizer tensor there is or, before the first update, will be."""
 
-    def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
+    def load(self, checkpoint: Checkpoint, with_optimizer: bool) -> None:
         """Read parameters, and optimizer state when asked, into place. What is there was planned and agreed before. No
         collective: a rank may meet a bad block and raise BadCheckpoint while the others read on."""
 

@@ -77,17 +77,17 @@ class FsdpEngine:
         precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
         reshard = parallel.reshard and mesh.shape[-1] > 1
-        for unit in self.model.shard_units():
-            # the last unit (norm and head) is used again at once in backward: freeing it would gather it twice in a row
-            last = unit is self.model.shard_units()[-1]
+        units = self.model.shard_units()
+        for unit in units:
             fully_shard(
                 unit if len(unit) > 1 else unit[0],
                 mesh=mesh,
-                reshard_after_forward=reshard and not last,
+                # what forward used last, backward uses first: freed, it would be gathered twice in a row
+                reshard_after_forward=reshard and unit is not units[-1],
                 mp_policy=precision,
                 offload_policy=offload,
             )
-        fully_shard(self.model, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
+        fully_shard(self.model, mesh=mesh, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 # Plain sums over ranks: the loss is already divided by the global count of targets. gloo has no
@@ -240,10 +240,12 @@ class FsdpEngine:
         return {f"{name}.{key}" for name, optimizer, _ in self._trained() for key in state_keys(optimizer)}
 
     @torch.no_grad()
-    def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
+    def load(self, checkpoint: Checkpoint, with_optimizer: bool) -> None:
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # of a checkpoint that proved bad halfway
         for name, stored in self.stored.items():
             checkpoint.read_into(name, *box_of(stored), local_part(stored))
-        if optimizer:
+        if with_optimizer:
             for name, owner, parameter in self._trained():
                 self._load_state(checkpoint, name, owner, parameter)
 

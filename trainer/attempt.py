@@ -1,0 +1,167 @@
+"""One attempt of a run: from the folder and its lease to `end.json`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import Config
+from trainer import life
+from trainer.console import Console
+from trainer.folder import RunFolder
+from trainer.lease import Lease, writable
+from trainer.life import Attempt, End
+from trainer.loop import train
+from trainer.metrics import Meter
+from trainer.preflight import check_folder, write_config
+from trainer.run import Run
+from trainer.sample import write_sample
+from trainer.step import RunFailed
+from trainer.stop import Cause, Kind, StopRequested, StopWish
+from trainer.summary import say_end, say_start
+from trainer.world import World
+
+Changes = list[dict[str, Any]]  # admitted differences from the config that a folder was begun with
+
+
+class Recorded(Exception):
+    """A failure that stands in the log and the events already."""
+
+
+def live(run: Run) -> End:
+    """Train, save what is not saved, and say how it ended. The same on every rank."""
+    try:
+        cause = train(run)
+        save_last(run)
+    except RunFailed as failure:
+        run.poll_saves(wait=True)
+        run.console.say(f"FAILED: {failure}")
+        return End("failed", run.progress.step, run.newest_checkpoint(), requeue=False, cause=failure.cause)
+    else:
+        if cause is None and run.config.task.sample_tokens:
+            text = write_sample(run)
+            run.console.end_live()
+            run.console.say(f"what the model writes now:\n{text}")
+    finally:
+        run.close()
+    if cause is None:
+        return End("finished", run.progress.step, run.newest_checkpoint(), requeue=False)
+    return stopped(run, cause)
+
+
+def save_last(run: Run) -> None:
+    """Save where the run leaves off. A save that fails is tried again as often as saves may fail in a row.
+
+    Raises RunFailed, on all ranks alike, when none succeeds.
+    """
+    run.poll_saves(wait=True)  # else ranks that know of a failed save would save again, and the others would not
+    while run.progress.step > 0 and run.saved_step != run.progress.step:
+        run.save(best=False)
+        run.poll_saves(wait=True)
+        if run.saving_failed:
+            raise RunFailed(Cause.SAVING.word, f"step {run.progress.step} could not be saved")
+
+
+def stopped(run: Run, cause: Cause) -> End:
+    step = run.progress.step or max(run.folder.committed_steps(), default=0)  # perhaps nothing is loaded yet
+    run.events.write("stop_requested", cause=cause.word, step=step)
+    return End("stopped", step, run.newest_checkpoint(), cause.kind is Kind.REQUEUE, cause.word)
+
+
+@contextmanager
+def run_folder(config: Config, world: World, console: Console) -> Iterator[tuple[RunFolder, Attempt, Changes]]:
+    """The run folder under its lease, with a new attempt. After a user error nothing of this start is left in it."""
+    folder = RunFolder(Path(config.run_dir))
+    changes = world.from_first(lambda: check_folder(config, folder))
+    holder: list[Lease] = []
+
+    def take() -> int:
+        number = max(life.numbers(folder), default=-1) + 1
+        lease = Lease.inherited(folder)
+        if lease is None:
+            holder.append(Lease.take(folder, world.node, number, console.say))
+        with writable(folder.root):
+            return Attempt.open(folder).number
+
+    attempt = Attempt(folder, world.from_first(take))
+    refused = False
+    try:
+        yield folder, attempt, changes
+    except UserError:
+        refused = True
+        raise
+    finally:
+        for lease in holder:
+            lease.release()
+        if refused and world.first:
+            attempt.discard()
+
+
+def run_attempt(config: Config, wish: StopWish, world: World, kind: type[Run]) -> End:
+    """One attempt, from the folder to its end. Raises UserError, or Recorded for anything else."""
+    with run_folder(config, world, Console(world.rank)) as (folder, attempt, changes):
+        run = kind(config, world, folder, attempt, wish)
+        run.console.open_log(attempt.path / f"rank-{world.rank:05d}.log")
+        try:
+            end = _attempt(run, changes)
+            if world.first:
+                attempt.write_end(end)
+                run.events.write("ended", **{k: getattr(end, k) for k in ("reason", "step", "cause")})
+                say_end(run, end)
+            world.barrier()
+        except UserError:
+            raise
+        except Exception as error:
+            _record_failure(run, error)
+            raise Recorded from error
+        return end
+
+
+def _attempt(run: Run, changes: Changes) -> End:
+    folder, attempt, config, world = run.folder, run.attempt, run.config, run.world
+    if world.from_first(lambda: life.attempts_without_progress(folder)) > config.run.give_up_after:
+        run.events.write("giving_up", attempts=config.run.give_up_after)
+        run.console.say(
+            f"giving up after {config.run.give_up_after} attempts without a new checkpoint: {folder.attempts}"
+        )
+        return End("failed", 0, run.newest_checkpoint(), requeue=False, cause="giving_up")
+    before = Attempt(folder, attempt.number - 1)
+    if attempt.number and world.first and (before.end is None or before.end.reason == "failed"):
+        run.console.say(f"attempt {attempt.number}: attempt {before.number} failed, going on from the last checkpoint")
+    try:
+        world.from_first(run.wish.raise_if_wished)  # agreed: the others may not have heard of it yet
+        run.build()
+    except StopRequested as request:
+        return stopped(run, request.cause)
+    run.meter = Meter(config, world, folder, run.console, attempt.number, run.flops_per_token())
+    hosts = sorted(set(world.gather(world.node)))
+    if world.first:
+        for change in changes:
+            run.events.write(**change)
+        write_config(config, folder)
+        attempt.write_start(run.progress.step, {"hosts": hosts, "world_size": world.size})
+        run.events.write("started", step=run.progress.step, origin=str(run.origin), world_size=world.size)
+        say_start(run)
+    return live(run)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _record_failure(run: Run, error: Exception) -> None:
+    """The traceback and rank, for whoever looks. The other ranks may be gone: no collective from here on."""
+    text = "".join(traceback.format_exception(error))
+    run.events.write("rank_failed", rank=run.world.rank, error=repr(error), traceback=text)
+    run.console.note(text)
+    if run.world.size == 1:
+        print(text, file=sys.stderr)
+    else:  # it may be another rank's death that this one met; the launcher names the first
+        run.console.say(f"rank {run.world.rank} failed: {_first_line(error)}; traceback in {run.console.log_path}")
+    if run.world.first:
+        run.attempt.write_end(End("failed", run.progress.step, run.newest_checkpoint(), True, "rank_failed"))
