@@ -189,8 +189,7 @@ class Supervisor:
 
     def _unwritten_end(self, status: int) -> End:
         """What an attempt came to that could not say so itself: stopped by force as asked, or failed."""
-        steps = self.folder.committed_steps()
-        step, name = (steps[-1], f"step-{steps[-1]:08d}") if steps else (0, None)
+        step, name = self.folder.newest_checkpoint()
         asked = self.wish.cause
         if asked is not None:
             return End("stopped", step, name, requeue=asked.kind is Kind.REQUEUE, cause=asked.word)

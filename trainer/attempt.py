@@ -41,7 +41,7 @@ def live(run: Run) -> End:
     except RunFailed as failure:
         run.poll_saves(wait=True)
         run.console.say(f"FAILED: {failure}")
-        return End("failed", run.progress.step, run.newest_checkpoint(), requeue=False, cause=failure.cause)
+        return End("failed", run.progress.step, run.folder.newest_checkpoint()[1], requeue=False, cause=failure.cause)
     else:
         if cause is None and run.config.task.sample_tokens:
             text = write_sample(run)
@@ -50,7 +50,7 @@ def live(run: Run) -> End:
     finally:
         run.close()
     if cause is None:
-        return End("finished", run.progress.step, run.newest_checkpoint(), requeue=False)
+        return End("finished", run.progress.step, run.folder.newest_checkpoint()[1], requeue=False)
     return stopped(run, cause)
 
 
@@ -68,9 +68,10 @@ def save_last(run: Run) -> None:
 
 
 def stopped(run: Run, cause: Cause) -> End:
-    step = run.progress.step or max(run.folder.committed_steps(), default=0)  # perhaps nothing is loaded yet
+    committed, name = run.folder.newest_checkpoint()
+    step = run.progress.step or committed  # perhaps nothing is loaded yet
     run.events.write("stop_requested", cause=cause.word, step=step)
-    return End("stopped", step, run.newest_checkpoint(), cause.kind is Kind.REQUEUE, cause.word)
+    return End("stopped", step, name, cause.kind is Kind.REQUEUE, cause.word)
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def _attempt(run: Run, changes: Changes) -> End:
         run.console.say(
             f"giving up after {config.run.give_up_after} attempts without a new checkpoint: {folder.attempts}"
         )
-        return End("failed", 0, run.newest_checkpoint(), requeue=False, cause="giving_up")
+        return End("failed", 0, run.folder.newest_checkpoint()[1], requeue=False, cause="giving_up")
     before = Attempt(folder, attempt.number - 1)
     if attempt.number and world.first and (before.end is None or before.end.reason == "failed"):
         run.console.say(f"attempt {attempt.number}: attempt {before.number} failed, going on from the last checkpoint")
@@ -164,4 +165,4 @@ def _record_failure(run: Run, error: Exception) -> None:
     else:  # it may be another rank's death that this one met; the launcher names the first
         run.console.say(f"rank {run.world.rank} failed: {_first_line(error)}; traceback in {run.console.log_path}")
     if run.world.first:
-        run.attempt.write_end(End("failed", run.progress.step, run.newest_checkpoint(), True, "rank_failed"))
+        run.attempt.write_end(End("failed", run.progress.step, run.folder.newest_checkpoint()[1], True, "rank_failed"))

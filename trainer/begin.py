@@ -80,11 +80,11 @@ def named_checkpoint(path: Path) -> Checkpoint:
     if (path / "manifest.json").exists():
         found = path
     else:
-        steps = RunFolder(path).committed_steps()
-        if not steps:
+        _, name = RunFolder(path).newest_checkpoint()
+        if name is None:
             what = "holds no committed checkpoint" if path.is_dir() else "does not exist"
             raise UserError(f"start.from: {path} {what}; name a run folder or a checkpoint in it")
-        found = RunFolder(path).checkpoints / f"step-{steps[-1]:08d}"
+        found = RunFolder(path).checkpoints / name
     try:
         return Checkpoint(found)
     except BadCheckpoint as error:

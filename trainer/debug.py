@@ -13,8 +13,8 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Config, to_dict
+from models import IGNORE
 from trainer.data.loader import MicroBatch
-from trainer.data.prepared import IGNORE
 from trainer.engines.fsdp import FsdpEngine
 from trainer.folder import RunFolder
 from trainer.life import FINISHED

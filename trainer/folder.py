@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_COMMITTED = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a committed checkpoint."""
+    return f"step-{step:08d}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,20 @@ class RunFolder:
 
     def committed_steps(self) -> list[int]:
         """Steps that have a committed checkpoint, ascending; by name alone."""
-        names = (p.name for p in self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else ()
-        return sorted(int(n[5:]) for n in names if n[5:].isdigit())
+        return committed_steps(self.checkpoints)
+
+    def newest_checkpoint(self) -> tuple[int, str | None]:
+        """(step, name) of the newest committed checkpoint; (0, None) without one."""
+        steps = self.committed_steps()
+        return (steps[-1], checkpoint_name(steps[-1])) if steps else (0, None)
+
+
+def committed_steps(checkpoints: Path) -> list[int]:
+    """Steps of the committed checkpoints in a folder, ascending. Whether they are good is not asked here."""
+    if not checkpoints.is_dir():
+        return []
+    found = ((_COMMITTED.fullmatch(entry.name), entry) for entry in os.scandir(checkpoints))
+    return sorted(int(match[1]) for match, entry in found if match and entry.is_dir(follow_symlinks=False))
 
 
 def write_text(path: Path, text: str) -> None:

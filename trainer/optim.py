@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from configs.schema import OptimSection
+from trainer.engines.boxes import box_of
 
 
 def lr_factor(optim: OptimSection, step: int, last_step: int) -> float:
@@ -68,18 +69,11 @@ def _keep_layout(function: Any, tensor: torch.Tensor) -> torch.Tensor:
         return function(tensor)
     whole = function(tensor.full_tensor())
     # every rank computed the whole from the same gathered bytes: nothing needs to be sent to cut it
-    offset = _first_row(tensor)
-    local = whole[offset : offset + tensor.to_local().shape[0]].contiguous()
+    offsets, sizes = box_of(tensor)
+    local = whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].contiguous()
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
-
-
-def _first_row(tensor: DTensor) -> int:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return offsets[0]
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from configs.schema import Config, fingerprint, to_dict
-from models.flops import flops_per_token
 from trainer.begin import begin
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.store import CheckpointStore, SaveResult
@@ -19,7 +18,7 @@ from trainer.data.prepare import Interrupted, prepare
 from trainer.data.prepared import Prepared
 from trainer.engines.fsdp import FsdpEngine
 from trainer.events import Events, append_row
-from trainer.folder import RunFolder
+from trainer.folder import RunFolder, checkpoint_name
 from trainer.freeze import choose_trainable
 from trainer.layout import resolve
 from trainer.life import Attempt
@@ -145,7 +144,7 @@ class Run:
         return self._failed_saves >= self.config.checkpoint.failures_limit
 
     def _tell(self, result: SaveResult) -> None:
-        name = f"step-{result.step:08d}"
+        name = checkpoint_name(result.step)
         if result.ok:
             times = {"seconds": round(result.seconds, 3), "stall_s": round(result.stall_s, 3)}
             self.events.write("saved", checkpoint=name, bytes=result.bytes_written, **times)
@@ -181,12 +180,8 @@ class Run:
             trained_steps={},
         )
 
-    def newest_checkpoint(self) -> str | None:
-        steps = self.folder.committed_steps()
-        return f"step-{steps[-1]:08d}" if steps else None
-
     def flops_per_token(self) -> float:
-        return flops_per_token(self.engine.model, self.config.data.seq_len)
+        return self.engine.flops_per_token(self.config.data.seq_len)
 
     def seconds(self) -> float:
         """How long this attempt has been running."""

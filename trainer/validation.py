@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models import IGNORE
 from trainer.agreement import Agreement
 from trainer.data.loader import validation_batches
-from trainer.data.prepared import IGNORE
 
 if TYPE_CHECKING:
     from trainer.run import Run

@@ -27,8 +27,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
     node: str
     device: torch.device
     kv: Store | None
@@ -134,4 +132,4 @@ def start(config: Config) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         group_store = PrefixStore("groups", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, local_rank, local_size, node_name(), device, kv)
+    return World(rank, size, node_name(), device, kv)

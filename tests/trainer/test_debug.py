@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from configs.load import load, presets
+from models import IGNORE
 from tests.distributed import run_ranks, tiny, train, train_here
 from trainer.data.loader import MicroBatch
-from trainer.data.prepared import IGNORE
 from trainer.debug import check_batch, check_first_loss, check_gradients, cut_to_size
 from trainer.step import RunFailed
 

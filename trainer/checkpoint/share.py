@@ -63,14 +63,6 @@ def layouts_of(pieces: Sequence[Piece]) -> dict[Group, FileLayout]:
     return {group: layout for group, layout in layouts.items() if layout.pieces}
 
 
-def bytes_needed(pieces: Sequence[Piece]) -> tuple[int, int]:
-    """(changing, frozen) bytes that this rank writes for one checkpoint; their sums over ranks go to
-    `Shelf.check_space`."""
-    sizes = {group: layout.size for group, layout in layouts_of(pieces).items()}
-    frozen = sizes.pop("frozen", 0)
-    return sum(sizes.values()), frozen
-
-
 def signature_of(layout: FileLayout, trained_steps: dict[str, int]) -> tuple[Any, ...]:
     """Equal exactly when two files of frozen tensors hold the same: the same places, last trained at the same steps."""
     return (layout.header, tuple(trained_steps.get(piece.key, 0) for piece in layout.pieces))

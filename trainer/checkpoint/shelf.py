@@ -13,14 +13,10 @@ from configs.schema import KeepSection
 from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
+from trainer.folder import checkpoint_name, committed_steps
 
-_COMMITTED = re.compile(r"^step-(\d{8,})$")
 _ASIDE = re.compile(r"^step-\d{8,}\.bad-\d+$")
 _LEFTOVER = re.compile(r"^step-\d{8,}\.(partial|deleting)-")
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 class Shelf:
@@ -31,14 +27,11 @@ class Shelf:
         self._metrics: dict[int, float | None] = {}
 
     def path(self, step: int) -> Path:
-        return self.root / folder_name(step)
+        return self.root / checkpoint_name(step)
 
     def steps(self) -> list[int]:
         """Committed steps, ascending. Whether they are good is not asked here."""
-        if not self.root.is_dir():
-            return []
-        found = ((_COMMITTED.match(entry.name), entry) for entry in os.scandir(self.root))
-        return sorted(int(match.group(1)) for match, entry in found if match and entry.is_dir(follow_symlinks=False))
+        return committed_steps(self.root)
 
     def clean(self) -> list[str]:
         """Remove what a crash left half written or half deleted; returns the names. Only under the run's lease."""
@@ -86,11 +79,11 @@ class Shelf:
     def reject(self, step: int, reason: str) -> Path:
         """Set a bad checkpoint aside under another name, from which nothing continues. Returns the new path."""
         k = 0
-        while (target := self.root / f"{folder_name(step)}.bad-{k}").exists():
+        while (target := self.root / f"{checkpoint_name(step)}.bad-{k}").exists():
             k += 1
         disk.rename(str(self.path(step)), str(target))
         disk.fsync_dir(str(self.root))
-        self._say(f"checkpoint {folder_name(step)} is bad and was set aside as {target.name}: {reason}")
+        self._say(f"checkpoint {checkpoint_name(step)} is bad and was set aside as {target.name}: {reason}")
         return target
 
     def remember(self, step: int, metric: float | None) -> None:
@@ -102,7 +95,7 @@ class Shelf:
         first of its files is unlinked, so that nothing half deleted looks whole."""
         steps = self.steps()
         going = [step for step in steps if step not in self.kept(steps)]
-        names = [(str(self.path(step)), str(self.root / f"{folder_name(step)}.deleting-{tag}")) for step in going]
+        names = [(str(self.path(step)), str(self.root / f"{checkpoint_name(step)}.deleting-{tag}")) for step in going]
         for name, doomed in names:
             disk.rename(name, doomed)
         if names:

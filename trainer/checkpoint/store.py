@@ -25,8 +25,9 @@ from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST
 from trainer.checkpoint.messages import Messages
 from trainer.checkpoint.pieces import GROUPS, Group, Piece
 from trainer.checkpoint.share import FrozenBase, WrittenFile, layouts_of, signature_of, write_group
-from trainer.checkpoint.shelf import Shelf, folder_name
+from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.staging import HostCopy
+from trainer.folder import checkpoint_name
 
 FRESH_EVERY = 10  # frozen tensors are written anew at every n-th save, so that one bad block is not in all
 _FOLDER_APPEARS_S = 30.0
@@ -177,7 +178,7 @@ class CheckpointStore:
 
     def _lead(self, job: _Job) -> dict[str, Any]:
         """Rank 0: make the folder, write, hear the others, commit, tell them, prune."""
-        partial = self.root / f"{folder_name(job.step)}.partial-{self._attempt:03d}-{job.number}"
+        partial = self.root / f"{checkpoint_name(job.step)}.partial-{self._attempt:03d}-{job.number}"
         outcome: dict[str, Any]
         try:
             if self.shelf.path(job.step).exists():

@@ -2,7 +2,7 @@
 
 Of a global batch, rank r of W data-parallel ranks gets every W-th position. Every rank runs the same number of micro
 batches of the same size; places that are left over hold empty samples without targets, which are not consumed. So any
-world size and any global batch go, and the samples of a step never depend on the layout.
+world size and any global batch go, and the samples of a step never depend on the cut.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from configs.schema import Config
+from models import IGNORE
 from trainer.data.order import base_key, permute
-from trainer.data.prepared import IGNORE, Prepared, Split
+from trainer.data.prepared import Prepared, Split
 
 
 @dataclass
@@ -46,33 +47,32 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     target_tokens: int  # of this rank
     samples: np.ndarray  # this rank's positions in the global order, int64
-    source_counts: dict[str, int]  # samples of each source in the global batch (all ranks)
     consumed_samples: int  # the position after this step
 
 
 @dataclass(frozen=True)
-class Layout:
+class Cut:
     """How a rank's share of a global batch is cut: the same on every rank."""
 
     micro_batches: int
     size: int  # samples of a micro batch
 
     @staticmethod
-    def of(global_batch: int, micro_batch: int, world_size: int) -> Layout:
+    def of(global_batch: int, micro_batch: int, world_size: int) -> Cut:
         share = -(-global_batch // world_size)
         count = -(-share // micro_batch)
-        return Layout(count, -(-share // count))
+        return Cut(count, -(-share // count))
 
 
 def assemble(
-    samples: list[tuple[Split, int]], layout: Layout, seq_len: int, document_mask: bool
+    samples: list[tuple[Split, int]], cut: Cut, seq_len: int, document_mask: bool
 ) -> tuple[list[MicroBatch], int]:
     """Micro batches that hold these samples in this order, then empty ones; and the number of their targets."""
-    shape = (layout.micro_batches, layout.size, seq_len)
+    shape = (cut.micro_batches, cut.size, seq_len)
     tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
     documents = np.zeros(shape, np.int32) if document_mask else None
     for place, (split, index) in enumerate(samples):
-        m, b = divmod(place, layout.size)
+        m, b = divmod(place, cut.size)
         split.write_sample(index, tokens[m, b], targets[m, b], None if documents is None else documents[m, b])
     micro_batches = [
         MicroBatch(
@@ -80,7 +80,7 @@ def assemble(
             torch.from_numpy(targets[m]),
             None if documents is None else torch.from_numpy(documents[m]),
         )
-        for m in range(layout.micro_batches)
+        for m in range(cut.micro_batches)
     ]
     return micro_batches, int(np.count_nonzero(targets != IGNORE))
 
@@ -148,10 +148,9 @@ class _Maker:
 
     def __init__(self, prepared: Prepared, config: Config, start: int, step: int, rank: int, world_size: int) -> None:
         self._splits = [s.train for s in prepared.sources]
-        self._names = [s.name for s in prepared.sources]
         self._order = prepared.order(config)
         self._global_batch, self._last_step = config.train.global_batch, config.train.steps
-        self._layout = Layout.of(self._global_batch, config.train.micro_batch, world_size)
+        self._cut = Cut.of(self._global_batch, config.train.micro_batch, world_size)
         self._seq_len, self._document_mask = config.data.seq_len, config.data.document_mask
         self._consumed, self._step, self._rank, self._world_size = start, step, rank, world_size
 
@@ -160,10 +159,9 @@ class _Maker:
             return None
         positions = np.arange(self._consumed, self._consumed + self._global_batch, dtype=np.int64)
         source, sample, _ = self._order.draw(positions)
-        counts = np.bincount(source, minlength=len(self._names)).tolist()
         mine = slice(self._rank, None, self._world_size)
         samples = [(self._splits[s], i) for s, i in zip(source[mine].tolist(), sample[mine].tolist(), strict=True)]
-        micro_batches, target_tokens = assemble(samples, self._layout, self._seq_len, self._document_mask)
+        micro_batches, target_tokens = assemble(samples, self._cut, self._seq_len, self._document_mask)
         self._step += 1
         self._consumed += self._global_batch
         return StepBatch(
@@ -171,7 +169,6 @@ class _Maker:
             micro_batches=micro_batches,
             target_tokens=target_tokens,
             samples=positions[mine],
-            source_counts=dict(zip(self._names, counts, strict=True)),
             consumed_samples=self._consumed,
         )
 
@@ -220,7 +217,7 @@ class ValidationBatches:
     def __init__(self, prepared: Prepared, config: Config, rank: int, world_size: int) -> None:
         self._samples = validation_samples(prepared, config)
         self._chunk = min(config.train.global_batch, max(len(self._samples), 1))
-        self._layout = Layout.of(self._chunk, config.train.micro_batch, world_size)
+        self._cut = Cut.of(self._chunk, config.train.micro_batch, world_size)
         self._rank, self._world_size = rank, world_size
         self._seq_len, self._document_mask = config.data.seq_len, config.data.document_mask
 
@@ -230,7 +227,7 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         for begin in range(0, len(self._samples), self._chunk):
             mine = self._samples[begin : begin + self._chunk][self._rank :: self._world_size]
-            yield assemble(mine, self._layout, self._seq_len, self._document_mask)[0]
+            yield assemble(mine, self._cut, self._seq_len, self._document_mask)[0]
 
 
 def validation_samples(prepared: Prepared, config: Config) -> list[tuple[Split, int]]:

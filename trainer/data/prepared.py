@@ -13,10 +13,9 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import Config
+from models import IGNORE
 from trainer.data import files
 from trainer.data.order import BLOCK_DRAWS, Order, quotas
-
-IGNORE = -100  # a target that does not count; the models' loss knows the same number
 
 T = TypeVar("T")
 

@@ -68,6 +68,9 @@ class Engine(Protocol):
     def pieces(self) -> list[Piece]:
         """This rank's part of parameters and optimizer state, without communication. The tensors are live."""
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward of one token, for what trains now (`models.flops`)."""
+
     def step_counts(self) -> dict[str, int]:
         """Updates that the optimizer has counted, per parameter that has state."""
 

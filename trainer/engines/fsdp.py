@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from configs.schema import Config, ParallelSection
 from models import build_model
+from models.flops import flops_per_token
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import Group, Piece
 from trainer.data.loader import MicroBatch
@@ -136,9 +137,9 @@ class FsdpEngine:
     def aliases(self) -> dict[str, str]:
         return dict(self._aliases)
 
-    def _parameters_changed(self) -> None:
+    def _parameters_changed(self, trained_only: bool = False) -> None:
         if self.master is not None:
-            self.master.copy_to_compute()
+            self.master.copy_to_compute(trained_only)
 
     # ---- one update -------------------------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class FsdpEngine:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * lr_factor
                 optimizer.step()
-            self._parameters_changed()
+            self._parameters_changed(trained_only=True)
         for stored in self.stored.values():
             stored.grad = None
         return norm
@@ -178,7 +179,7 @@ class FsdpEngine:
         square = norms.double().square().sum() + guard.to(norms.device).double()
         if self.mesh is not None:
             dist.all_reduce(square)
-            square /= resolve(self.config.parallel, self.world.size).replicate  # a shard was counted once per copy
+            square /= self.mesh.shape[0] if self.mesh.ndim == 2 else 1  # each shard was counted once per copy
         return float(square.sqrt())
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -228,6 +229,9 @@ class FsdpEngine:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     yield names[id(parameter)], optimizer, parameter
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return flops_per_token(self.model, seq_len)
 
     def step_counts(self) -> dict[str, int]:
         return {

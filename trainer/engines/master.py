@@ -38,6 +38,7 @@ class MasterWeights:
             master.requires_grad_(name in names)
 
     @torch.no_grad()
-    def copy_to_compute(self) -> None:
-        """After every change of `stored`."""
-        torch._foreach_copy_(list(self.computed.values()), list(self.stored.values()))
+    def copy_to_compute(self, trained_only: bool) -> None:
+        """After every change of `stored`; an update changes only what trains."""
+        names = [name for name, master in self.stored.items() if master.requires_grad or not trained_only]
+        torch._foreach_copy_([self.computed[n] for n in names], [self.stored[n] for n in names])

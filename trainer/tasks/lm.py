@@ -18,8 +18,6 @@ class LanguageModelling:
     on how samples fall on ranks and micro batches.
     """
 
-    columns = ("loss",)
-
     def __init__(self, section: TaskSection) -> None:
         self.section = section
 

@@ -23,7 +23,6 @@ from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.errors import Superseded
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import Group, Piece
-from trainer.checkpoint.share import bytes_needed
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.store import CheckpointStore, SaveResult
 
@@ -75,12 +74,6 @@ def test_the_tensors_may_change_once_save_returns(tmp_path: Path) -> None:
     assert checkpoint.manifest.loop == {"best": 1.5}
     assert checkpoint.manifest.tensors["w"].trained_step == 1
     assert checkpoint.manifest.tensors["f"].trained_step == 0
-
-
-def test_the_bytes_announced_are_those_written(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path / "checkpoints")
-    assert sum(bytes_needed(some(1))) == save(store, 1).bytes_written
-    assert bytes_needed(some(1))[0] == save(store, 2).bytes_written
 
 
 def test_keep(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from small_data import config, jsonl, prepared, text_folder
 
 from configs.errors import UserError
 from configs.schema import Config
+from models import IGNORE
 from trainer.data import loader as loader_module
-from trainer.data.loader import Layout, Loader, StepBatch, validation_batches
-from trainer.data.prepared import IGNORE, Prepared, Split
+from trainer.data.loader import Cut, Loader, StepBatch, validation_batches
+from trainer.data.prepared import Prepared, Split
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,6 @@ def test_all_ranks_together_hold_each_sample_of_the_order_once(
         expected = rows(alone[i])
         assert len(expected) == global_batch
         source, sample, _ = order.draw(positions)
-        names = [s.name for s in p.sources]
         for r in range(world_size):
             batch = ranks[r][i]
             assert np.array_equal(batch.samples, positions[r::world_size])
@@ -82,7 +82,6 @@ def test_all_ranks_together_hold_each_sample_of_the_order_once(
             assert len(batch.micro_batches) == len(ranks[0][i].micro_batches)
             assert batch.micro_batches[0].tokens.shape[0] <= micro_batch
             assert batch.consumed_samples == start + (i + 1) * global_batch
-            assert batch.source_counts == {n: int((source == s).sum()) for s, n in enumerate(names)}
         assert sum(ranks[r][i].target_tokens for r in range(world_size)) == alone[i].target_tokens
         assert alone[i].target_tokens == sum(t != IGNORE for row in expected for t in row[1])
         # The samples are those that the order names.
@@ -107,10 +106,10 @@ def test_going_on_at_any_step_and_world_size_gives_the_same(corpus: Any) -> None
 
 @given(share=st.integers(1, 500), micro_batch=st.integers(1, 64), world_size=st.integers(1, 50))
 def test_layout_pads_no_more_than_it_must(share: int, micro_batch: int, world_size: int) -> None:
-    layout = Layout.of(share * world_size, micro_batch, world_size)
-    assert layout.size <= micro_batch
-    assert layout.micro_batches == -(-share // micro_batch)  # as few forwards as can be
-    assert 0 <= layout.micro_batches * layout.size - share < layout.micro_batches
+    cut = Cut.of(share * world_size, micro_batch, world_size)
+    assert cut.size <= micro_batch
+    assert cut.micro_batches == -(-share // micro_batch)  # as few forwards as can be
+    assert 0 <= cut.micro_batches * cut.size - share < cut.micro_batches
 
 
 def test_more_ranks_than_samples_get_empty_ones(corpus: Any) -> None:
