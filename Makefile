@@ -4,11 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean
+.PHONY: help demo test schema clean life bench gpu tutorial picture
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
 	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema.py"
+	@echo "make life    every phase of a run with every cause of stopping and killing (25 minutes)"
+	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
+	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
+	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the picture of the README"
 	@echo "make clean   remove the environment and every cache (runs stay)"
 
 demo: $(VENV)/.demo
@@ -42,17 +46,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'
 	@touch $(VENV)/.demo $@
 
-# Longer than `make test`, each run by hand before its result is claimed.
-.PHONY: gpu bench picture
-gpu: $(VENV)/.test
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs an NVIDIA GPU")'
-	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
-	@$(BIN)/python benchmarks/gpu_speed.py
-
-picture: $(VENV)/.test
-	@$(BIN)/python benchmarks/picture.py
-
-.PHONY: life
+# Longer than `make test`; each is run by hand before its result is claimed.
 life: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/life --full $(ARGS)
 
@@ -60,6 +54,13 @@ bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving
 	@$(BIN)/python benchmarks/speed.py --processes 2 --saving
 
-.PHONY: tutorial
+gpu: $(VENV)/.test
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs an NVIDIA GPU")'
+	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	@$(BIN)/python benchmarks/gpu_speed.py
+
 tutorial: $(VENV)/.test
 	@$(BIN)/python benchmarks/tutorial.py
+
+picture: $(VENV)/.test
+	@$(BIN)/python benchmarks/picture.py
