@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+pytest.register_assert_rewrite("tests.life.runs")
+
 Row = tuple[str, str, str, str, str, str]
 HEAD: Row = ("started by", "phase", "cause", "exit code", "seconds until gone", "resumed at step")
 ROWS: list[Row] = []

@@ -116,7 +116,7 @@ def stopped_as_told(run: Running, phase: Phase, cause: StopCause, code: int) -> 
     assert not run.folder.stop.exists()
     assert (run.attempts()[-1] / "STOP").exists() == (cause.word == "stop_file")
     assert len(run.attempts()) == (2 if phase.before else 1)
-    if phase.name == "last step" and end["reason"] == "finished":  # its steps are done, whoever asked for what
+    if phase.name == "last step" and end["reason"] == "finished":  # asked for when the step had begun
         assert (code, end["step"], end["requeue"]) == (0, phase.steps, False)
         return
     assert code == cause.code, run.output
