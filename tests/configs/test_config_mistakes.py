@@ -154,7 +154,7 @@ def test_in_a_file(file: Callable[[str], str], text: str, line: str) -> None:
         ("data.sources=[]", "data.sources needs at least 1 item(s), not an empty list"),
         ("data.sources.first.path=x", "data.sources has items 0 to 0, not 'first'"),
         ("data.sources.0.name=a b", "data.sources.0.name must match ^[A-Za-z0-9_.-]+$, not the text 'a b'"),
-        ("parallel.shard=0", "parallel: replicate and shard must be -1 (what is left) or at least 1"),
+        ("optim.schedule=wsd", "optim: schedule wsd needs decay_steps"),
         ("data.tokenizer=*a", "not valid YAML: found undefined alias; text that begins with * or & needs quotes"),
         ("data.tokenizer=[1", "not valid YAML: did not find expected ',' or ']'"),
         ("include=demo", "`include` stands at the top of a file, not here"),
