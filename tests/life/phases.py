@@ -82,9 +82,9 @@ PHASES = [
     Phase(
         "validation",
         _validating,
-        limit_s=2.5,
+        limit_s=1.5,
         steps=2,
-        changes={"train__validate_every_steps": 2, "train__validate_samples": 5000, **SLOW_STEPS},
+        changes={"train__validate_every_steps": 2, "train__validate_samples": 3000, **SLOW_STEPS},
         prepare=_held_out,
     ),
     Phase(
