@@ -13,7 +13,7 @@ from trainer.begin import begin
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.store import CheckpointStore, SaveResult
 from trainer.console import Console, gib
-from trainer.data.loader import Loader, StepBatch
+from trainer.data.loader import Loader, StepBatch, validation_batches
 from trainer.data.prepare import Interrupted, prepare
 from trainer.data.prepared import Prepared
 from trainer.engines.fsdp import FsdpEngine
@@ -72,6 +72,7 @@ class Run:
         if self.origin.continuing:
             self.saved_step = self.progress.step
         self._check_space()
+        self.validation = validation_batches(self.prepared, config, world.rank, world.size)
         self.loader = Loader(
             self.prepared,
             config,

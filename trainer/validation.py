@@ -8,7 +8,6 @@ import torch
 
 from models import IGNORE
 from trainer.agreement import Agreement
-from trainer.data.loader import validation_batches
 
 if TYPE_CHECKING:
     from trainer.run import Run
@@ -21,15 +20,14 @@ def validate(run: Run, agreement: Agreement) -> dict[str, float] | None:
     same place.
     """
     total: torch.Tensor | None = None
-    batches = validation_batches(run.prepared, run.config, run.world.rank, run.world.size)
-    for number, micro_batches in enumerate(batches, 1):
+    for number, micro_batches in enumerate(run.validation, 1):
         targets = sum(int((m.targets != IGNORE).sum()) for m in micro_batches)
         sums = torch.stack([run.engine.evaluate(m.to(run.world.device)) for m in micro_batches]).sum(0)
         agreed = agreement.sum(torch.cat([sums, sums.new_tensor([float(targets)])]))
         total = agreed if total is None else total + agreed
         if run.world.device.type == "cuda":
             torch.cuda.synchronize()
-        if agreement.outcome() is not None and number < len(batches):
+        if agreement.outcome() is not None and number < len(run.validation):
             return None
     assert total is not None  # the preparation refuses a run that validates without held-out samples
     return run.task.validation_metrics(total[:-1], int(total[-1]))
