@@ -34,6 +34,8 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     step_counts: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
+    stateless: list[str] = field(default_factory=list)
     trained_steps: dict[str, int] = field(default_factory=dict)
 
     def frozen_copy(self) -> RunState:

@@ -19,6 +19,7 @@ from trainer.checkpoint.manifest import (
     MANIFEST_LIMIT_BYTES,
     Manifest,
     Place,
+    StoredFile,
     decode,
     decode_checksums,
 )
@@ -35,8 +36,14 @@ class Checkpoint:
         sums_path = self.path / CHECKSUMS
         hashes = decode_checksums(sums_path, _read_small(sums_path), self.manifest, BLOCK_BYTES)
         for file in self.manifest.files:
-            _check_size(self.path / file.path, file.size)
-        self._readers = [FileReader(str(self.path / f.path), f.size, hashes[f.path]) for f in self.manifest.files]
+            _check_size(self.file_path(file), file.size)
+        self.hashes = hashes
+        self._readers = [FileReader(str(self.file_path(f)), f.size, hashes[f.name]) for f in self.manifest.files]
+
+    def file_path(self, file: StoredFile) -> Path:
+        """Where a file lies: here, or in the source that it names."""
+        folder = self.path if file.source is None else Path(self.manifest.sources[file.source].path)
+        return folder / file.path
 
     @property
     def step(self) -> int:

@@ -40,6 +40,7 @@ MANIFEST_LIMIT_BYTES = 1 << 30
 Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _DIGEST_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"}\n\Z')
+_LATER_FIELDS = ("buffers", "stateless", "sources")  # not written when empty: the bytes are then those of before
 _BLANK_TAIL = b',"digest":""}\n'
 
 
@@ -47,12 +48,26 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class Source(_Part):
+    """Another checkpoint in which files of this one lie: its folder, its step, and the digest of its manifest."""
+
+    path: str = Field(pattern=r"^/[^\x00]*$")
+    step: Size
+    digest: Digest
+
+
 class StoredFile(_Part):
-    """One safetensors file; its path stays inside the checkpoint's folder."""
+    """One safetensors file. Its path stays inside the checkpoint's folder, or that of the named source."""
 
     path: str = Field(pattern=r"^(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")
     size: Size
     data: Size
+    source: Size | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name in checksums.json."""
+        return self.path if self.source is None else f"source-{self.source}/{self.path}"
 
 
 class BoxPiece(_Part):
@@ -157,6 +172,9 @@ class Manifest(_Part):
     data: dict[str, Any] = {}
     step_counts: dict[str, Size] = {}
     aliases: dict[str, str] = {}
+    buffers: list[str] = []
+    stateless: list[str] = []
+    sources: list[Source] = []
     files: list[StoredFile]
     partitions: list[Partition]
     tensors: dict[str, StoredTensor]
@@ -164,9 +182,11 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        paths = [file.path for file in self.files]
-        if len(set(paths)) != len(paths):
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
             raise ValueError("a file stands twice")
+        if any(file.source is not None and file.source >= len(self.sources) for file in self.files):
+            raise ValueError("a file lies in a source that is not listed")
         for partition in self.partitions:
             if any(piece.file >= len(self.files) for piece in partition.pieces):
                 raise ValueError("a piece lies in a file that is not listed")
@@ -175,19 +195,24 @@ class Manifest(_Part):
             for file, start, end in self.ranges(key):
                 used[file].append((start, end, key))
         for stored, ranges in zip(self.files, used, strict=True):
-            position = stored.data
+            position, shared = stored.data, stored.source is not None  # a source holds more than is taken from it
             for start, end, key in sorted(ranges):
-                if start != position:
+                if start != position and not (shared and start > position):
                     raise ValueError(f"{stored.path}: {key} begins at byte {start}, not at {position}")
                 position = end
-            if position != stored.size:
+            if position > stored.size or (position < stored.size and not shared):
                 raise ValueError(f"{stored.path}: tensors end at byte {position}, the file at {stored.size}")
         for alias, name in self.aliases.items():
             if alias in self.tensors or name not in self.tensors:
                 raise ValueError(f"{alias} cannot be another name of {name}")
-        strangers = self.step_counts.keys() - self.tensors.keys()
-        if strangers:
-            raise ValueError(f"step counts of a tensor that is not here: {min(strangers)}")
+        for what, found in {
+            "step counts": [*self.step_counts],
+            "buffers": self.buffers,
+            "stateless": self.stateless,
+        }.items():
+            strangers = set(found) - self.tensors.keys()
+            if strangers:
+                raise ValueError(f"{what}: no tensor {min(strangers)} is here")
         return self
 
     def ranges(self, key: str) -> Iterator[tuple[int, int, int]]:
@@ -201,8 +226,9 @@ class Manifest(_Part):
             raise ValueError(f"{key}: {len(starts)} places for {len(partition.pieces)} pieces")
         width = DTYPES[tensor.dtype].itemsize
         for piece, start, numel in zip(partition.pieces, starts, partition.numels, strict=True):
-            if not self.files[piece.file].path.startswith(tensor.group + "/"):
-                raise ValueError(f"{key} of group {tensor.group} lies in {self.files[piece.file].path}")
+            file = self.files[piece.file]
+            if file.source is None and not file.path.startswith(tensor.group + "/"):
+                raise ValueError(f"{key} of group {tensor.group} lies in {file.path}")
             yield piece.file, start, start + numel * width
 
     def name_of(self, key: str) -> str:
@@ -232,7 +258,10 @@ class Manifest(_Part):
 
     def encode(self) -> bytes:
         """The text of manifest.json, its digest in the last field."""
-        body = self.model_dump(mode="json", exclude_defaults=False)
+        absent: dict[str, Any] = {name: True for name in _LATER_FIELDS if not getattr(self, name)}
+        if not self.sources:
+            absent["files"] = {"__all__": {"source"}}
+        body = self.model_dump(mode="json", exclude=absent)
         text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
         blank = text[:-1] + _BLANK_TAIL
         return text[:-1] + b',"digest":"' + digest(blank).encode() + b'"}\n'
@@ -276,13 +305,13 @@ class Checksums(_Part):
 
 
 def decode_checksums(path: str | Path, content: bytes, manifest: Manifest, block_bytes: int) -> dict[str, str]:
-    """Block hashes by file path. Raises BadCheckpoint unless it is the file that the manifest means."""
+    """Block hashes by file name. Raises BadCheckpoint unless it is the file that the manifest means."""
     if digest(content) != manifest.checksums:
         raise BadCheckpoint(path, "not the file that manifest.json means: its digest is another")
     try:
         checksums = Checksums.model_validate_json(content)
     except ValidationError as error:
         raise BadCheckpoint(path, error.errors(include_url=False, include_input=False)[0]["msg"]) from None
-    if checksums.block_bytes != block_bytes or checksums.xxh3_64.keys() != {f.path for f in manifest.files}:
+    if checksums.block_bytes != block_bytes or checksums.xxh3_64.keys() != {f.name for f in manifest.files}:
         raise BadCheckpoint(path, "its blocks or files are not those of manifest.json")
     return checksums.xxh3_64
