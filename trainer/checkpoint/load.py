@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs.errors import UserError
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, FileReader, bytes_of
+from trainer.checkpoint.inside import check_files, read_small
 from trainer.checkpoint.manifest import (
     CHECKSUMS,
     MANIFEST,
@@ -32,11 +31,10 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         """Raises BadCheckpoint when it is damaged, UserError when it may not be read."""
         self.path = Path(path)
-        self.manifest: Manifest = decode(self.path / MANIFEST, _read_small(self.path / MANIFEST))
+        self.manifest: Manifest = decode(self.path / MANIFEST, read_small(self.path / MANIFEST, MANIFEST_LIMIT_BYTES))
         sums_path = self.path / CHECKSUMS
-        hashes = decode_checksums(sums_path, _read_small(sums_path), self.manifest, BLOCK_BYTES)
-        for file in self.manifest.files:
-            _check_size(self.file_path(file), file.size)
+        hashes = decode_checksums(sums_path, read_small(sums_path, MANIFEST_LIMIT_BYTES), self.manifest, BLOCK_BYTES)
+        check_files((self.file_path(file), file.size) for file in self.manifest.files)
         self.hashes = hashes
         self._readers = [FileReader(str(self.file_path(f)), f.size, hashes[f.name]) for f in self.manifest.files]
 
@@ -169,27 +167,3 @@ def _is_run(part: Sequence[int], whole: Sequence[int]) -> bool:
     while dims and part[dims - 1] == whole[dims - 1]:
         dims -= 1
     return all(n == 1 for n in part[: max(0, dims - 1)])
-
-
-def _check_size(path: Path, size: int) -> None:
-    try:
-        found = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        raise BadCheckpoint(path, "the file is missing") from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read this file of a checkpoint") from None
-    if found.st_size != size:
-        raise BadCheckpoint(path, f"it has {found.st_size} bytes instead of {size}")
-
-
-def _read_small(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MANIFEST_LIMIT_BYTES:
-            raise BadCheckpoint(path, "it is too large to be true")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise BadCheckpoint(path, "the file is missing") from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read this file of a checkpoint") from None
-    except OSError as error:
-        raise BadCheckpoint(path, f"cannot be read: {error.strerror}") from error
