@@ -6,8 +6,9 @@ One function is one system call, with `fsync_dir` (open, fsync, close) as the on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 
@@ -22,14 +23,23 @@ class Operation:
     data: memoryview | None = None
 
 
-# Called with each operation; the operation runs inside the context manager it returns. For tests only.
+# Called with each operation; the operation runs inside the context manager it returns. For tests only. While there is
+# one, operations of all threads go one at a time, so that the order in which it sees them is the real one.
 observer: Callable[[Operation], AbstractContextManager[None]] | None = None
+_one_at_a_time = threading.RLock()
 
 
 def _observed(
     name: str, path: str, target: str = "", offset: int = 0, data: memoryview | None = None
 ) -> AbstractContextManager[None]:
-    return observer(Operation(name, path, target, offset, data)) if observer is not None else nullcontext()
+    seen_by = observer
+    return _alone(seen_by, Operation(name, path, target, offset, data)) if seen_by is not None else nullcontext()
+
+
+@contextmanager
+def _alone(seen_by: Callable[[Operation], AbstractContextManager[None]], operation: Operation) -> Iterator[None]:
+    with _one_at_a_time, seen_by(operation):
+        yield
 
 
 class NewFile:

@@ -47,8 +47,7 @@ class FileLayout:
 
     @classmethod
     def of(cls, pieces: Iterable[Piece]) -> FileLayout:
-        """Wide dtypes first, so that each tensor is aligned without gaps, which the format forbids."""
-        ordered = sorted(pieces, key=lambda p: (-p.tensor.element_size(), p.label))
+        ordered = in_file_order(pieces)
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         starts, position = [], 0
         for piece in ordered:
@@ -64,6 +63,11 @@ class FileLayout:
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
         return cls(ordered, starts, len(text).to_bytes(8, "little") + text, position)
+
+
+def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
+    """Wide dtypes first, so that each tensor is aligned without gaps, which the format forbids."""
+    return sorted(pieces, key=lambda p: (-p.tensor.element_size(), p.label))
 
 
 def write_file(path: str, layout: FileLayout, data: Iterable[memoryview]) -> str:

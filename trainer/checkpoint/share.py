@@ -1,15 +1,23 @@
-"""One rank's share of a checkpoint: which files it writes, and what it reports about them."""
+"""One rank's share of a checkpoint: which files it writes, and what it reports about them.
+
+A rank writes one or several files per group, each bounded, by a few threads. What is larger than the bound is cut.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from trainer.checkpoint import disk
-from trainer.checkpoint.files import FileLayout, host_blocks, write_file
+from trainer.checkpoint.files import FileLayout, host_blocks, in_file_order, write_file
 from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Piece
+
+FILE_BYTES = 2 << 30  # of tensors in one file, at most (a single element aside)
+WRITING_THREADS = 4  # files that a rank writes at a time
 
 
 @dataclass(frozen=True)
@@ -47,43 +55,112 @@ class WrittenFile:
 
 
 @dataclass(frozen=True)
+class PlannedFile:
+    """A file that this rank will write; `path` is below the checkpoint's folder."""
+
+    group: Group
+    path: str
+    layout: FileLayout
+
+
+@dataclass(frozen=True)
 class FrozenBase:
-    """A file of frozen tensors in a committed checkpoint that later ones may link to."""
+    """Files of frozen tensors in a committed checkpoint that later ones may link to."""
 
     folder: str
-    file: WrittenFile
+    files: list[WrittenFile]
     signature: tuple[Any, ...]
     links: int = 0
 
 
-def layouts_of(pieces: Sequence[Piece]) -> dict[Group, FileLayout]:
-    """The file of each group that this rank writes; groups in which it has nothing are absent."""
-    mine = [piece for piece in pieces if piece.is_mine() and piece.tensor.numel()]
-    layouts = {group: FileLayout.of(piece for piece in mine if piece.group == group) for group in GROUPS}
-    return {group: layout for group, layout in layouts.items() if layout.pieces}
-
-
-def signature_of(layout: FileLayout, trained_steps: dict[str, int]) -> tuple[Any, ...]:
-    """Equal exactly when two files of frozen tensors hold the same: the same places, last trained at the same steps."""
-    return (layout.header, tuple(trained_steps.get(piece.key, 0) for piece in layout.pieces))
-
-
-def write_group(
-    folder: str, group: Group, rank: int, layout: FileLayout, data: memoryview | None, base: FrozenBase | None
-) -> WrittenFile:
-    """Write (or link) one file below `folder`, durable with its name. `data` None: the tensors are streamed."""
-    name = f"{group}/rank-{rank:05d}.safetensors"
-    path = os.path.join(folder, name)
-    if base is not None and _linked(os.path.join(base.folder, base.file.path), path):
-        hashes, written = base.file.hashes, False
-    else:
-        blocks = [data] if data is not None else host_blocks([piece.tensor for piece in layout.pieces])
-        hashes, written = write_file(path, layout, blocks), True
-    disk.fsync_dir(os.path.join(folder, group))
-    pieces = [
-        _describe(piece, len(layout.header) + start) for piece, start in zip(layout.pieces, layout.starts, strict=True)
+def plan_files(pieces: Sequence[Piece], rank: int) -> list[PlannedFile]:
+    """The files that this rank writes, group by group: its pieces in file order, none above FILE_BYTES."""
+    parts = [part for piece in pieces if piece.tensor.numel() for part in _cut(piece)]
+    mine = [part for part in parts if part.is_mine()]
+    return [
+        PlannedFile(group, f"{group}/rank-{rank:05d}-{index:03d}.safetensors", FileLayout.of(content))
+        for group in GROUPS
+        for index, content in enumerate(_bounded([part for part in mine if part.group == group]))
     ]
-    return WrittenFile(name, layout.size, len(layout.header), hashes, written, pieces)
+
+
+def _cut(piece: Piece) -> Iterator[Piece]:
+    """A piece as parts that fit into a file each: ranges, or boxes cut along the first dimension that can be. Cut alike
+    on every rank that holds it, so replicas share the parts."""
+    if piece.nbytes <= FILE_BYTES or piece.tensor.numel() == 1:
+        yield piece
+        return
+    width = piece.tensor.element_size()
+    if piece.start is not None:
+        start = piece.start
+        for part in piece.tensor.reshape(-1).split(max(1, FILE_BYTES // width)):
+            yield replace(piece, tensor=part, start=start)
+            start += part.numel()
+        return
+    dim = next(d for d, size in enumerate(piece.sizes) if size > 1)
+    rows = max(1, FILE_BYTES // (prod(piece.sizes[dim + 1 :]) * width))
+    offset = piece.offsets[dim]
+    for part in piece.tensor.split(rows, dim):
+        offsets = (*piece.offsets[:dim], offset, *piece.offsets[dim + 1 :])
+        yield from _cut(replace(piece, tensor=part, offsets=offsets, sizes=tuple(part.shape)))
+        offset += part.shape[dim]
+
+
+def _bounded(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """The pieces, in file order, as lists of at most FILE_BYTES each."""
+    files: list[list[Piece]] = []
+    room = 0
+    for piece in in_file_order(pieces):
+        if piece.nbytes > room:
+            files.append([])
+            room = FILE_BYTES
+        files[-1].append(piece)
+        room -= piece.nbytes
+    return files
+
+
+def signature_of(files: Sequence[PlannedFile], trained_steps: dict[str, int]) -> tuple[Any, ...]:
+    """Equal exactly when files of frozen tensors hold the same: the same places, last trained at the same steps."""
+    return tuple(
+        (file.path, file.layout.header, tuple(trained_steps.get(piece.key, 0) for piece in file.layout.pieces))
+        for file in files
+    )
+
+
+def write_files(
+    folder: str, files: Sequence[PlannedFile], copies: Mapping[str, memoryview], base: FrozenBase | None = None
+) -> list[WrittenFile]:
+    """Write (or link) files below `folder`, a few at a time, durable with their names. `copies` holds data by path; the
+    tensors of a file without one are streamed. Raises the first error once all threads have ended."""
+    earlier = {file.path: file for file in base.files} if base is not None else {}
+
+    def write(file: PlannedFile) -> WrittenFile:
+        old, path = earlier.get(file.path), os.path.join(folder, file.path)
+        if base is not None and old is not None and _linked(os.path.join(base.folder, old.path), path):
+            return replace(old, written=False)
+        data, layout = copies.get(file.path), file.layout
+        blocks = [data] if data is not None else host_blocks([piece.tensor for piece in layout.pieces])
+        hashes = write_file(path, layout, blocks)
+        return WrittenFile(file.path, layout.size, len(layout.header), hashes, True, _describe(layout))
+
+    written = _in_threads(write, files)
+    for group in dict.fromkeys(file.group for file in files):
+        disk.fsync_dir(os.path.join(folder, group))
+    return written
+
+
+def _in_threads(write: Callable[[PlannedFile], WrittenFile], files: Sequence[PlannedFile]) -> list[WrittenFile]:
+    """In the order given, and in this thread, when there is one thread or one file."""
+    threads = min(WRITING_THREADS, len(files))
+    if threads <= 1:
+        return [write(file) for file in files]
+    with ThreadPoolExecutor(threads, "muster-writer") as pool:
+        results = [pool.submit(write, file) for file in files]
+        try:
+            return [result.result() for result in results]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _linked(source: str, path: str) -> bool:
@@ -95,15 +172,18 @@ def _linked(source: str, path: str) -> bool:
     return True
 
 
-def _describe(piece: Piece, byte: int) -> WrittenPiece:
-    return WrittenPiece(
-        key=piece.key,
-        group=piece.group,
-        dtype=DTYPE_NAMES[piece.tensor.dtype],
-        shape=list(piece.shape),
-        offsets=list(piece.offsets),
-        sizes=list(piece.sizes),
-        start=piece.start,
-        numel=piece.tensor.numel(),
-        byte=byte,
-    )
+def _describe(layout: FileLayout) -> list[WrittenPiece]:
+    return [
+        WrittenPiece(
+            key=piece.key,
+            group=piece.group,
+            dtype=DTYPE_NAMES[piece.tensor.dtype],
+            shape=list(piece.shape),
+            offsets=list(piece.offsets),
+            sizes=list(piece.sizes),
+            start=piece.start,
+            numel=piece.tensor.numel(),
+            byte=len(layout.header) + start,
+        )
+        for piece, start in zip(layout.pieces, layout.starts, strict=True)
+    ]

@@ -20,11 +20,11 @@ from configs.schema import KeepSection
 from trainer.checkpoint import disk
 from trainer.checkpoint.assemble import RunState, assemble
 from trainer.checkpoint.errors import SaveError, Superseded
-from trainer.checkpoint.files import FileLayout, write_bytes
+from trainer.checkpoint.files import write_bytes
 from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST
 from trainer.checkpoint.messages import Messages
-from trainer.checkpoint.pieces import GROUPS, Group, Piece
-from trainer.checkpoint.share import FrozenBase, WrittenFile, layouts_of, signature_of, write_group
+from trainer.checkpoint.pieces import GROUPS, Piece
+from trainer.checkpoint.share import FrozenBase, PlannedFile, WrittenFile, plan_files, signature_of, write_files
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.staging import HostCopy
 from trainer.folder import checkpoint_name
@@ -57,14 +57,18 @@ class _Job:
     metric: float | None
     state: RunState
     pieces: list[Piece]
-    layouts: dict[Group, FileLayout] = field(default_factory=dict)
-    copies: dict[Group, memoryview] = field(default_factory=dict)
+    planned: list[PlannedFile] = field(default_factory=list)
+    copies: dict[str, memoryview] = field(default_factory=dict)
     files: list[WrittenFile] = field(default_factory=list)
     error: str | None = None
     began: float = 0.0
     seconds: float = 0.0
     stall_s: float = 0.0
     result: SaveResult | None = None
+
+    @property
+    def frozen(self) -> list[PlannedFile]:
+        return [file for file in self.planned if file.group == "frozen"]
 
 
 class CheckpointStore:
@@ -118,10 +122,10 @@ class CheckpointStore:
         metric = metric if metric is not None and metric == metric and abs(metric) != float("inf") else None
         job = _Job(self._saves, step, metric, state.frozen_copy(), list(pieces), began=began)
         try:
-            job.layouts = layouts_of(job.pieces)
-            changing = [group for group in job.layouts if group != "frozen"]
-            views = self._copy.take([job.layouts[group] for group in changing])
-            job.copies = dict(zip(changing, views, strict=True))
+            job.planned = plan_files(job.pieces, self._rank)
+            changing = [file for file in job.planned if file.group != "frozen"]
+            views = self._copy.take([file.layout for file in changing])
+            job.copies = dict(zip([file.path for file in changing], views, strict=True))
         except (RuntimeError, MemoryError) as error:  # no memory: told to the others, not left for them to wait on
             job.error = _text(error)
         self._job = job
@@ -247,23 +251,21 @@ class CheckpointStore:
         deadline = time.monotonic() + _FOLDER_APPEARS_S
         while not partial.is_dir() and time.monotonic() < deadline:
             time.sleep(0.1)
-        for group, layout in job.layouts.items():
-            base = self._base_for(job, layout) if group == "frozen" else None
-            job.files.append(write_group(str(partial), group, self._rank, layout, job.copies.get(group), base))
+        job.files = write_files(str(partial), job.planned, job.copies, self._base_for(job))
 
-    def _base_for(self, job: _Job, layout: FileLayout) -> FrozenBase | None:
+    def _base_for(self, job: _Job) -> FrozenBase | None:
         base = self._base
         if base is None or base.links + 1 >= FRESH_EVERY:
             return None
-        return base if base.signature == signature_of(layout, job.state.trained_steps) else None
+        return base if base.signature == signature_of(job.frozen, job.state.trained_steps) else None
 
     def _keep_base(self, job: _Job) -> None:
-        """After a commit: later saves may link to its file of frozen tensors."""
-        for file in job.files:
-            if file.path.startswith("frozen/"):
-                links = 0 if file.written or self._base is None else self._base.links + 1
-                signature = signature_of(job.layouts["frozen"], job.state.trained_steps)
-                self._base = FrozenBase(str(self.shelf.path(job.step)), file, signature, links)
+        """After a commit: later saves may link to its files of frozen tensors."""
+        files = [file for file in job.files if file.path.startswith("frozen/")]
+        if files:
+            links = 0 if files[0].written or self._base is None else self._base.links + 1
+            signature = signature_of(job.frozen, job.state.trained_steps)
+            self._base = FrozenBase(str(self.shelf.path(job.step)), files, signature, links)
 
     def _commit(self, job: _Job, partial: Path, files: list[WrittenFile]) -> None:
         """The rename is the commit; everything that it makes visible is durable before it."""

@@ -23,7 +23,7 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from configs.schema import KeepSection
-from trainer.checkpoint import disk
+from trainer.checkpoint import disk, share
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import Piece
@@ -32,6 +32,7 @@ from trainer.checkpoint.store import CheckpointStore
 
 ATTEMPT = 3
 KEEP = KeepSection(last=1, best=False)
+share.FILE_BYTES = 40  # so that a rank writes several files of a group
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -146,6 +147,7 @@ def two_saves(root: Path, watch: Callable[[int], None], between: Callable[[], No
 
 def names_of_operations(folder: Path) -> list[list[str]]:
     """Save twice below `folder`; the names of each rank's operations in the second save. Marks frame that save."""
+    share.WRITING_THREADS = 1
 
     def watch(rank: int) -> None:
         @contextmanager
@@ -164,8 +166,8 @@ def names_of_operations(folder: Path) -> list[list[str]]:
 
 
 def record(folder: Path) -> None:
-    """Save twice below `folder`; its file `log` gets every operation of both ranks in the order in which they happened,
-    one a line."""
+    """Save twice below `folder`; its file `log` gets every operation of both ranks, whose threads write at the same
+    time, in the order in which they happened, one a line."""
     log, lock = folder / "log", folder / "lock"
     lock.touch()
 
@@ -237,7 +239,9 @@ def recover(root: Path) -> int:
 
 
 def kill_everywhere(folder: Path, workers: int = 4) -> list[tuple[int, int, bool, int]]:
-    """A crash at each operation of each rank, before and after: (victim, point, after, step that was found)."""
+    """A crash at each operation of each rank, before and after: (victim, point, after, step that was found). One thread
+    writes, as the same number must mean the same operation in every trial."""
+    share.WRITING_THREADS = 1
     names = names_of_operations(folder)
     trials = [(v, point, after) for v in (0, 1) for point in range(len(names[v])) for after in (False, True)]
     pids = [fork_worker(folder, index, trials[index::workers]) for index in range(workers)]
