@@ -78,10 +78,15 @@ def plan_files(pieces: Sequence[Piece], rank: int) -> list[PlannedFile]:
     parts = [part for piece in pieces if piece.tensor.numel() for part in _cut(piece)]
     mine = [part for part in parts if part.is_mine()]
     return [
-        PlannedFile(group, f"{group}/rank-{rank:05d}-{index:03d}.safetensors", FileLayout.of(content))
+        PlannedFile(group, f"{group}/{file_name(rank, index)}", FileLayout.of(content))
         for group in GROUPS
         for index, content in enumerate(_bounded([part for part in mine if part.group == group]))
     ]
+
+
+def file_name(rank: int, index: int) -> str:
+    """A rank's files of a group: rank-00003.safetensors, rank-00003-001.safetensors and so on."""
+    return f"rank-{rank:05d}{f'-{index:03d}' if index else ''}.safetensors"
 
 
 def _cut(piece: Piece) -> Iterator[Piece]:

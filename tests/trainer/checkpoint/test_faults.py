@@ -24,7 +24,7 @@ from trainer.checkpoint.manifest import Manifest, decode, decode_checksums, dige
 from trainer.checkpoint.pieces import Group, Piece
 from trainer.checkpoint.store import CheckpointStore
 
-MODEL, OPTIM = "model/rank-00000-000.safetensors", "optim/rank-00000-000.safetensors"
+MODEL, OPTIM = "model/rank-00000.safetensors", "optim/rank-00000.safetensors"
 
 
 def whole(key: str, group: Group, tensor: torch.Tensor) -> Piece:

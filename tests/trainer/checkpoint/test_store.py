@@ -89,7 +89,7 @@ def test_keep(tmp_path: Path) -> None:
 def test_frozen_tensors_are_linked_and_now_and_then_fresh(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", keep=KeepSection(last=50))
     sizes = [save(store, step).bytes_written for step in range(1, 13)]
-    paths = [store.shelf.path(step) / "frozen/rank-00000-000.safetensors" for step in range(1, 13)]
+    paths = [store.shelf.path(step) / "frozen/rank-00000.safetensors" for step in range(1, 13)]
     inodes = [path.stat().st_ino for path in paths]
     assert len(set(inodes[:10])) == 1
     assert len(set(inodes)) == 2
