@@ -103,20 +103,25 @@ def begin(run: Run) -> Origin:
         if float(bad_ranks) == 0:
             run.engine.after_load()
             return origin
-        reasons = run.world.gather(str(bad) if bad is not None else "")
-        reason = next(r for r in reasons if r)
-        run.world.from_first(partial(set_aside, run, origin, origin.path, reason))
-        run.events.write("checkpoint_rejected", checkpoint=origin.path.name, reason=reason)
+        found_bad = [found for found in run.world.gather((str(bad), bad.path) if bad is not None else None) if found]
+        reason = found_bad[0][0]
+        mended = run.world.from_first(partial(set_aside, run, origin, origin.path, reason, {p for _, p in found_bad}))
+        event = "checkpoint_recovered" if mended else "checkpoint_rejected"
+        run.events.write(event, checkpoint=origin.path.name, reason=reason)
 
 
-def set_aside(run: Run, origin: Origin, path: Path, reason: str) -> None:
-    """Reject this run's own checkpoint, but never the last: going on would begin the run from nothing."""
+def set_aside(run: Run, origin: Origin, path: Path, reason: str, found_bad: set[Path]) -> bool:
+    """Recover the bad files of this run's own checkpoint from copies (True), or reject it, but never the last: going on
+    would begin the run from nothing."""
     shelf = run.store.shelf
     if not origin.continuing:
         raise UserError(f"start.from: {reason}\nname another checkpoint")
+    if shelf.mend(int(path.name.removeprefix("step-")), found_bad):
+        return True
     if len(shelf.steps()) == 1:
         raise UserError(f"{reason}\nit is the only checkpoint left in {shelf.root}: restore it, or begin another run")
     shelf.reject(int(path.name.removeprefix("step-")), reason)
+    return False
 
 
 def _load(run: Run, origin: Origin) -> BadCheckpoint | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
@@ -13,10 +14,20 @@ from configs.schema import KeepSection
 from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.recover import UNFINISHED, recover
 from trainer.folder import checkpoint_name, committed_steps
 
 _ASIDE = re.compile(r"^step-\d{8,}\.bad-\d+$")
 _LEFTOVER = re.compile(r"^step-\d{8,}\.(partial|deleting)-")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What pruning needs to know of a checkpoint. `fault`: why it does not open; None when it opens well."""
+
+    fault: str | None
+    metric: float | None = None
+    sources: frozenset[str] = frozenset()
 
 
 class Shelf:
@@ -24,7 +35,8 @@ class Shelf:
         self.root = root
         self._keep = keep
         self._say = say
-        self._metrics: dict[int, float | None] = {}
+        self._facts: dict[int, _Facts] = {}
+        self._mended: set[Path] = set()
 
     def path(self, step: int) -> Path:
         return self.root / checkpoint_name(step)
@@ -40,20 +52,23 @@ class Shelf:
         names = sorted(entry.name for entry in os.scandir(self.root) if _LEFTOVER.match(entry.name))
         for name in names:
             disk.remove_tree(str(self.root / name))
+        for step in self.steps():
+            for path in sorted(self.path(step).glob("*/.*")):
+                if UNFINISHED.match(path.name):
+                    disk.unlink(str(path))
         return names
 
     def newest_good(self) -> Checkpoint | None:
         """The newest checkpoint whose manifest and files are sound, or None when there is none at all.
 
-        Bad ones that are newer are set aside as `step-....bad-<k>`, loudly. When all are bad nothing is renamed and a
-        UserError says so, because going on would begin the run from nothing; likewise when only such are left.
+        A file that is missing or has a wrong size is recovered from another copy, where there is one. Bad ones that are
+        newer are set aside as `step-....bad-<k>`, loudly. When all are bad nothing is renamed and a UserError says so,
+        because going on would begin the run from nothing; likewise when only such are left.
         """
         bad: list[tuple[int, BadCheckpoint]] = []
         for step in reversed(self.steps()):
             try:
-                checkpoint = Checkpoint(self.path(step))
-                if checkpoint.step != step:
-                    raise BadCheckpoint(checkpoint.path, f"it holds step {checkpoint.step}")
+                checkpoint = self._open_or_recover(step)
             except BadCheckpoint as error:
                 bad.append((step, error))
                 continue
@@ -69,6 +84,35 @@ class Shelf:
                 "repair one, or move them away to begin the run anew"
             )
         return None
+
+    def _open(self, step: int) -> Checkpoint:
+        checkpoint = Checkpoint(self.path(step))
+        if checkpoint.step != step:
+            raise BadCheckpoint(checkpoint.path, f"it holds step {checkpoint.step}")
+        return checkpoint
+
+    def _open_or_recover(self, step: int) -> Checkpoint:
+        try:
+            return self._open(step)
+        except BadCheckpoint as error:
+            try:
+                recover(self.path(step), self.root, (), self._say)
+            except BadCheckpoint:
+                raise error from None
+            return self._open(step)
+
+    def mend(self, step: int, found_bad: Collection[Path]) -> bool:
+        """Recover files that were found bad when they were read. False when that cannot be, or was done before: a file
+        that is bad again is not a matter of its bytes."""
+        if not found_bad or not self._mended.isdisjoint(found_bad):
+            return False
+        self._mended.update(found_bad)
+        try:
+            recover(self.path(step), self.root, found_bad, self._say)
+        except BadCheckpoint as error:
+            self._say(f"{error}")
+            return False
+        return True
 
     def set_aside(self) -> list[str]:
         """Names of the bad checkpoints."""
@@ -87,14 +131,13 @@ class Shelf:
         return target
 
     def remember(self, step: int, metric: float | None) -> None:
-        """Note the metric of a checkpoint just committed."""
-        self._metrics[step] = metric
+        """Note that a checkpoint was just committed: what was known of that step is not so any more."""
+        self._facts.pop(step, None)
 
     def prune(self, tag: str) -> list[int]:
         """Delete what `keep` does not hold; returns the steps. Each goes at once: it is renamed, durably, before the
         first of its files is unlinked, so that nothing half deleted looks whole."""
-        steps = self.steps()
-        going = [step for step in steps if step not in self.kept(steps)]
+        going = self.going()
         names = [(str(self.path(step)), str(self.root / f"{checkpoint_name(step)}.deleting-{tag}")) for step in going]
         for name, doomed in names:
             disk.rename(name, doomed)
@@ -104,24 +147,51 @@ class Shelf:
             disk.remove_tree(doomed)
         return going
 
-    def kept(self, steps: list[int]) -> set[int]:
-        """Which of the committed steps stay."""
-        kept = set(steps[-self._keep.last :])
+    def going(self) -> list[int]:
+        """Which committed steps `prune` would delete now. None while the newest does not open, which is said."""
+        steps = self.steps()
+        if len(steps) <= self._keep.last:
+            return []
+        fault = self._known(steps[-1]).fault
+        if fault is not None:
+            self._facts.pop(steps[-1])
+            self._say(f"no old checkpoint is deleted, as the newest does not open: {fault}")
+            return []
+        kept = self.kept(steps)
+        return [step for step in steps if step not in kept]
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Which of the committed steps stay: the `last` that open well and whatever is newer than these, those of
+        `every_steps`, the best one, and what lies in `manifest.sources` of any that stays."""
+        kept: set[int] = set()
+        well = 0
+        for step in sorted(steps, reverse=True):
+            if well == self._keep.last:
+                break
+            kept.add(step)
+            well += self._known(step).fault is None
         if self._keep.every_steps:
             kept |= {step for step in steps if step % self._keep.every_steps == 0}
         if self._keep.best:
-            rated = [(metric, -step) for step in steps if (metric := self._metric(step)) is not None]
+            rated = [(metric, -step) for step in steps if (metric := self._known(step).metric) is not None]
             kept |= {-min(rated)[1]} if rated else set()
+        own = {os.path.realpath(self.path(step)): step for step in steps}
+        asked: set[int] = set()
+        while asked != kept:
+            asked = set(kept)
+            kept |= {own[path] for step in asked for path in self._known(step).sources if path in own}
         return kept
 
-    def _metric(self, step: int) -> float | None:
-        """The metric in a checkpoint's manifest. One that cannot be read has none."""
-        if step not in self._metrics:
+    def _known(self, step: int) -> _Facts:
+        """What is known of a checkpoint; it is opened once, not at every save."""
+        if step not in self._facts:
             try:
-                self._metrics[step] = Checkpoint(self.path(step)).manifest.metric
-            except (BadCheckpoint, UserError):
-                self._metrics[step] = None
-        return self._metrics[step]
+                manifest = self._open(step).manifest
+                sources = frozenset(os.path.realpath(source.path) for source in manifest.sources)
+                self._facts[step] = _Facts(None, manifest.metric, sources)
+            except (BadCheckpoint, UserError) as error:
+                self._facts[step] = _Facts(str(error))
+        return self._facts[step]
 
     def check_space(self, changing_bytes: int, frozen_bytes: int) -> None:
         """Raise UserError unless the filesystem has room for the checkpoints that `keep` will hold, and the one being

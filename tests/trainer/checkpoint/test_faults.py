@@ -62,7 +62,6 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "data truncated": (MODEL, lambda f: truncate(f / MODEL, -1)),
     "data emptied": (MODEL, lambda f: truncate(f / MODEL, 0)),
     "data missing": (OPTIM, lambda f: (f / OPTIM).unlink()),
-    "data longer": (MODEL, lambda f: (f / MODEL).open("ab").write(b"\0")),
     "data a symlink": (
         MODEL,
         lambda f: in_order(lambda: (f / MODEL).rename(f / "x"), lambda: (f / MODEL).symlink_to(f / "x")),
