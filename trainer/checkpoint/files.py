@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES, Piece
 
 BLOCK_BYTES = 4 << 20
+STEP_BYTES = 1 << 20  # read and hashed at a time
 HASH_DIGITS = 16
 HEADER_LIMIT_BYTES = 100_000_000  # as in the safetensors library
 DATA_ALIGNMENT = 64
@@ -115,10 +117,6 @@ def write_bytes(path: str, content: bytes) -> None:
         file.close()
 
 
-def blocks_in(size: int) -> int:
-    return -(-size // BLOCK_BYTES)
-
-
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a safetensors header; `start` and `end` count from the beginning of the file."""
@@ -198,49 +196,54 @@ def _is_size(number: Any) -> bool:
 
 @dataclass
 class FileReader:
-    """Reads byte ranges of one file, each block checked the first time it is touched.
-
-    A range that covers whole blocks is read straight into its destination and checked there; the blocks at its ends go
-    through one scratch block, which is kept, as the next range usually begins in it.
-    """
+    """Reads blocks of one file, each checked. Any number of threads may."""
 
     path: str
     size: int
     hashes: str
     _fd: int = field(default=-1, repr=False)
-    _checked: bytearray = field(default_factory=bytearray, repr=False)
-    _scratch: bytearray = field(default_factory=bytearray, repr=False)
-    _held: int = field(default=-1, repr=False)
+    _opening: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.hashes) != HASH_DIGITS * blocks_in(self.size):
+        if len(self.hashes) != HASH_DIGITS * self.blocks:
             raise BadCheckpoint(self.path, f"{len(self.hashes) // HASH_DIGITS} block hashes for {self.size} bytes")
-        self._checked = bytearray(blocks_in(self.size))
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.size // BLOCK_BYTES)
+
+    def block_range(self, index: int) -> tuple[int, int]:
+        """The bytes [low, high) of the file that are block `index`."""
+        return index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, self.size)
+
+    def read_block(self, index: int, parts: Iterable[memoryview]) -> None:
+        """Fill `parts`, together just as long as the block, with it. Raises BadCheckpoint when it is bad.
+
+        Hashed step by step, while what was read is still in the cache of the core that hashes."""
+        low, high = self.block_range(index)
+        found, position = xxhash.xxh3_64(), low
+        for part in parts:
+            for begin in range(0, len(part), STEP_BYTES):
+                step = part[begin : begin + STEP_BYTES]
+                self._fill(position, step)
+                found.update(step)
+                position += len(step)
+        if position != high:
+            raise ValueError(f"{position - low} bytes to fill with a block of {high - low}")
+        if found.hexdigest() != self.hashes[index * HASH_DIGITS : (index + 1) * HASH_DIGITS]:
+            raise BadCheckpoint(self.path, "the block's checksum is wrong", (low, high))
 
     def read(self, start: int, out: memoryview) -> None:
         """Fill `out` (flat bytes) from the byte `start` on. Raises BadCheckpoint, naming the block, when one is bad."""
         end = start + len(out)
         if start < 0 or end > self.size:
             raise BadCheckpoint(self.path, f"read beyond the file's {self.size} bytes", (start, end))
-        position = start
-        while position < end:
-            index = position // BLOCK_BYTES
-            low, high = index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, self.size)
-            stop = min(high, end)
-            target = out[position - start : stop - start]
-            if position == low and stop == high:
-                self._fill(low, target)
-                self._check(index, target)
-            elif self._checked[index] and self._held != index:
-                self._fill(position, target)
-            else:
-                target[:] = self._block(index, low, high)[position - low : stop - low]
-            position = stop
-
-    def verify(self) -> None:
-        """Check every block of the file."""
-        for index in range(blocks_in(self.size)):
-            self._block(index, index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, self.size))
+        for index in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
+            low, high = self.block_range(index)
+            block = memoryview(bytearray(high - low))
+            self.read_block(index, [block])
+            begin, stop = max(low, start), min(high, end)
+            out[begin - start : stop - start] = block[begin - low : stop - low]
 
     def header(self) -> dict[str, Entry]:
         """The safetensors header, parsed strictly."""
@@ -250,31 +253,12 @@ class FileReader:
         self.read(0, memoryview(raw))
         return parse_header(self.path, bytes(raw), self.size)
 
-    def _block(self, index: int, low: int, high: int) -> memoryview:
-        if self._held != index:
-            self._held = -1
-            if len(self._scratch) < high - low:
-                self._scratch = bytearray(high - low)
-            view = memoryview(self._scratch)[: high - low]
-            self._fill(low, view)
-            self._check(index, view)
-            self._held = index
-        return memoryview(self._scratch)[: high - low]
-
-    def _check(self, index: int, content: memoryview) -> None:
-        wanted = self.hashes[index * HASH_DIGITS : (index + 1) * HASH_DIGITS]
-        if xxhash.xxh3_64_hexdigest(content) != wanted:
-            low = index * BLOCK_BYTES
-            raise BadCheckpoint(self.path, "the block's checksum is wrong", (low, low + len(content)))
-        self._checked[index] = 1
-
     def _fill(self, start: int, out: memoryview) -> None:
         done = 0
         try:
-            if self._fd < 0:
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = self._open()
             while done < len(out):
-                got = os.preadv(self._fd, [out[done:]], start + done)
+                got = os.preadv(fd, [out[done:]], start + done)
                 if got == 0:
                     raise BadCheckpoint(self.path, "the file ends too early", (start + done, start + len(out)))
                 done += got
@@ -283,11 +267,18 @@ class FileReader:
         except OSError as error:
             raise BadCheckpoint(self.path, f"cannot be read: {error.strerror}", (start, start + len(out))) from error
 
+    def _open(self) -> int:
+        if self._fd < 0:
+            with self._opening:
+                if self._fd < 0:
+                    self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return self._fd
+
     def close(self) -> None:
-        """Give the file and the scratch block back. Reading opens it again."""
+        """Give the file back. Reading opens it again."""
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self._held, self._scratch = -1, -1, bytearray()
+        self._fd = -1
 
     def __del__(self) -> None:
         self.close()

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.files import BLOCK_BYTES, FileReader, bytes_of
+from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_files, read_small
 from trainer.checkpoint.manifest import (
     CHECKSUMS,
     MANIFEST,
     MANIFEST_LIMIT_BYTES,
     Manifest,
-    Place,
     StoredFile,
     decode,
     decode_checksums,
 )
-from trainer.checkpoint.pieces import Box, boxes_of_range, intersect
+from trainer.checkpoint.pieces import Box, Ints, boxes_of_range
+from trainer.checkpoint.reading import READING_THREADS, Reading, Span, Target, spans_of
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A box of tensor `key` and the tensor that takes it: prod(sizes) elements, on any device. Another dtype than the
+    stored one is refused unless `cast`."""
+
+    key: str
+    out: torch.Tensor
+    offsets: Ints
+    sizes: Ints
+    cast: bool = False
 
 
 class Checkpoint:
@@ -37,6 +49,7 @@ class Checkpoint:
         check_files((self.file_path(file), file.size) for file in self.manifest.files)
         self.hashes = hashes
         self._readers = [FileReader(str(self.file_path(f)), f.size, hashes[f.name]) for f in self.manifest.files]
+        self._reading = Reading(self._readers)
 
     def file_path(self, file: StoredFile) -> Path:
         """Where a file lies: here, or in the source that it names."""
@@ -47,18 +60,36 @@ class Checkpoint:
     def step(self) -> int:
         return self.manifest.step
 
+    def read_all(self, wanted: Sequence[Wanted]) -> None:
+        """Fill the tensors of all `wanted`, bit for bit, in the order of the files and by several threads.
+
+        Every touched block is read once and checked. Raises BadCheckpoint when one is bad."""
+        spans: dict[int, list[Span]] = {}
+        for one in wanted:
+            self._check(one)
+            if one.out.numel() == 0:
+                continue
+            box = Box(tuple(one.offsets), tuple(one.sizes))
+            target = Target.of(box, one.out, self.manifest.dtype_of(one.key))
+            for place in self.manifest.places(one.key):
+                spans.setdefault(place.file, []).extend(spans_of(place, target))
+        self._reading.read(spans)
+
     def read_into(
         self, key: str, offsets: Sequence[int], sizes: Sequence[int], out: torch.Tensor, cast: bool = False
     ) -> None:
-        """Fill `out` (row-major, prod(sizes) elements, any device) with the box (offsets, sizes) of tensor `key`, bit
-        for bit. Another dtype is refused unless `cast`. Raises BadCheckpoint when a block that it touches is bad."""
-        self._fill(key, self._wanted(key, Box(tuple(offsets), tuple(sizes))), out, cast)
+        """Fill one tensor; see `read_all`, which is faster for many."""
+        self.read_all([Wanted(key, out, tuple(offsets), tuple(sizes), cast)])
 
     def read_range_into(self, key: str, start: int, out: torch.Tensor, cast: bool = False) -> None:
         """Fill `out` with the flat range of tensor `key` that begins at `start` of its row-major order."""
         flat = out.view(-1)
-        for box in boxes_of_range(self.manifest.shape_of(key), start, out.numel()):
-            self._fill(key, Box(box.offsets, box.sizes), flat[box.start : box.start + box.numel], cast)
+        self.read_all(
+            [
+                Wanted(key, flat[box.start : box.start + box.numel], box.offsets, box.sizes, cast)
+                for box in boxes_of_range(self.manifest.shape_of(key), start, out.numel())
+            ]
+        )
 
     def read(self, key: str) -> torch.Tensor:
         """A whole tensor, in host memory."""
@@ -67,103 +98,47 @@ class Checkpoint:
         self.read_into(key, (0,) * len(shape), shape, out)
         return out
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+    def verify(self, progress: Callable[[int], None] | None = None, threads: int = READING_THREADS) -> None:
         """Check every block of every file, and that the headers say what the manifest says. Raises BadCheckpoint.
 
-        `progress` is told the bytes of each file that was found good."""
-        for index, reader in enumerate(self._readers):
-            self._verify_header(index, reader)
-            reader.verify()
-            reader.close()
+        `progress` is told, by the calling thread, how many bytes more were found good."""
+        self._verify_headers()
+        for found_good in self._reading.verify(threads):
             if progress is not None:
-                progress(reader.size)
+                progress(found_good)
+        self.close()
 
     def close(self) -> None:
         """Close the files. Reading opens them again."""
+        self._reading.release()
         for reader in self._readers:
             reader.close()
 
-    def _verify_header(self, index: int, reader: FileReader) -> None:
+    def _verify_headers(self) -> None:
         manifest = self.manifest
-        wanted = {}
+        wanted: list[dict[str, tuple[str, Ints, int, int]]] = [{} for _ in manifest.files]
         for key, tensor in manifest.tensors.items():
             partition = manifest.partitions[tensor.partition]
-            ranges = manifest.ranges(key)
-            for piece, (file, start, end) in zip(partition.pieces, ranges, strict=True):
-                if file == index:
-                    wanted[piece.label(key)] = (tensor.dtype, tuple(piece.stored_shape), start, end)
-        found = {name: (e.dtype, e.shape, e.start, e.end) for name, e in reader.header().items()}
-        if found != wanted:
-            odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-            raise BadCheckpoint(reader.path, f"its header and manifest.json disagree about {odd[0]}")
+            for piece, (index, start, end) in zip(partition.pieces, manifest.ranges(key), strict=True):
+                wanted[index][piece.label(key)] = (tensor.dtype, tuple(piece.stored_shape), start, end)
+        for file, reader, expected in zip(manifest.files, self._readers, wanted, strict=True):
+            found = {name: (e.dtype, e.shape, e.start, e.end) for name, e in reader.header().items()}
+            if file.source is not None:  # it holds more than is taken from it
+                found = {name: entry for name, entry in found.items() if name in expected}
+            if found != expected:
+                odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+                raise BadCheckpoint(reader.path, f"its header and manifest.json disagree about {odd[0]}")
 
-    def _wanted(self, key: str, box: Box) -> Box:
+    def _check(self, wanted: Wanted) -> None:
+        key, offsets, sizes, out = wanted.key, wanted.offsets, wanted.sizes, wanted.out
         if self.manifest.name_of(key) not in self.manifest.tensors:
             raise KeyError(f"{self.path} holds no tensor {key!r}")
-        shape = self.manifest.shape_of(key)
-        if not len(box.offsets) == len(box.sizes) == len(shape) or any(
-            o < 0 or n < 0 or o + n > s for o, n, s in zip(box.offsets, box.sizes, shape, strict=True)
+        shape, dtype = self.manifest.shape_of(key), self.manifest.dtype_of(key)
+        if not len(offsets) == len(sizes) == len(shape) or any(
+            o < 0 or n < 0 or o + n > s for o, n, s in zip(offsets, sizes, shape, strict=True)
         ):
-            raise ValueError(f"{key}: box {box.offsets}, {box.sizes} is not inside shape {shape}")
-        return box
-
-    def _fill(self, key: str, box: Box, out: torch.Tensor, cast: bool) -> None:
-        dtype = self.manifest.dtype_of(key)
-        if out.numel() != box.numel:
-            raise ValueError(f"{key}: {out.numel()} elements to fill with a box of {box.numel}")
-        if out.dtype != dtype and not cast:
+            raise ValueError(f"{key}: box {offsets}, {sizes} is not inside shape {shape}")
+        if out.numel() != prod(sizes):
+            raise ValueError(f"{key}: {out.numel()} elements to fill with a box of {prod(sizes)}")
+        if out.dtype != dtype and not wanted.cast:
             raise ValueError(f"{key}: stored as {dtype}, wanted as {out.dtype}")
-        if box.numel == 0:
-            return
-        direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
-        host = out.detach() if direct else torch.empty(box.sizes, dtype=dtype)
-        content = bytes_of(host)
-        for place in self.manifest.places(key):
-            shared = intersect(place.box, box.offsets, box.sizes)
-            if shared is not None:
-                self._copy(place, shared, box, content, dtype.itemsize)
-        if not direct:
-            with torch.no_grad():
-                out.copy_(host.view(out.shape))
-
-    def _copy(
-        self, place: Place, shared: tuple[tuple[int, ...], tuple[int, ...]], box: Box, content: memoryview, width: int
-    ) -> None:
-        """Copy the shared box out of the place into `content`, the row-major bytes of `box`."""
-        offsets, sizes = shared
-        reader = self._readers[place.file]
-        source_at = [o - p for o, p in zip(offsets, place.box.offsets, strict=True)]
-        target_at = [o - b for o, b in zip(offsets, box.offsets, strict=True)]
-        first = _flat_index(source_at, place.box.sizes)
-        if _is_run(sizes, place.box.sizes) and _is_run(sizes, box.sizes):
-            begin = _flat_index(target_at, box.sizes) * width
-            reader.read(place.byte + first * width, content[begin : begin + prod(sizes) * width])
-            return
-        # Rows of the source, some at a time, through a buffer; numpy then copies the part of each row that is wanted.
-        row = prod(place.box.sizes[1:])
-        rows_at_once = max(1, BLOCK_BYTES // (row * width))
-        target = np.frombuffer(content, dtype=np.uint8).reshape(*box.sizes, width)
-        inner_source = tuple(slice(a, a + n) for a, n in zip(source_at[1:], sizes[1:], strict=True))
-        inner_target = tuple(slice(a, a + n) for a, n in zip(target_at[1:], sizes[1:], strict=True))
-        for done in range(0, sizes[0], rows_at_once):
-            rows = min(rows_at_once, sizes[0] - done)
-            buffer = np.empty((rows, *place.box.sizes[1:], width), dtype=np.uint8)
-            reader.read(place.byte + (source_at[0] + done) * row * width, buffer.reshape(-1).data)
-            rows_of_target = slice(target_at[0] + done, target_at[0] + done + rows)
-            target[(rows_of_target, *inner_target)] = buffer[(slice(None), *inner_source)]
-
-
-def _flat_index(at: Sequence[int], sizes: Sequence[int]) -> int:
-    index = 0
-    for position, size in zip(at, sizes, strict=True):
-        index = index * size + position
-    return index
-
-
-def _is_run(part: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether a part of these sizes is contiguous in the row-major order of the whole: single indices, then at most
-    one partial dimension, then full ones."""
-    dims = len(whole)
-    while dims and part[dims - 1] == whole[dims - 1]:
-        dims -= 1
-    return all(n == 1 for n in part[: max(0, dims - 1)])

@@ -229,6 +229,8 @@ class Manifest(_Part):
             file = self.files[piece.file]
             if file.source is None and not file.path.startswith(tensor.group + "/"):
                 raise ValueError(f"{key} of group {tensor.group} lies in {file.path}")
+            if start % width:
+                raise ValueError(f"{key}: begins at byte {start}, which {tensor.dtype} cannot")
             yield piece.file, start, start + numel * width
 
     def name_of(self, key: str) -> str:
