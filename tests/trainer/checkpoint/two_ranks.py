@@ -32,7 +32,6 @@ from trainer.checkpoint.store import CheckpointStore
 
 ATTEMPT = 3
 KEEP = KeepSection(last=1, best=False)
-share.FILE_BYTES = 40  # so that a rank writes several files of a group
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -274,6 +273,7 @@ def fork_worker(folder: Path, index: int, trials: list[tuple[int, int, bool]]) -
 
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
+    share.FILE_BYTES = 40  # so that a rank writes several files of a group
     if what == "names":
         print(json.dumps(names_of_operations(folder)))
     elif what == "record":
