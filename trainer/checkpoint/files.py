@@ -117,6 +117,10 @@ def write_bytes(path: str, content: bytes) -> None:
         file.close()
 
 
+def blocks_in(size: int) -> int:
+    return -(-size // BLOCK_BYTES)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a safetensors header; `start` and `end` count from the beginning of the file."""
@@ -210,7 +214,7 @@ class FileReader:
 
     @property
     def blocks(self) -> int:
-        return -(-self.size // BLOCK_BYTES)
+        return blocks_in(self.size)
 
     def block_range(self, index: int) -> tuple[int, int]:
         """The bytes [low, high) of the file that are block `index`."""
