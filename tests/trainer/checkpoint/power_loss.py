@@ -42,6 +42,25 @@ class Disk:
     def __init__(self) -> None:
         self.root = Node(is_folder=True)
 
+    @classmethod
+    def of(cls, folder: Path) -> Disk:
+        """What lies below `folder`, all of it durable. Two names of one file stay that."""
+        disk = cls()
+        files: dict[tuple[int, int], Node] = {}
+
+        def enter(node: Node, path: Path) -> None:
+            for child in sorted(path.iterdir()):
+                found = child.lstat()
+                if child.is_dir():
+                    made = Node(is_folder=True)
+                    enter(made, child)
+                else:
+                    made = files.setdefault((found.st_dev, found.st_ino), Node(False, child.read_bytes()))
+                node.names[child.name] = node.live[child.name] = made
+
+        enter(disk.root, folder)
+        return disk
+
     def run(self, step: Step) -> None:
         """Do one operation as the running system sees it; only the two fsyncs make anything durable."""
         folder, name = self._folder(step.path), PurePosixPath(step.path).name

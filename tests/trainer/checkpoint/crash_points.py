@@ -1,0 +1,339 @@
+"""Actions on a folder of checkpoints beside saving, each of whose file operations is a crash point.
+
+Run as a program of its own (`python crash_points.py names|kill|record FOLDER`, JSON by action on stdout), because a
+process may only be forked when it has no other threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import KeepSection
+from trainer.checkpoint import disk
+from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.shelf import Shelf
+from trainer.checkpoint.store import CheckpointStore
+
+MODEL, FROZEN, OPTIM = (f"{group}/rank-00000.safetensors" for group in ("model", "frozen", "optim"))
+EVERYTHING = KeepSection(last=99, best=False)
+
+
+def tensors(step: int) -> dict[str, tuple[Group, torch.Tensor]]:
+    generator, fixed = torch.Generator().manual_seed(step), torch.Generator().manual_seed(99)
+    return {
+        "w": ("model", torch.randn(5, 3, generator=generator)),
+        "w.exp_avg": ("optim", torch.randn(5, 3, generator=generator)),
+        "f": ("frozen", torch.randn(40, 2, generator=fixed).half()),
+    }
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    """One process saves; frozen tensors are linked to the last save of the same store."""
+    pieces = [Piece(k, g, t, tuple(t.shape), (0,) * t.ndim, tuple(t.shape)) for k, (g, t) in tensors(step).items()]
+    state = RunState(position={"consumed_samples": 8 * step}, step_counts={"w": step}, trained_steps={"f": 0})
+    store.save(step, pieces, state)
+    for result in store.wait():
+        if not result.ok:
+            raise RuntimeError(result.error)
+
+
+def store_of(root: Path, attempt: int, keep: KeepSection = EVERYTHING) -> CheckpointStore:
+    return CheckpointStore(root, attempt=attempt, keep=keep, asynchronous=False, say=lambda line: None)
+
+
+def shelf_of(root: Path, keep: KeepSection = EVERYTHING) -> Shelf:
+    return Shelf(root, keep, lambda line: None)
+
+
+def is_whole(path: Path) -> None:
+    """Assert that a checkpoint holds exactly its step, every block of it checked."""
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
+    expected = tensors(checkpoint.step)
+    assert checkpoint.manifest.tensors.keys() == expected.keys()
+    for key, (_, tensor) in expected.items():
+        assert torch.equal(checkpoint.read(key).view(torch.uint8), tensor.view(torch.uint8)), key
+    assert checkpoint.manifest.position == {"consumed_samples": 8 * checkpoint.step}
+    assert path.name.startswith(f"step-{checkpoint.step:08d}")
+
+
+def flip(path: Path, byte: int) -> None:
+    """Flip a bit in place: whoever shares the bytes has it too."""
+    with path.open("r+b") as file:
+        content = bytearray(file.read())
+        content[byte] ^= 4
+        file.seek(0)
+        file.write(content)
+
+
+@dataclass(frozen=True)
+class Action:
+    """`prepare` makes the state before, in the process that then acts. `judge` says what a start finds, "before" or
+    "after", and raises AssertionError or BadCheckpoint when it is neither."""
+
+    prepare: Callable[[Path], Any]
+    act: Callable[[Path, Any], object]
+    judge: Callable[[Path], str]
+
+
+def _newest(root: Path, bad: tuple[str, ...] = ()) -> int:
+    """The start's own way: clean up, take the newest good one. All that carries a committed name must be whole."""
+    shelf = shelf_of(root)
+    shelf.clean()
+    for step in shelf.steps():
+        if shelf.path(step).name not in bad:
+            is_whole(shelf.path(step))
+    found = shelf.newest_good()
+    assert found is not None
+    assert not [entry.name for entry in root.iterdir() if not entry.name.startswith("step-0000") or "ing" in entry.name]
+    return found.step
+
+
+# ---- a save whose frozen file is a link to the last one's, and which prunes the one before that
+
+
+def _two_saves(root: Path) -> CheckpointStore:
+    store = store_of(root, 1, KeepSection(last=2, best=False))
+    save(store, 1)
+    save(store, 2)
+    return store
+
+
+def _judge_save(root: Path) -> str:
+    newest = _newest(root)
+    steps = shelf_of(root).steps()
+    assert steps in ([1, 2], [1, 2, 3], [2, 3]), steps
+    return {2: "before", 3: "after"}[newest]
+
+
+# ---- pruning
+
+
+def _five(root: Path) -> None:
+    store = store_of(root, 1)
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    save(store_of(root, 2), 5)
+
+
+def _prune(root: Path, _: None) -> None:
+    assert shelf_of(root, KeepSection(last=2, best=False)).prune("001") == [1, 2, 3]
+
+
+def _judge_prune(root: Path) -> str:
+    assert _newest(root) == 5
+    steps = shelf_of(root).steps()
+    assert steps[-2:] == [4, 5]
+    return "after" if steps == [4, 5] else "before"
+
+
+# ---- setting bad ones aside, when they are opened and when they are read
+
+
+def _two_bad(root: Path) -> None:
+    _five(root)
+    flip(root / "step-00000005/manifest.json", 40)
+    (root / "step-00000004" / MODEL).unlink()
+    (root / "step-00000005.bad-0").mkdir()  # such a name is taken already
+
+
+def _judge_reject(root: Path) -> str:
+    names = ("step-00000004", "step-00000005")
+    there = [name for name in names if (root / name).exists()]
+    assert _newest(root, names) == 3
+    assert shelf_of(root).set_aside() == ["step-00000004.bad-0", "step-00000005.bad-0", "step-00000005.bad-1"]
+    assert {entry.name for entry in (root / "step-00000005.bad-1").iterdir()} >= {"manifest.json", "model"}
+    return "before" if there else "after"
+
+
+def _bad_block(root: Path) -> None:
+    _five(root)
+    flip(root / "step-00000005" / OPTIM, -1)
+
+
+def _set_aside(root: Path, _: None) -> None:
+    shelf = shelf_of(root)
+    path = shelf.path(5) / OPTIM
+    if not shelf.mend(5, {path}):
+        shelf.reject(5, "its block is bad")
+
+
+def _judge_set_aside(root: Path) -> str:
+    there = (root / "step-00000005").exists()
+    assert _newest(root, ("step-00000005",)) == (5 if there else 4)
+    assert not there or Checkpoint(root / "step-00000005").read("w") is not None
+    return "before" if there else "after"
+
+
+# ---- recovering a frozen file, missing (noticed on opening) or bad in a block (noticed on reading)
+
+
+def _frozen_missing(root: Path) -> None:
+    _five(root)
+    shutil.rmtree(root / "step-00000005/frozen")
+
+
+def _frozen_bad(root: Path) -> None:
+    _five(root)
+    flip(root / "step-00000005" / FROZEN, -1)
+    leftover = root / "step-00000005/frozen/.rank-00000.safetensors.mending"
+    leftover.write_bytes(b"of a start before")
+
+
+def _mend(root: Path, _: None) -> None:
+    assert shelf_of(root).mend(5, {root / "step-00000005" / FROZEN})
+
+
+def _judge_recovery(root: Path) -> str:
+    path, label = root / "step-00000005" / FROZEN, "after"
+    try:
+        is_whole(path.parent.parent)
+    except BadCheckpoint:
+        label = "before"
+        if path.exists():  # the very bytes that were there, nothing half written
+            assert path.stat().st_size
+            flip(path, -1)
+            is_whole(path.parent.parent)
+            flip(path, -1)
+            assert shelf_of(root).mend(5, {path})
+        assert shelf_of(root).newest_good() is not None
+    assert _newest(root) == 5
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name]
+    return label
+
+
+ACTIONS = {
+    "linked save": Action(_two_saves, lambda root, store: save(store, 3), _judge_save),
+    "prune": Action(_five, _prune, _judge_prune),
+    "reject": Action(_two_bad, lambda root, _: shelf_of(root).newest_good(), _judge_reject),
+    "set aside": Action(_bad_block, _set_aside, _judge_set_aside),
+    "recover missing": Action(_frozen_missing, lambda root, _: shelf_of(root).newest_good(), _judge_recovery),
+    "recover bad": Action(_frozen_bad, _mend, _judge_recovery),
+}
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Run in a forked process; its exit code, negative for a signal."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001 - the exit code tells the parent
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def prepared(action: Action, folder: Path) -> tuple[Path, Any]:
+    """The state before, made once: on disk below `folder/run`, a copy of it in `folder/before`, the rest in memory."""
+    root = folder / "run" / "checkpoints"
+    state = action.prepare(root)
+    assert threading.active_count() == 1, "a process may only be forked without other threads"
+    copy_tree(folder / "run", folder / "before")
+    return root, state
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Two names of one file stay that, which shutil does not know."""
+    subprocess.run(["cp", "-a", str(source), str(target)], check=True)
+
+
+def names_of(action: Action, folder: Path) -> list[str]:
+    """The operations of the action, between two marks."""
+    root, state = prepared(action, folder)
+    (folder / "mark-begin").mkdir()
+    names = [row[0] for row in recorded(action, root, state)]
+    (folder / "mark-end").mkdir()
+    assert action.judge(root) == "after"
+    return names
+
+
+def recorded(action: Action, root: Path, state: Any) -> list[list[Any]]:
+    """Every operation of the action, which is done."""
+    rows: list[list[Any]] = []
+
+    @contextmanager
+    def observe(operation: disk.Operation) -> Iterator[None]:
+        data = None if operation.data is None else bytes(operation.data).hex()
+        rows.append([operation.name, operation.path, operation.target, operation.offset, data])
+        yield
+
+    disk.observer = observe
+    action.act(root, state)
+    disk.observer = None
+    return rows
+
+
+def record(action: Action, folder: Path) -> list[list[Any]]:
+    return recorded(action, *prepared(action, folder))
+
+
+def killed_at(action: Action, root: Path, state: Any, point: int, points: int) -> None:
+    """The action, and SIGKILL right before operation number `point`, or after the last one of them."""
+    seen, lock = -1, threading.RLock()
+
+    @contextmanager
+    def observe(operation: disk.Operation) -> Iterator[None]:
+        nonlocal seen
+        with lock:
+            seen += 1
+            if seen == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield
+            if seen + 1 == point == points:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    disk.observer = observe
+    action.act(root, state)
+
+
+def kill_everywhere(action: Action, folder: Path) -> dict[str, Any]:
+    """A crash before each operation and after the last, and what a start finds then. (One process acts: right after an
+    operation is right before the next.)"""
+    root, state = prepared(action, folder)
+    counted = folder / "names"
+    assert forked(lambda: counted.write_text(json.dumps([row[0] for row in recorded(action, root, state)]))) == 0
+    names, found = json.loads(counted.read_text()), []
+    for point in range(len(names) + 1):
+        shutil.rmtree(folder / "run")
+        copy_tree(folder / "before", folder / "run")
+        code = forked(lambda point=point: killed_at(action, root, state, point, len(names)))
+        assert code == -signal.SIGKILL, (point, code)
+        found.append(action.judge(root))
+    return {"names": names, "found": found}
+
+
+def main(what: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    run = {"names": names_of, "kill": kill_everywhere, "record": record}[what]
+    results = {}
+    for name, action in ACTIONS.items():
+        (folder / name / "run").mkdir(parents=True)
+        results[name] = run(action, folder / name)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
