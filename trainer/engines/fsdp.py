@@ -1,7 +1,8 @@
-"""The FSDP engine: FSDP2, HSDP and DDP by one mesh, and one process without sharding.
+"""The FSDP engine: FSDP2, HSDP, DDP and tensor parallelism by one mesh, and one process without sharding.
 
 The mesh is (replicate, shard): shard alone is FSDP, both are HSDP, replicate alone is DDP (a model sharded over groups
-of one rank, so precision, names and checkpoints are the same everywhere). One process needs no process group.
+of one rank, so precision, names and checkpoints are the same everywhere). With tensor parallelism a third dimension
+stands last (`tensor.py`), and FSDP cuts what it left on each rank. One process needs no process group.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from trainer.checkpoint.pieces import Group, Piece
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.base import TensorInfo
-from trainer.engines.boxes import box_of, local_part
+from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
+from trainer.engines.tensor import split_model
 from trainer.layout import resolve
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
@@ -40,10 +42,15 @@ def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
     if world.size == 1:
         return None
     layout = resolve(parallel, world.size)
-    if layout.replicate == 1:
-        return init_device_mesh(world.device.type, (layout.shard,), mesh_dim_names=("shard",))
-    shape = (layout.replicate, layout.shard)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    sizes = {"replicate": layout.replicate, "shard": layout.shard, "tensor": layout.tensor}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The part of the mesh that FSDP works on: (shard) or (replicate, shard)."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
+    return mesh if len(names) == mesh.ndim else mesh[names]
 
 
 class FsdpEngine:
@@ -64,7 +71,9 @@ class FsdpEngine:
                 block.compile(fullgraph=True)
         self.master: MasterWeights | None = None
         if self.mesh is not None:
-            self._shard(self.mesh, None if compute == params else compute)
+            if "tensor" in (self.mesh.mesh_dim_names or ()):
+                split_model(self.model, self.mesh["tensor"])
+            self._shard(data_mesh(self.mesh), None if compute == params else compute)
         self.model.to_empty(device="cpu" if config.parallel.cpu_offload and self.mesh is not None else self.device)
         self.stored: dict[str, torch.Tensor] = dict(self.model.named_parameters())
         if self.mesh is None and compute != params:
@@ -154,8 +163,9 @@ class FsdpEngine:
 
     @torch.no_grad()
     def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
-        grads = [local_part(g) for g in self._grads().values()]
-        norm = self._norm(grads, guard)
+        whole = list(self._grads().values())
+        grads = [local_part(g) for g in whole]
+        norm = self._norm(whole, guard)
         if math.isfinite(norm):
             if clip is not None and norm > clip:
                 torch._foreach_mul_(grads, clip / (norm + 1e-6))
@@ -175,11 +185,11 @@ class FsdpEngine:
         """Global 2-norm over all ranks. One all-reduce, which also carries every rank's guard."""
         if not grads:
             return float(guard)
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
-        square = norms.double().square().sum() + guard.to(norms.device).double()
+        norms = torch.stack(torch._foreach_norm([local_part(g) for g in grads], 2, dtype=torch.float32))
+        copies = torch.tensor([replica_of(g)[1] for g in grads], dtype=torch.float64, device=norms.device)
+        square = (norms.double().square() / copies).sum() + guard.to(norms.device).double()  # each element counts once
         if self.mesh is not None:
             dist.all_reduce(square)
-            square /= self.mesh.shape[0] if self.mesh.ndim == 2 else 1  # each shard was counted once per copy
         return float(square.sqrt())
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -218,10 +228,7 @@ class FsdpEngine:
 
     def _piece(self, key: str, group: Group, tensor: torch.Tensor, like: torch.Tensor) -> Piece:
         offsets, sizes = box_of(like)
-        replica, replicas = 0, 1
-        if self.mesh is not None and self.mesh.ndim == 2:
-            replica, replicas = self.mesh.get_local_rank("replicate"), self.mesh.shape[0]
-        return Piece(key, group, local_part(tensor), tuple(like.shape), offsets, sizes, replica, replicas)
+        return Piece(key, group, local_part(tensor), tuple(like.shape), offsets, sizes, *replica_of(like))
 
     def _trained(self) -> Iterable[tuple[str, torch.optim.Optimizer, torch.Tensor]]:
         names = {id(p): name for name, p in self.stored.items()}
