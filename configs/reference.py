@@ -96,6 +96,7 @@ def _kind(field: dict[str, Any]) -> str:
         "string": "text",
         "boolean": "true or false",
         "null": "null",
+        "object": "mapping of text to text",
     }
     if field["type"] == "array":
         inner = {"whole number": "whole numbers", "number": "numbers"}

@@ -93,6 +93,16 @@ class ModelSection(Section):
         return self
 
 
+class AllowSection(Section):
+    """What `start.from` may differ in: globs over parameter names, which stand for their optimizer state too."""
+
+    missing: list[str] = result([], "not in the checkpoint: these begin with initial values")
+    unexpected: list[str] = result([], "only in the checkpoint: these are left out")
+    reshaped: list[str] = result([], "of another shape: what both have is kept, the rest begins with initial values")
+    dtype: list[str] = result([], "stored in a wider number format: these are rounded")
+    replaced: list[str] = result([], "these begin with initial values although the checkpoint has them")
+
+
 class StartSection(Section):
     """Where a new run begins; read only while the run folder holds no committed checkpoint."""
 
@@ -100,6 +110,10 @@ class StartSection(Section):
     take: Literal["weights", "everything"] = result(
         "weights", "`weights` starts at step 0; `everything` carries optimizer, step and data position on"
     )
+    rename: dict[str, str] = result(
+        {}, "names in the checkpoint -> names here; each `*` of one stands for that of the other"
+    )
+    allow: AllowSection = result(AllowSection(), "which differences are wanted; any other is refused")
 
 
 class Source(Section):
@@ -201,7 +215,6 @@ class ParallelSection(Section):
     engine: Literal["fsdp"] = speed("fsdp", "what shards the model")
     replicate: int = speed(1, "groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1)
     shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1)
-    tensor: int = speed(1, "ranks that compute each sample together, every matrix split among them", ge=1)
     reshard: bool = speed(True, "free a block's gathered parameters after its forward (less memory, more traffic)")
     prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=1)
     accumulate: Literal["sharded", "unsharded"] = speed(
@@ -225,11 +238,27 @@ class ParallelSection(Section):
         return self
 
 
+class FreezeChange(Section):
+    """Which parameters train after a step: takes the place of all patterns before it."""
+
+    step: int = result(..., "the step after which this holds", ge=1)
+    frozen: list[str] = result([], "parameters that stay as they are from then on")
+    trainable: list[str] = result([], "exceptions from `frozen`")
+
+
 class FreezeSection(Section):
     """Which parameters train. Patterns are globs over parameter names, e.g. `blocks.0.*`; trainable wins."""
 
     frozen: list[str] = result([], "parameters that stay as they are")
     trainable: list[str] = result([], "exceptions from `frozen`")
+    schedule: list[FreezeChange] = result([], "changes at later steps, in order")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> FreezeSection:
+        steps = [change.step for change in self.schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"freeze.schedule: steps must ascend, got {steps}")
+        return self
 
 
 class KeepSection(Section):
@@ -246,6 +275,9 @@ class CheckpointSection(Section):
     every_steps: int = speed(500, "steps between saves; 0: only at the end", ge=0)
     asynchronous: bool = speed(True, "write while training goes on, from one copy in host memory")
     failures_limit: int = speed(3, "failed saves in a row before the run fails", ge=1)
+    frozen: Literal["stored", "reference"] = speed(
+        "stored", "frozen parameters: in each checkpoint (by hard links), or left in that of `start.from` and named"
+    )
     keep: KeepSection = speed(KeepSection(), "which checkpoints stay")
 
 
@@ -274,33 +306,6 @@ class Config(Section):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"data.sources: the name {twice[0]!r} stands twice")
-        return self
-
-    @model_validator(mode="after")
-    def _tensor_fits(self) -> Config:
-        """What cannot be split among the ranks of a tensor group is refused here, before any rank is started."""
-        model, tensor = self.model, self.parallel.tensor
-        kv_heads = model.kv_heads or model.heads
-        for key, count in (("heads", model.heads), ("kv_heads", kv_heads)):
-            if count % tensor:
-                fitting = [n for n in range(1, min(kv_heads, 64) + 1) if model.heads % n == kv_heads % n == 0]
-                raise ValueError(
-                    f"model.{key} {count} is not a multiple of parallel.tensor {tensor}: whole heads go to each rank; "
-                    f"use a parallel.tensor of {' or '.join(map(str, fitting))}"
-                )
-        for key, size in (("vocab_size", model.vocab_size), ("mlp_dim", model.mlp_dim)):
-            if -(-size // tensor) * (tensor - 1) >= size:  # parts of equal size, the last one smaller
-                raise ValueError(
-                    f"model.{key} {size} leaves no part for the last of parallel.tensor {tensor} ranks; "
-                    f"use a smaller parallel.tensor"
-                )
-        padded = -(-self.data.seq_len // tensor) * tensor
-        if model.position == "learned" and padded > model.max_seq_len:
-            raise ValueError(
-                f"data.seq_len {self.data.seq_len} is filled up to {padded}, a multiple of parallel.tensor {tensor}, "
-                f"but model.max_seq_len gives learned positions for {model.max_seq_len}; "
-                f"use data.seq_len={padded - tensor} or a parallel.tensor that divides it"
-            )
         return self
 
     @property

@@ -163,7 +163,7 @@ def test_start_from_nothing(tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit_the_checkpoint(tmp_path: Path) -> None:
     assert train(tiny(tmp_path / "first")) == [0]
     path = write_config(tmp_path, start__from=str(tmp_path / "first/run"), model__mlp_dim=96)
-    refused(tmp_path, [str(path)], "of another shape", "blocks.0.mlp")
+    refused(tmp_path, [str(path)], "reshaped", "blocks.0.mlp")
 
 
 def test_a_source_that_changed(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def live(run: Run) -> End:
     """Train, save what is not saved, and say how it ended. The same on every rank."""
     try:
         cause = train(run)
-        save_last(run)
+        run.save_now()
     except RunFailed as failure:
         run.poll_saves(wait=True)
         run.console.say(f"FAILED: {failure}")
@@ -52,19 +52,6 @@ def live(run: Run) -> End:
     if cause is None:
         return End("finished", run.progress.step, run.folder.newest_checkpoint()[1], requeue=False)
     return stopped(run, cause)
-
-
-def save_last(run: Run) -> None:
-    """Save where the run leaves off. A save that fails is tried again as often as saves may fail in a row.
-
-    Raises RunFailed, on all ranks alike, when none succeeds.
-    """
-    run.poll_saves(wait=True)  # else ranks that know of a failed save would save again, and the others would not
-    while run.progress.step > 0 and run.saved_step != run.progress.step:
-        run.save(best=False)
-        run.poll_saves(wait=True)
-        if run.saving_failed:
-            raise RunFailed(Cause.SAVING.word, f"step {run.progress.step} could not be saved")
 
 
 def stopped(run: Run, cause: Cause) -> End:

@@ -13,26 +13,32 @@ import torch
 from configs.errors import UserError
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import GROUPS, Group
-from trainer.checkpoint.plan import plan
+from trainer.checkpoint.loading import Loading
+from trainer.checkpoint.plan import Plan, Target, frozen_in, plan, some
 from trainer.data.prepared import check_unchanged
 from trainer.folder import RunFolder
+from trainer.freeze import check_schedule, choose_trainable
 from trainer.loop import Progress
+from trainer.optim import counts_steps, state_keys
 
 if TYPE_CHECKING:
     from trainer.run import Run
 
 
+Faults = list[tuple[str, Path]]  # what is wrong with a checkpoint, and in which file; one per rank that met it
 OPEN_PATIENCE_S = 20.0  # for a shared filesystem that shows a new folder late
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is loaded: nothing when `path` is None. `everything`: optimizer, step and position too."""
+    """What is loaded: nothing when `path` is None. `everything`: optimizer, step and position too. `trainable` are the
+    parameters that train in the next update."""
 
     path: Path | None
     everything: bool
     continuing: bool
+    trainable: frozenset[str]
+    plan: Plan | None = None
 
     def __str__(self) -> str:
         if self.path is None:
@@ -43,36 +49,64 @@ class Origin:
 def find_origin(run: Run) -> Origin:
     """Decide, on rank 0, where to begin, and refuse what does not fit. Bad checkpoints of this run are set aside;
     others' folders are not touched."""
+    check_schedule(run.config.freeze, run.engine.parameters(), run.engine.aliases())
     newest = run.store.shelf.newest_good()
     start = run.config.start
     if newest is not None:
-        origin = Origin(newest.path, everything=True, continuing=True)
-        check_fit(run, newest, origin)
-    elif start.from_ is not None:
+        return origin_at(run, newest, everything=True, continuing=True)
+    if start.from_ is not None:
         named = named_checkpoint(Path(start.from_))
-        origin = Origin(named.path, start.take == "everything", continuing=False)
-        check_fit(run, named, origin)
-    else:
-        origin = Origin(None, everything=False, continuing=False)
-    return origin
+        return origin_at(run, named, everything=start.take == "everything", continuing=False)
+    return Origin(None, everything=False, continuing=False, trainable=trainable_after(run, 0))
 
 
-def check_fit(run: Run, checkpoint: Checkpoint, origin: Origin) -> None:
-    """Raise UserError unless data and tensors are what this run expects; else say what will be loaded."""
-    if origin.everything and "data.sources" not in run.config.run.accept_changes:
+def origin_at(run: Run, checkpoint: Checkpoint, everything: bool, continuing: bool) -> Origin:
+    """What loading this checkpoint would do. Raises UserError unless data and tensors are what this run expects."""
+    accepted = run.config.run.accept_changes
+    if everything and "data.sources" not in accepted:
         check_unchanged(checkpoint.manifest.data, run.prepared)
-    wanted = {name: (info.shape, info.dtype) for name, info in run.engine.parameters().items()}
-    if origin.everything and holds_state(checkpoint):
-        wanted |= {key: wanted[key.rpartition(".")[0]] for key in run.engine.optimizer_keys()}
-    groups: tuple[Group, ...] = GROUPS if origin.everything else ("model", "frozen")
-    loading = plan(checkpoint.manifest, wanted, groups, str(origin.path))
+    step = checkpoint.step if everything else 0
+    trainable = trainable_after(run, step)
+    loading = plan(
+        checkpoint.manifest,
+        target_of(run, trainable),
+        everything,
+        None if continuing else run.config.start,
+        str(checkpoint.path),
+    )
     loading.refuse()
-    run.console.say("\n".join(loading.summary()))
+    if continuing and not any(key.startswith("freeze.") for key in accepted):
+        check_freezing(run, checkpoint)
+    run.console.say("\n".join(loading.lines()))
+    return Origin(checkpoint.path, everything, continuing, trainable, loading)
 
 
-def holds_state(checkpoint: Checkpoint) -> bool:
-    """A run whose every update was skipped so far has no optimizer state yet; else all of it must be there."""
-    return any(tensor.group == "optim" for tensor in checkpoint.manifest.tensors.values())
+def trainable_after(run: Run, step: int) -> frozenset[str]:
+    """Names of the parameters that train in the updates after `step`."""
+    return frozenset(choose_trainable(run.config.freeze, step, run.engine.parameters(), run.engine.aliases()))
+
+
+def target_of(run: Run, trainable: frozenset[str]) -> Target:
+    """What this run's memory is to hold when these parameters train."""
+    parameters, buffers, optim = run.engine.parameters(), run.engine.buffers(), run.config.optim
+    dims = {name: len(parameters[name].shape) for name in trainable}
+    return Target(
+        parameters | buffers,
+        frozenset(buffers),
+        {name: state_keys(optim, name, dims[name]) for name in trainable},
+        frozenset(name for name in trainable if counts_steps(optim, name, dims[name])),
+    )
+
+
+def check_freezing(run: Run, checkpoint: Checkpoint) -> None:
+    """Raise UserError unless a checkpoint of this run froze what the config says was frozen in its last update."""
+    trained = trainable_after(run, checkpoint.step - 1)
+    expected, found = run.engine.parameters().keys() - trained, frozen_in(checkpoint.manifest)
+    if expected != found:
+        raise UserError(
+            f"{checkpoint.path} was made with other parameters frozen than the config says for its step: "
+            f"{some(expected ^ found)}\nadmit it with run.accept_changes=[freeze.frozen]"
+        )
 
 
 def named_checkpoint(path: Path) -> Checkpoint:
@@ -92,22 +126,43 @@ def named_checkpoint(path: Path) -> Checkpoint:
 
 
 def begin(run: Run) -> Origin:
-    """Load or initialise, on every rank. When a checkpoint proves bad while it is read, all fall back together."""
+    """Build the engine, then load or initialise, on every rank. When a checkpoint proves bad while it is read, all fall
+    back together."""
     while True:
         origin = run.world.from_first(lambda: find_origin(run))
         if origin.path is None:
+            run.engine.set_trainable(origin.trainable)
             run.engine.initialise(run.config.run.seed)
             return origin
-        bad = _load(run, origin)
-        bad_ranks = run.world.sum(torch.tensor([float(bad is not None)], device=run.world.device))
-        if float(bad_ranks) == 0:
-            run.engine.after_load()
+        loaded = load(run, origin)
+        if isinstance(loaded, Checkpoint):
+            if origin.everything:
+                run.progress = Progress.of(loaded.manifest.loop)
             return origin
-        found_bad = [found for found in run.world.gather((str(bad), bad.path) if bad is not None else None) if found]
-        reason = found_bad[0][0]
-        mended = run.world.from_first(partial(set_aside, run, origin, origin.path, reason, {p for _, p in found_bad}))
+        reason, paths = loaded[0][0], {path for _, path in loaded}
+        mended = run.world.from_first(partial(set_aside, run, origin, origin.path, reason, paths))
         event = "checkpoint_recovered" if mended else "checkpoint_rejected"
         run.events.write(event, checkpoint=origin.path.name, reason=reason)
+
+
+def load(run: Run, origin: Origin) -> Checkpoint | Faults:
+    """Build the engine for what trains, and fill it. Returns the checkpoint, or, the same on all ranks, what is wrong
+    with files of it. A collective."""
+    assert origin.plan is not None
+    carried = origin.plan.carried
+    run.engine.set_trainable(origin.trainable, held_elsewhere=carried.keys())
+    run.engine.initialise(run.config.run.seed, sorted(origin.plan.fresh))
+    checkpoint = _read(run, origin)
+    bad = checkpoint if isinstance(checkpoint, BadCheckpoint) else None
+    bad_ranks = run.world.sum(torch.tensor([float(bad is not None)], device=run.world.device))
+    if float(bad_ranks):
+        faults = run.world.gather((str(bad), bad.path) if bad is not None else None)
+        return [fault for fault in faults if fault is not None]
+    run.engine.after_load()
+    assert isinstance(checkpoint, Checkpoint)
+    base = checkpoint if run.world.first else None
+    run.store.adopt(base, carried, lineage=origin.everything, foreign=not origin.continuing)
+    return checkpoint
 
 
 def set_aside(run: Run, origin: Origin, path: Path, reason: str, found_bad: set[Path]) -> bool:
@@ -124,22 +179,22 @@ def set_aside(run: Run, origin: Origin, path: Path, reason: str, found_bad: set[
     return False
 
 
-def _load(run: Run, origin: Origin) -> BadCheckpoint | None:
+def _read(run: Run, origin: Origin) -> Checkpoint | BadCheckpoint:
     """Read into place. Returns what is wrong with a file rather than raising: the others must not be left waiting."""
     assert origin.path is not None
+    assert origin.path is not None
+    assert origin.plan is not None
     try:
         checkpoint = _open(origin.path, patience_s=0.0 if run.world.first else OPEN_PATIENCE_S)
     except BadCheckpoint as error:
         return error
     try:
-        run.engine.load(checkpoint, with_optimizer=origin.everything and holds_state(checkpoint))
+        run.engine.load(Loading(checkpoint, origin.plan))
     except BadCheckpoint as error:
         return error
     finally:
         checkpoint.close()
-    if origin.everything:
-        run.progress = Progress.of(checkpoint.manifest.loop)
-    return None
+    return checkpoint
 
 
 def _open(path: Path, patience_s: float) -> Checkpoint:

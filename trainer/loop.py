@@ -51,10 +51,11 @@ def train(run: Run) -> Cause | None:
     cause = agreement.now()  # a wish that came while everything was being built
     cause, _ = validate_if_due(run, agreement, cause)  # one that a stop left undone
     while cause is None and progress.step < config.train.steps and not stopped_early(run):
+        run.follow_freeze_schedule()
         began = time.perf_counter()
         batch = next(run.loader)
         run.record_samples(batch)
-        result = train_step(run.engine, batch, progress.step + 1, config, agreement)
+        result = train_step(run.engine, batch, progress.step + 1, config, agreement, run.world.rank)
         progress.step += 1
         progress.consumed_samples = batch.consumed_samples
         run.meter.add(time.perf_counter() - began, run.loader.wait_s, config.train.global_batch)
@@ -102,7 +103,7 @@ def stopped_early(run: Run) -> bool:
 
 def log(run: Run, result: StepResult) -> None:
     """Write the step's row. A collective: the loss is summed over all ranks."""
-    sums = run.world.sum_data(result.sums.clone())
+    sums = run.world.sum(result.sums.clone())
     if run.world.first:
         values = run.task.metrics(sums, result.target_tokens)
         run.meter.row(run.progress.step, run.progress.consumed_samples, result, values)

@@ -54,7 +54,7 @@ class Meter:
         self, config: Config, world: World, folder: RunFolder, console: Console, attempt: int, flops_per_token: float
     ) -> None:
         self.config, self.world, self.folder, self.console, self.attempt = config, world, folder, console, attempt
-        self._flops_per_token = flops_per_token
+        self.flops_per_token = flops_per_token
         self._peak = peak_flops_per_s(world.device, config.precision.compute)
         self._board: TensorBoard | None = None
         self._steps, self._seconds, self._wait_s, self._samples = 0, 0.0, 0.0, 0
@@ -69,7 +69,7 @@ class Meter:
     def row(self, step: int, consumed_samples: int, result: StepResult, values: dict[str, float]) -> dict[str, Any]:
         """Write the row of `step` and begin a new interval. `values`: the task's metrics over all ranks."""
         tokens_per_s = self._samples * self.config.data.seq_len / self._seconds
-        mfu = tokens_per_s * self._flops_per_token / (self._peak * self.world.size) if self._peak else None
+        mfu = tokens_per_s * self.flops_per_token / (self._peak * self.world.size) if self._peak else None
         row = {
             "step": step,
             **values,

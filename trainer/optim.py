@@ -91,7 +91,7 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 def build_optimizers(optim: OptimSection, trained: Mapping[str, torch.Tensor]) -> list[torch.optim.Optimizer]:
     """One optimizer (two under muon) over `trained`, decay on matrices only. Each group keeps its peak as `peak_lr`."""
-    muon = {n for n, p in trained.items() if optim.name == "muon" and n.startswith("blocks.") and p.ndim == 2}
+    muon = {n for n, p in trained.items() if _is_muons(optim, n, p.ndim)}
     rest = [n for n in trained if n not in muon]
     groups = [
         {"params": [trained[n] for n in rest if trained[n].ndim >= 2], "weight_decay": optim.weight_decay},
@@ -113,15 +113,19 @@ def build_optimizers(optim: OptimSection, trained: Mapping[str, torch.Tensor]) -
     return optimizers
 
 
-def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Names of the tensors this optimizer keeps per parameter, each of the parameter's shape."""
-    if isinstance(optimizer, Muon):
+def _is_muons(optim: OptimSection, name: str, dims: int) -> bool:
+    return optim.name == "muon" and name.startswith("blocks.") and dims == 2
+
+
+def state_keys(optim: OptimSection, name: str, dims: int) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for a parameter of this name, each of the parameter's shape."""
+    if _is_muons(optim, name, dims):
         return ("momentum_buffer",)
-    if isinstance(optimizer, torch.optim.SGD):
-        return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+    if optim.name == "sgd":
+        return ("momentum_buffer",) if optim.momentum else ()
     return ("exp_avg", "exp_avg_sq")
 
 
-def counts_steps(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this optimizer keeps a step count per parameter (bias correction)."""
-    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+def counts_steps(optim: OptimSection, name: str, dims: int) -> bool:
+    """Whether the optimizer keeps a step count for this parameter (bias correction)."""
+    return optim.name != "sgd" and not _is_muons(optim, name, dims)

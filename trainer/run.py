@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from configs.schema import Config, fingerprint, to_dict
-from trainer.begin import begin
+from trainer.begin import begin, load, origin_at, target_of, trainable_after
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.store import CheckpointStore, SaveResult
 from trainer.console import Console, gib
 from trainer.data.loader import Loader, StepBatch, validation_batches
@@ -19,11 +21,11 @@ from trainer.data.prepared import Prepared
 from trainer.engines.fsdp import FsdpEngine
 from trainer.events import Events, append_row
 from trainer.folder import RunFolder, checkpoint_name
-from trainer.freeze import choose_trainable
 from trainer.layout import resolve
 from trainer.life import Attempt
 from trainer.loop import Progress
 from trainer.metrics import Meter
+from trainer.step import RunFailed
 from trainer.stop import Cause, StopRequested, StopWish
 from trainer.tasks.lm import LanguageModelling
 from trainer.world import World
@@ -51,6 +53,7 @@ class Run:
             still_newest=attempt.is_newest,
             say=self.console.say,
             timeout_s=config.parallel.load_timeout_s,
+            reference=config.checkpoint.frozen == "reference",
         )
         self.meter: Meter  # once the engine can tell its FLOPs
         self.saved_step = -1
@@ -66,20 +69,20 @@ class Run:
         prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
         self.prepared = Prepared.open(prepared)
         self.engine = FsdpEngine(config, world, self.task)
-        self.engine.set_trainable(world.from_first(self._choose_trainable))
         world.from_first(self._last_look_before_loading)
         self.origin = begin(self)
+        self._say_frozen_ties()
         if self.origin.continuing:
             self.saved_step = self.progress.step
         self._check_space()
-        self.validation = validation_batches(self.prepared, config, world.data_rank, world.data_size)
+        self.validation = validation_batches(self.prepared, config, world.rank, world.size)
         self.loader = Loader(
             self.prepared,
             config,
             start=self.progress.consumed_samples,
             step=self.progress.step,
-            rank=world.data_rank,
-            world_size=world.data_size,
+            rank=world.rank,
+            world_size=world.size,
             pin=world.device.type == "cuda",
         )
 
@@ -90,17 +93,14 @@ class Run:
         except Interrupted as interrupted:
             raise StopRequested(self.wish.cause or Cause.INTERRUPT) from interrupted
 
-    def _choose_trainable(self) -> set[str]:
-        names, aliases = self.engine.parameters(), self.engine.aliases()
-        trainable = choose_trainable(self.config.freeze, names, aliases)
-        for alias, first in aliases.items():
-            if first not in trainable:
-                self.console.say(f"frozen: {first}, and with it {alias}, which is tied to it")
-        return trainable
-
     def _last_look_before_loading(self) -> None:
         self.wish.raise_if_wished()
         self.store.shelf.clean()
+
+    def _say_frozen_ties(self) -> None:
+        for alias, first in self.engine.aliases().items():
+            if first not in self.origin.trainable:
+                self.console.say(f"frozen: {first}, and with it {alias}, which is tied to it")
 
     def _wished(self) -> bool:
         return self.wish.poll() is not None
@@ -110,11 +110,11 @@ class Run:
     def after_first_step(self) -> None:
         if not self._first_step_done:
             self._first_step_done = True
-            self.world.shorten_timeout(self.config.parallel.step_timeout_s)
+            self.world.set_timeout(self.config.parallel.step_timeout_s)
 
     def record_samples(self, batch: StepBatch) -> None:
-        """Which samples this data rank was given, when the config asks for it."""
-        if self.config.data.record_samples and self.world.counts:
+        """Which samples this rank was given, when the config asks for it."""
+        if self.config.data.record_samples:
             path = self.attempt.path / f"samples-{self.world.rank:05d}.jsonl"
             append_row(path, {"step": batch.step, "samples": [int(n) for n in batch.samples]})
 
@@ -125,6 +125,37 @@ class Run:
         self.saved_step = self.progress.step
         metric = self.progress.best_loss if best else None
         self.store.save(self.progress.step, self.engine.pieces(), self._state(), metric)
+
+    def save_now(self) -> None:
+        """Save this step, and return when it is committed. A save that fails is tried again as often as saves may fail
+        in a row. Raises RunFailed, on all ranks alike, when none succeeds."""
+        self.poll_saves(wait=True)  # else ranks that know of a failed save would save again, and the others would not
+        while self.progress.step > 0 and self.saved_step != self.progress.step:
+            self.save(best=False)
+            self.poll_saves(wait=True)
+            if self.saving_failed:
+                raise RunFailed(Cause.SAVING.word, f"step {self.progress.step} could not be saved")
+
+    def follow_freeze_schedule(self) -> None:
+        """Where `freeze.schedule` changes what trains: save, build the engine anew, and go on from that checkpoint,
+        just as a new start would. So the originals of what freezes, and its optimizer state, are safe in a file before
+        they leave memory. A collective."""
+        step = self.progress.step
+        if all(change.step != step for change in self.config.freeze.schedule):
+            return
+        before, after = self.engine.trainable(), trainable_after(self, step)
+        if before == after:
+            return
+        self.world.set_timeout(self.config.parallel.load_timeout_s)  # longer again, until the next step is done
+        self._first_step_done = False
+        self.save_now()
+        path = self.folder.checkpoints / checkpoint_name(step)
+        self.origin = self.world.from_first(lambda: origin_at(self, Checkpoint(path), everything=True, continuing=True))
+        faults = load(self, self.origin)
+        if isinstance(faults, list):
+            raise BadCheckpoint(faults[0][1], f"just written, and bad: {faults[0][0]}")
+        self.meter.flops_per_token = self.flops_per_token()
+        self.events.write("freeze_changed", step=step, frozen=sorted(before - after), trained=sorted(after - before))
 
     def poll_saves(self, wait: bool = False) -> None:
         """Take note of saves that have ended. Too many failed ones in a row end the run, at an agreed step."""
@@ -156,18 +187,21 @@ class Run:
 
     def _check_space(self) -> None:
         """Refuse before the first step what would fill the disk. A collective: bytes are summed over all ranks."""
-        mine = [p for p in self.engine.pieces() if p.is_mine()]
-        frozen = sum(p.nbytes for p in mine if p.group == "frozen")
+        mine = [p for p in self.engine.pieces() if p.is_mine() and p.original]
+        carried = self.store.carried_bytes() if self.world.first else 0
+        in_files = self.origin.plan.carried if self.origin.plan else {}
+        frozen = sum(p.nbytes for p in mine if p.group == "frozen" and p.key not in in_files)
         # before the first update there is no optimizer state yet: its tensors are as large as their parameters
-        state_keys = self.engine.optimizer_keys()
-        weights = sum(p.nbytes for p in mine if p.group == "model")
-        trained = len({key.rpartition(".")[0] for key in state_keys})
-        changing = weights * (1 + len(state_keys) / max(trained, 1))
-        total = self.world.sum(torch.tensor([changing, frozen], dtype=torch.float64, device=self.world.device))
+        state = target_of(self, self.origin.trainable).state
+        changing = sum(p.nbytes * (1 + len(state.get(p.key, ()))) for p in mine if p.group == "model")
+        total = self.world.sum(
+            torch.tensor([changing, frozen + carried], dtype=torch.float64, device=self.world.device)
+        )
         self.world.from_first(lambda: self.store.shelf.check_space(int(total[0]), int(total[1])))
 
     def _state(self) -> RunState:
         layout = resolve(self.config.parallel, self.world.size)
+        with_state = {p.key.rpartition(".")[0] for p in self.engine.pieces() if p.group == "optim"}
         return RunState(
             position={"consumed_samples": self.progress.consumed_samples},
             loop=self.progress.state(),
@@ -178,7 +212,8 @@ class Run:
             data=self.prepared.fingerprints,
             step_counts=self.engine.step_counts(),
             aliases=self.engine.aliases(),
-            trained_steps={},
+            buffers=sorted(self.engine.buffers()),
+            stateless=sorted(self.engine.trainable() - with_state),
         )
 
     def flops_per_token(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trainer.begin import target_of
 from trainer.console import duration, gib, si
 from trainer.layout import resolve
 from trainer.life import End
@@ -37,15 +38,13 @@ def say_start(run: Run) -> None:
 def _group_table(run: Run, counts: dict[str, int], trainable: set[str]) -> list[str]:
     """A line per group of parameters: how many, how many train, and rank 0's bytes of weights, gradients and state."""
     local = {piece.key: piece for piece in run.engine.pieces() if piece.group != "optim"}
-    states = dict.fromkeys(counts, 0)
-    for key in run.engine.optimizer_keys():
-        states[key.rpartition(".")[0]] += 1
+    states = {name: len(keys) for name, keys in target_of(run, run.origin.trainable).state.items()}
     groups: dict[str, list[str]] = {}
     for name in counts:
         groups.setdefault(name.split(".")[0], []).append(name)
     lines = []
     for group, names in groups.items():
-        held = sum(local[n].nbytes * (1 + (n in trainable) + states[n]) for n in names)
+        held = sum(local[n].nbytes * (1 + (n in trainable) + states.get(n, 0)) for n in names)
         trained = sum(counts[n] for n in names if n in trainable)
         lines.append(
             f"  {group:<8}{si(sum(counts[n] for n in names)):>8}, {si(trained):>7} trained, {gib(held)} per rank"
@@ -59,10 +58,7 @@ def _layout(run: Run) -> str:
     kind = "one process"
     if world.size > 1:
         layout = resolve(p, world.size)
-        sizes, names = f"{layout.replicate} x {layout.shard}", "replicate x shard"
-        if layout.tensor > 1:
-            sizes, names = f"{sizes} x {layout.tensor}", f"{names} x tensor"
-        kind = f"{sizes} ({names}) on {world.size} ranks"
+        kind = f"{layout.replicate} x {layout.shard} (replicate x shard) on {world.size} ranks"
     extras = [f"{precision.compute} compute, {precision.params} parameters", world.device.type]
     extras += ["compiled"] if p.compile else []
     extras += [f"{p.activation_checkpoint} activation checkpointing"] if p.activation_checkpoint != "none" else []

@@ -187,6 +187,8 @@ def values(annotation: Any, limits: list[Any]) -> st.SearchStrategy[Any]:
         return st.one_of(*[values(a, limits) for a in get_args(annotation)])
     if origin is list:
         return st.lists(values(get_args(annotation)[0], []), min_size=sizes["min"], max_size=sizes["max"])
+    if origin is dict:
+        return st.dictionaries(st.text(min_size=1), st.text(), max_size=sizes["max"])
     if annotation is type(None):
         return st.none()
     if annotation is bool:
@@ -216,7 +218,8 @@ RULES: dict[str, dict[str, Any]] = {
     "model": {"heads": 6, "kv_heads": 2, "head_dim": 8, "rope_scaling": None, "max_seq_len": 2**40},
     "optim": {"betas": [0.5, 0.25], "decay_steps": 1},
     "train": {"validate_every_steps": 1},
-    "parallel": {"shard": -1, "replicate": 1, "tensor": 1},
+    "parallel": {"shard": -1, "replicate": 1},
+    "freeze": {"schedule": [{"step": 3, "frozen": ["a.*"], "trainable": []}]},
 }
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.files import BLOCK_BYTES
-from trainer.checkpoint.manifest import Manifest, digest, encode_checksums
+from trainer.checkpoint.manifest import Manifest, Source, StoredFile, digest, encode_checksums
 from trainer.checkpoint.pieces import DTYPE_NAMES, Piece
 from trainer.checkpoint.share import WrittenFile, WrittenPiece
 
@@ -22,7 +22,7 @@ class RunState:
     """What a checkpoint holds beside tensors: plain JSON, equal on all ranks.
 
     `trained_steps` tells, per frozen parameter, the step at which it last changed (0 when absent: never in this run);
-    for group "model" it is the step of the save.
+    for group "model" it is the step of the save. `stateless` are parameters that train but have no optimizer state yet.
     """
 
     position: dict[str, Any] = field(default_factory=dict)
@@ -44,12 +44,26 @@ class RunState:
 
 
 def assemble(
-    step: int, attempt: int, metric: float | None, state: RunState, files: Sequence[WrittenFile], own: Sequence[Piece]
-) -> tuple[bytes, bytes]:
-    """The texts of manifest.json and checksums.json. Raises SaveError when the pieces do not make whole tensors.
+    step: int,
+    attempt: int,
+    metric: float | None,
+    state: RunState,
+    files: Sequence[WrittenFile],
+    own: Sequence[Piece],
+    references: Sequence[tuple[Source, WrittenFile]] = (),
+) -> tuple[Manifest, bytes]:
+    """The manifest and the text of checksums.json. Raises SaveError when the pieces do not make whole tensors.
 
-    `own` are all of rank 0's pieces, so that a tensor without a single element is known too.
+    `own` are all of rank 0's pieces, so that a tensor without a single element is known too. `references` are files
+    that stay in other checkpoints.
     """
+    sources = list(dict.fromkeys(source for source, _ in references))
+    stored = [StoredFile(path=file.path, size=file.size, data=file.data) for file in files]
+    stored += [
+        StoredFile(path=file.path, size=file.size, data=file.data, source=sources.index(source))
+        for source, file in references
+    ]
+    files = [*files, *(file for _, file in references)]
     tensors: dict[str, dict[str, Any]] = {}
     for piece in own:
         _enter(tensors, piece.key, piece.group, DTYPE_NAMES[piece.tensor.dtype], list(piece.shape))
@@ -59,20 +73,21 @@ def assemble(
             entry["pieces"].append((_place(index, written), written.byte))
     partitions: dict[str, int] = {}
     described = {key: _describe(key, entry, step, state, partitions) for key, entry in tensors.items()}
-    sums = encode_checksums({file.path: file.hashes for file in files}, BLOCK_BYTES)
+    sums = encode_checksums({f.name: file.hashes for f, file in zip(stored, files, strict=True)}, BLOCK_BYTES)
     fields = {
         "step": step,
         "attempt": attempt,
         "saved_s": round(time.time(), 3),
         "metric": metric,
         **{name: value for name, value in asdict(state).items() if name != "trained_steps"},
-        "files": [{"path": file.path, "size": file.size, "data": file.data} for file in files],
+        "sources": sources,
+        "files": stored,
         "partitions": [json.loads(text) for text in partitions],
         "tensors": described,
         "checksums": digest(sums),
     }
     try:
-        return Manifest.model_validate(fields).encode(), sums
+        return Manifest.model_validate(fields), sums
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise SaveError(

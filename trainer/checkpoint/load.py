@@ -20,6 +20,7 @@ from trainer.checkpoint.manifest import (
     StoredFile,
     decode,
     decode_checksums,
+    digest_in,
 )
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range
 from trainer.checkpoint.reading import READING_THREADS, Reading, Span, Target, spans_of
@@ -43,7 +44,9 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         """Raises BadCheckpoint when it is damaged, UserError when it may not be read."""
         self.path = Path(path)
-        self.manifest: Manifest = decode(self.path / MANIFEST, read_small(self.path / MANIFEST, MANIFEST_LIMIT_BYTES))
+        text = read_small(self.path / MANIFEST, MANIFEST_LIMIT_BYTES)
+        self.manifest: Manifest = decode(self.path / MANIFEST, text)
+        self.digest = digest_in(text)
         sums_path = self.path / CHECKSUMS
         hashes = decode_checksums(sums_path, read_small(sums_path, MANIFEST_LIMIT_BYTES), self.manifest, BLOCK_BYTES)
         check_files((self.file_path(file), file.size) for file in self.manifest.files)

@@ -278,6 +278,12 @@ def digest(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
+def digest_in(content: bytes) -> str:
+    """The digest that stands at the end of a manifest's text."""
+    tail = _DIGEST_TAIL.search(content[-64:])
+    return tail.group(1).decode() if tail else ""
+
+
 def decode(path: str | Path, content: bytes) -> Manifest:
     """The manifest in `content`. Raises BadCheckpoint, naming `path`, unless every field of it can be believed."""
     tail = _DIGEST_TAIL.search(content[-64:])

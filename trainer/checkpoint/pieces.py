@@ -70,7 +70,8 @@ class Piece:
     `key` is "<parameter>" or "<parameter>.<state>". `tensor` is live, on any device; its row-major content is the box
     (`offsets`, `sizes`) of the global tensor of `shape`, or, when `start` is given, the flat range of its row-major
     order that begins there (offsets and sizes are then empty). A 0-d tensor has empty tuples. `replicas` ranks hold the
-    same piece and this is number `replica` of them; exactly one of them writes it.
+    same piece and this is number `replica` of them; exactly one of them writes it. One that is not `original` is a copy
+    of lower precision: it is never written, and the store must carry the original over.
     """
 
     key: str
@@ -82,6 +83,7 @@ class Piece:
     replica: int = 0
     replicas: int = 1
     start: int | None = None
+    original: bool = True
 
     @property
     def label(self) -> str:

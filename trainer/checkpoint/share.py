@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.checkpoint import disk
 from trainer.checkpoint.files import FileLayout, host_blocks, in_file_order, write_file
 from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Piece
+
+T = TypeVar("T")
 
 FILE_BYTES = 2 << 30  # of tensors in one file, at most (a single element aside)
 WRITING_THREADS = 4  # files that a rank writes at a time
@@ -61,16 +63,6 @@ class PlannedFile:
     group: Group
     path: str
     layout: FileLayout
-
-
-@dataclass(frozen=True)
-class FrozenBase:
-    """Files of frozen tensors in a committed checkpoint that later ones may link to."""
-
-    folder: str
-    files: list[WrittenFile]
-    signature: tuple[Any, ...]
-    links: int = 0
 
 
 def plan_files(pieces: Sequence[Piece], rank: int) -> list[PlannedFile]:
@@ -124,37 +116,23 @@ def _bounded(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return files
 
 
-def signature_of(files: Sequence[PlannedFile], trained_steps: dict[str, int]) -> tuple[Any, ...]:
-    """Equal exactly when files of frozen tensors hold the same: the same places, last trained at the same steps."""
-    return tuple(
-        (file.path, file.layout.header, tuple(trained_steps.get(piece.key, 0) for piece in file.layout.pieces))
-        for file in files
-    )
-
-
-def write_files(
-    folder: str, files: Sequence[PlannedFile], copies: Mapping[str, memoryview], base: FrozenBase | None = None
-) -> list[WrittenFile]:
-    """Write (or link) files below `folder`, a few at a time, durable with their names. `copies` holds data by path; the
-    tensors of a file without one are streamed. Raises the first error once all threads have ended."""
-    earlier = {file.path: file for file in base.files} if base is not None else {}
+def write_files(folder: str, files: Sequence[PlannedFile], copies: Mapping[str, memoryview]) -> list[WrittenFile]:
+    """Write files below `folder`, a few at a time, durable with their names. `copies` holds data by path; the tensors
+    of a file without one are streamed. Raises the first error once all threads have ended."""
 
     def write(file: PlannedFile) -> WrittenFile:
-        old, path = earlier.get(file.path), os.path.join(folder, file.path)
-        if base is not None and old is not None and _linked(os.path.join(base.folder, old.path), path):
-            return replace(old, written=False)
         data, layout = copies.get(file.path), file.layout
         blocks = [data] if data is not None else host_blocks([piece.tensor for piece in layout.pieces])
-        hashes = write_file(path, layout, blocks)
+        hashes = write_file(os.path.join(folder, file.path), layout, blocks)
         return WrittenFile(file.path, layout.size, len(layout.header), hashes, True, _describe(layout))
 
-    written = _in_threads(write, files)
+    written = in_threads(write, files)
     for group in dict.fromkeys(file.group for file in files):
         disk.fsync_dir(os.path.join(folder, group))
     return written
 
 
-def _in_threads(write: Callable[[PlannedFile], WrittenFile], files: Sequence[PlannedFile]) -> list[WrittenFile]:
+def in_threads(write: Callable[[T], WrittenFile], files: Sequence[T]) -> list[WrittenFile]:
     """In the order given, and in this thread, when there is one thread or one file."""
     threads = min(WRITING_THREADS, len(files))
     if threads <= 1:
@@ -166,15 +144,6 @@ def _in_threads(write: Callable[[PlannedFile], WrittenFile], files: Sequence[Pla
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _linked(source: str, path: str) -> bool:
-    """Link when the filesystem can; if it cannot, or the source is gone, the file is written instead."""
-    try:
-        disk.link(source, path)
-    except OSError:
-        return False
-    return True
 
 
 def _describe(layout: FileLayout) -> list[WrittenPiece]:

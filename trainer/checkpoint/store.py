@@ -19,17 +19,20 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from configs.schema import KeepSection
 from trainer.checkpoint import disk
 from trainer.checkpoint.assemble import RunState, assemble
-from trainer.checkpoint.errors import SaveError, Superseded
+from trainer.checkpoint.carry import Base, Carrying, Job, carry_out, plan_carrying
+from trainer.checkpoint.errors import BadCheckpoint, SaveError, Superseded
 from trainer.checkpoint.files import write_bytes
-from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST, digest_in
 from trainer.checkpoint.messages import Messages
 from trainer.checkpoint.pieces import GROUPS, Piece
-from trainer.checkpoint.share import FrozenBase, PlannedFile, WrittenFile, plan_files, signature_of, write_files
+from trainer.checkpoint.share import PlannedFile, WrittenFile, plan_files, write_files
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.staging import HostCopy
 from trainer.folder import checkpoint_name
 
-FRESH_EVERY = 10  # frozen tensors are written anew at every n-th save, so that one bad block is not in all
+FRESH_EVERY = 10  # carried files are copied at every n-th save, so that one bad block is not in all
+_WRITING_ERRORS = (OSError, SaveError, BadCheckpoint, ValueError, RuntimeError)
 _FOLDER_APPEARS_S = 30.0
 
 
@@ -57,6 +60,8 @@ class _Job:
     metric: float | None
     state: RunState
     pieces: list[Piece]
+    carried: dict[str, str] = field(default_factory=dict)
+    carrying: Carrying | None = None
     planned: list[PlannedFile] = field(default_factory=list)
     copies: dict[str, memoryview] = field(default_factory=dict)
     files: list[WrittenFile] = field(default_factory=list)
@@ -65,10 +70,6 @@ class _Job:
     seconds: float = 0.0
     stall_s: float = 0.0
     result: SaveResult | None = None
-
-    @property
-    def frozen(self) -> list[PlannedFile]:
-        return [file for file in self.planned if file.group == "frozen"]
 
 
 class CheckpointStore:
@@ -89,9 +90,11 @@ class CheckpointStore:
         still_newest: Callable[[], bool] = lambda: True,
         say: Callable[[str], None] = print,
         timeout_s: float = 1800.0,
+        reference: bool = False,
     ) -> None:
         """`kv` is needed when world_size > 1. `still_newest` is asked by rank 0 before a commit. `timeout_s` is how
-        long a rank waits for word from another before the save has failed."""
+        long a rank waits for word from another before the save has failed. With `reference`, frozen parameters stay in
+        the checkpoint of another run that they came from."""
         if world_size > 1 and kv is None:
             raise ValueError("saving from several ranks needs a store")
         self.root = Path(root)
@@ -99,6 +102,7 @@ class CheckpointStore:
         self._rank, self._world_size, self._attempt = rank, world_size, attempt
         self._messages = Messages(kv if world_size > 1 else None, attempt, timeout_s)
         self._asynchronous = asynchronous
+        self._reference = reference
         self._still_newest = still_newest
         self._say = say
         self._copy = HostCopy()
@@ -106,7 +110,22 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._results: list[SaveResult] = []
         self._saves = 0
-        self._base: FrozenBase | None = None
+        self._base: Base | None = None  # rank 0's
+        self._carried: dict[str, str] = {}  # name here -> name in the base; every rank's
+
+    def adopt(self, checkpoint: Checkpoint | None, carried: dict[str, str], lineage: bool, foreign: bool) -> None:
+        """From now on saves take these tensors (name here -> name there) over from `checkpoint`, which rank 0 gives.
+        `lineage`: its steps are those of this run; `foreign`: it lies in another run's folder. Every rank calls it."""
+        self._join()
+        self._carried = dict(carried)
+        self._base = Base.of(checkpoint, lineage, foreign) if checkpoint is not None else None
+
+    def carried_bytes(self) -> int:
+        """What rank 0 will write at the first save of what is carried."""
+        if self._base is None:
+            return 0
+        plan = plan_carrying(self._base, self._carried, reference=self._reference)
+        return sum(job.source_size for job in plan.jobs[0])
 
     def save(self, step: int, pieces: Sequence[Piece], state: RunState, metric: float | None = None) -> None:
         """Begin to save; every rank calls it at the same step. Returns when the tensors may change again.
@@ -120,7 +139,11 @@ class CheckpointStore:
         self._join()
         self._saves += 1
         metric = metric if metric is not None and metric == metric and abs(metric) != float("inf") else None
-        job = _Job(self._saves, step, metric, state.frozen_copy(), list(pieces), began=began)
+        written = [piece for piece in pieces if not (piece.group == "frozen" and piece.key in self._carried)]
+        copies = [piece.key for piece in written if not piece.original]
+        if copies:
+            raise ValueError(f"{copies[0]}: neither the original is here nor a checkpoint that holds it")
+        job = _Job(self._saves, step, metric, state.frozen_copy(), written, dict(self._carried), began=began)
         try:
             job.planned = plan_files(job.pieces, self._rank)
             changing = [file for file in job.planned if file.group != "frozen"]
@@ -186,11 +209,12 @@ class CheckpointStore:
         outcome: dict[str, Any]
         try:
             if self.shelf.path(job.step).exists():
-                outcome = {"bytes": 0}  # this very step is committed already
+                outcome = {"bytes": 0, "there": True}  # this very step is committed already
                 self._messages.put(f"{job.number}/go", {"there": True})
             else:
                 self._make_folders(partial)
-                self._messages.put(f"{job.number}/go", {"folder": partial.name})
+                self._plan_carrying(job)
+                self._messages.put(f"{job.number}/go", {"folder": partial.name, "carry": job.carrying is not None})
                 outcome = self._write_and_commit(job, partial)
         except Exception as error:  # noqa: BLE001 - every kind of failure is told to all ranks
             outcome = {"error": _text(error), "superseded": isinstance(error, Superseded)}
@@ -198,15 +222,15 @@ class CheckpointStore:
             self._messages.tell(f"{job.number}/go", outcome)
         self._messages.tell(f"{job.number}/done", outcome)
         job.seconds = time.monotonic() - job.began
-        if "error" not in outcome:
+        if "error" not in outcome and "there" not in outcome:
             self._after_commit(job)
         return outcome
 
     def _write_and_commit(self, job: _Job, partial: Path) -> dict[str, Any]:
         own_error: str | None = None
         try:
-            self._write_share(job, partial)
-        except (OSError, SaveError, ValueError, RuntimeError) as error:
+            self._write_share(job, partial, job.carrying.jobs[0] if job.carrying else [])
+        except _WRITING_ERRORS as error:
             own_error = f"rank 0: {_text(error)}"
         reports = [self._messages.get(f"{job.number}/rank-{r}", f"rank {r}") for r in range(1, self._world_size)]
         self._forget(job.number)
@@ -226,15 +250,27 @@ class CheckpointStore:
         if "folder" in go:
             report: dict[str, Any]
             try:
-                self._write_share(job, self.root / go["folder"])
+                jobs = self._messages.get(f"{job.number}/carry-{self._rank}", "rank 0") if go["carry"] else []
+                self._write_share(job, self.root / go["folder"], [Job.from_json(content) for content in jobs])
                 report = {"files": [file.to_json() for file in job.files]}
-            except (OSError, SaveError, ValueError, RuntimeError) as error:
+            except _WRITING_ERRORS as error:
                 report = {"error": f"rank {self._rank}: {_text(error)}"}
             self._messages.put(f"{job.number}/rank-{self._rank}", report)
         outcome: dict[str, Any] = self._messages.get(f"{job.number}/done", "rank 0")
-        if "error" not in outcome:
-            self._keep_base(job)
+        if "error" not in outcome and "there" not in outcome:
+            self._carry_on(job)
         return outcome
+
+    def _plan_carrying(self, job: _Job) -> None:
+        """Decide which rank takes over which file of the base, and tell them."""
+        base = self._base
+        if base is None or not job.carried:
+            return
+        link = base.links + 1 < FRESH_EVERY
+        beside_new = any(piece.group == "frozen" for piece in job.pieces)
+        job.carrying = plan_carrying(base, job.carried, self._world_size, link, self._reference, beside_new)
+        for rank in range(1, self._world_size):
+            self._messages.put(f"{job.number}/carry-{rank}", [one.to_json() for one in job.carrying.jobs[rank]])
 
     def _make_folders(self, partial: Path) -> None:
         if not self.root.is_dir():
@@ -244,45 +280,47 @@ class CheckpointStore:
         for group in GROUPS:
             disk.mkdir(str(partial / group))
 
-    def _write_share(self, job: _Job, partial: Path) -> None:
+    def _write_share(self, job: _Job, partial: Path, carry: list[Job]) -> None:
         """Write this rank's files. A folder that another node made may take a while to appear here."""
         if job.error:
             raise SaveError(job.error)
         deadline = time.monotonic() + _FOLDER_APPEARS_S
         while not partial.is_dir() and time.monotonic() < deadline:
             time.sleep(0.1)
-        job.files = write_files(str(partial), job.planned, job.copies, self._base_for(job))
+        job.files = write_files(str(partial), job.planned, job.copies) + carry_out(str(partial), carry)
 
-    def _base_for(self, job: _Job) -> FrozenBase | None:
-        base = self._base
-        if base is None or base.links + 1 >= FRESH_EVERY:
-            return None
-        return base if base.signature == signature_of(job.frozen, job.state.trained_steps) else None
-
-    def _keep_base(self, job: _Job) -> None:
-        """After a commit: later saves may link to its files of frozen tensors."""
-        files = [file for file in job.files if file.path.startswith("frozen/")]
-        if files:
-            links = 0 if files[0].written or self._base is None else self._base.links + 1
-            signature = signature_of(job.frozen, job.state.trained_steps)
-            self._base = FrozenBase(str(self.shelf.path(job.step)), files, signature, links)
+    def _carry_on(self, job: _Job) -> None:
+        """After a commit, everything frozen is in a file: later saves take it over from there, not from memory."""
+        frozen = [piece.key for piece in job.pieces if piece.group == "frozen"]
+        self._carried = {key: key for key in [*job.carried, *frozen]}
 
     def _commit(self, job: _Job, partial: Path, files: list[WrittenFile]) -> None:
         """The rename is the commit; everything that it makes visible is durable before it."""
-        manifest, sums = assemble(job.step, self._attempt, job.metric, job.state, files, job.pieces)
+        carrying, state = job.carrying or Carrying([], [], {}, {}), job.state
+        state.trained_steps.update(carrying.trained_steps)
+        state.step_counts.update(carrying.step_counts)
+        manifest, sums = assemble(job.step, self._attempt, job.metric, state, files, job.pieces, carrying.references)
+        text = manifest.encode()
         write_bytes(str(partial / CHECKSUMS), sums)
-        write_bytes(str(partial / MANIFEST), manifest)
+        write_bytes(str(partial / MANIFEST), text)
         disk.fsync_dir(str(partial))
         if not self._still_newest():
             raise Superseded(
                 f"a newer attempt than {self._attempt} owns {self.root.parent}; step {job.step} is not saved"
             )
-        disk.rename(str(partial), str(self.shelf.path(job.step)))
+        target = self.shelf.path(job.step)
+        disk.rename(str(partial), str(target))
         disk.fsync_dir(str(self.root))
+        names = [stored.name for stored in manifest.files]
+        every = [*files, *(file for _, file in carrying.references)]
+        hashes = dict(zip(names, [file.hashes for file in every], strict=True))
+        linked = any(not file.written for file in files)
+        links = self._base.links + 1 if self._base is not None and linked else 0
+        self._base = Base(target.resolve(), manifest, hashes, digest_in(text), lineage=True, own=True, links=links)
 
     def _after_commit(self, job: _Job) -> None:
         """Pruning; what goes wrong in it does not undo the commit."""
-        self._keep_base(job)
+        self._carry_on(job)
         self.shelf.remember(job.step, job.metric)
         try:
             self.shelf.prune(f"{self._attempt:03d}")
@@ -298,7 +336,8 @@ class CheckpointStore:
 
     def _forget(self, number: int) -> None:
         """Once all ranks reported on a save they have read everything about the one before."""
-        names = ["go", "done", *(f"rank-{r}" for r in range(1, self._world_size))]
+        ranks = range(1, self._world_size)
+        names = ["go", "done", *(f"{word}-{r}" for word in ("rank", "carry") for r in ranks)]
         for name in names if number > 1 else []:
             self._messages.drop(f"{number - 1}/{name}")
 

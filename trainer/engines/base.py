@@ -7,33 +7,29 @@ in the same order, with the same number of micro batches: each call may hold col
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.loading import Loading
 from trainer.checkpoint.pieces import Piece
+from trainer.checkpoint.plan import TensorInfo
 from trainer.data.loader import MicroBatch
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as the checkpoint sees it: its global shape and stored dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class Engine(Protocol):
+    """A new engine knows names and shapes; `set_trainable` builds it, `initialise` and `load` give it values."""
+
     device: torch.device
 
-    def initialise(self, seed: int) -> None:
-        """Fill every parameter from (seed, its name): the same values at every world size and layout."""
+    def set_trainable(self, names: Iterable[str], held_elsewhere: Iterable[str] = ()) -> None:
+        """Build, or build anew, so that exactly these parameters train; the rest get no gradient and no optimizer
+        state. The originals of those in `held_elsewhere` stand in a checkpoint: of them a copy in the compute dtype is
+        enough. A collective. All values are lost: `initialise` or `load` follows."""
 
-    def set_trainable(self, names: Iterable[str]) -> None:
-        """Exactly these parameters train from now on; the rest get no gradient and no optimizer state. A collective:
-        an engine may have to build itself anew, and loses optimizer state then; `load` brings it back."""
+    def initialise(self, seed: int, names: Iterable[str] | None = None) -> None:
+        """Fill parameters and buffers (default: all) from (seed, name): the same values at every world size and layout.
+        A collective."""
 
     def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         """Add this micro batch's gradients. `scale` is 1 / the step's global target count (0-d, on the device): the
@@ -54,7 +50,10 @@ class Engine(Protocol):
         """(B, T) token ids -> (B, V) logits of the last position. All ranks call it together."""
 
     def parameters(self) -> dict[str, TensorInfo]:
-        """Every parameter by name, tied ones once under their first name."""
+        """Every parameter by name, as the optimizer would see it; tied ones once under their first name."""
+
+    def buffers(self) -> dict[str, TensorInfo]:
+        """Every persistent buffer by name; each rank holds all of them, with equal content."""
 
     def aliases(self) -> dict[str, str]:
         """Further names of tied parameters -> first name."""
@@ -66,7 +65,7 @@ class Engine(Protocol):
         """This rank's local gradients by name, between `forward_backward` and `update`; for checks, not for speed."""
 
     def pieces(self) -> list[Piece]:
-        """This rank's part of parameters and optimizer state, without communication. The tensors are live."""
+        """This rank's part of parameters, buffers and optimizer state, without communication. The tensors are live."""
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward and backward of one token, for what trains now (`models.flops`)."""
@@ -74,12 +73,9 @@ class Engine(Protocol):
     def step_counts(self) -> dict[str, int]:
         """Updates that the optimizer has counted, per parameter that has state."""
 
-    def optimizer_keys(self) -> set[str]:
-        """`<parameter>.<state>` for every optimizer tensor there is or, before the first update, will be."""
-
-    def load(self, checkpoint: Checkpoint, with_optimizer: bool) -> None:
-        """Read parameters, and optimizer state when asked, into place. What is there was planned and agreed before. No
-        collective: a rank may meet a bad block and raise BadCheckpoint while the others read on."""
+    def load(self, loading: Loading) -> None:
+        """Read what was planned into place: parameters, buffers and optimizer state. What is there was agreed before.
+        No collective: a rank may meet a bad block and raise BadCheckpoint while the others read on."""
 
     def after_load(self) -> None:
         """Once all ranks have loaded: bring low-precision copies up to date. A collective."""

@@ -1,14 +1,15 @@
-"""The FSDP engine: FSDP2, HSDP, DDP and tensor parallelism by one mesh, and one process without sharding.
+"""The FSDP engine: FSDP2, HSDP and DDP by one mesh, and one process without sharding.
 
 The mesh is (replicate, shard): shard alone is FSDP, both are HSDP, replicate alone is DDP (a model sharded over groups
-of one rank, so precision, names and checkpoints are the same everywhere). With tensor parallelism a third dimension
-stands last (`tensor.py`), and FSDP cuts what it left on each rank. One process needs no process group.
+of one rank, so precision, names and checkpoints are the same everywhere). One process needs no process group.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,16 +19,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from configs.schema import Config, ParallelSection
-from models import build_model
+from models import Decoder, build_model
 from models.flops import flops_per_token
-from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.loading import Loading
 from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.plan import TensorInfo
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
-from trainer.engines.base import TensorInfo
-from trainer.engines.boxes import box_of, local_part, replica_of
+from trainer.engines.boxes import box_of, local_part
 from trainer.engines.master import MasterWeights
-from trainer.engines.tensor import split_model
 from trainer.layout import resolve
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
@@ -42,15 +42,10 @@ def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
     if world.size == 1:
         return None
     layout = resolve(parallel, world.size)
-    sizes = {"replicate": layout.replicate, "shard": layout.shard, "tensor": layout.tensor}
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    return init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
-
-def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The part of the mesh that FSDP works on: (shard) or (replicate, shard)."""
-    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
-    return mesh if len(names) == mesh.ndim else mesh[names]
+    if layout.replicate == 1:
+        return init_device_mesh(world.device.type, (layout.shard,), mesh_dim_names=("shard",))
+    shape = (layout.replicate, layout.shard)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 class FsdpEngine:
@@ -60,26 +55,54 @@ class FsdpEngine:
         self.config, self.world, self.task = config, world, task
         self.device = world.device
         self.mesh = make_mesh(config.parallel, world)
-        params, compute = DTYPES[config.precision.params], DTYPES[config.precision.compute]
-
-        with torch.device("meta"):
-            self.model = build_model(config.model).to(params)
+        self._params, self._compute = DTYPES[config.precision.params], DTYPES[config.precision.compute]
+        self.master: MasterWeights | None = None
+        self.stored: dict[str, torch.Tensor] = {}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.model = self._on_meta()
         self._aliases = _find_aliases(self.model)
-        checkpoint_activations(self.model.blocks, config.parallel.activation_checkpoint)
-        if config.parallel.compile:
+        self._infos = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in self.model.named_parameters()}
+        kept = self.model.state_dict().keys()
+        self._buffer_infos = {
+            name: TensorInfo(tuple(b.shape), b.dtype) for name, b in self.model.named_buffers() if name in kept
+        }
+
+    def _on_meta(self) -> Decoder:
+        with torch.device("meta"):
+            model = build_model(self.config.model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self._params)  # buffers keep the format that the model gave them
+        return model
+
+    def set_trainable(self, names: Iterable[str], held_elsewhere: Iterable[str] = ()) -> None:
+        parallel, trainable = self.config.parallel, set(names)
+        self.optimizers, self.stored, self.master = [], {}, None
+        self.model = self._on_meta()  # the old one goes before the new one takes memory
+        gc.collect()
+        narrow = set(held_elsewhere) - trainable if self._compute.itemsize < self._params.itemsize else set()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+            if name in narrow:
+                parameter.data = parameter.data.to(self._compute)
+        checkpoint_activations(self.model.blocks, parallel.activation_checkpoint)
+        if parallel.compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=True)
-        self.master: MasterWeights | None = None
+        compute = None if self._compute == self._params else self._compute
         if self.mesh is not None:
-            if "tensor" in (self.mesh.mesh_dim_names or ()):
-                split_model(self.model, self.mesh["tensor"])
-            self._shard(data_mesh(self.mesh), None if compute == params else compute)
-        self.model.to_empty(device="cpu" if config.parallel.cpu_offload and self.mesh is not None else self.device)
-        self.stored: dict[str, torch.Tensor] = dict(self.model.named_parameters())
-        if self.mesh is None and compute != params:
+            self._shard(self.mesh, compute)
+        offloaded = parallel.cpu_offload and self.mesh is not None
+        self.model.to_empty(device="cpu" if offloaded else self.device)
+        for module in self.model.modules() if offloaded else []:
+            module._buffers.update({n: b.to(self.device) for n, b in module._buffers.items() if b is not None})
+        if self.mesh is None and compute is not None:
             self.master = MasterWeights(self.model, compute)
             self.stored = dict(self.master.stored)
-        self.optimizers: list[torch.optim.Optimizer] = []
+        else:
+            self.stored = dict(self.model.named_parameters())
+        self.optimizers = build_optimizers(
+            self.config.optim, {name: p for name, p in self.stored.items() if name in trainable}
+        )
 
     def _shard(self, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
         parallel = self.config.parallel
@@ -116,8 +139,10 @@ class FsdpEngine:
     # ---- parameters -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        for name, stored in self.stored.items():
+    def initialise(self, seed: int, names: Iterable[str] | None = None) -> None:
+        every = self.stored | self._buffers()
+        for name in every if names is None else names:
+            stored = every[name]
             # Drawn whole and cut, never drawn per shard: under FSDP2 on CPU every shard would get the same values, and
             # the weights would depend on the world size.
             whole = torch.empty(stored.shape, dtype=torch.float32, device=self.device)
@@ -127,21 +152,17 @@ class FsdpEngine:
             local_part(stored).copy_(part)
         self._parameters_changed()
 
-    def set_trainable(self, names: Iterable[str]) -> None:
-        wanted = set(names)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in wanted)
-        if self.master is not None:
-            self.master.set_trainable(wanted)
-        self.optimizers = build_optimizers(
-            self.config.optim, {name: p for name, p in self.stored.items() if name in wanted}
-        )
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}
 
     def trainable(self) -> set[str]:
         return {name for name, p in self.model.named_parameters() if p.requires_grad}
 
     def parameters(self) -> dict[str, TensorInfo]:
-        return {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in self.stored.items()}
+        return dict(self._infos)
+
+    def buffers(self) -> dict[str, TensorInfo]:
+        return dict(self._buffer_infos)
 
     def aliases(self) -> dict[str, str]:
         return dict(self._aliases)
@@ -163,9 +184,8 @@ class FsdpEngine:
 
     @torch.no_grad()
     def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
-        whole = list(self._grads().values())
-        grads = [local_part(g) for g in whole]
-        norm = self._norm(whole, guard)
+        grads = [local_part(g) for g in self._grads().values()]
+        norm = self._norm(grads, guard)
         if math.isfinite(norm):
             if clip is not None and norm > clip:
                 torch._foreach_mul_(grads, clip / (norm + 1e-6))
@@ -185,11 +205,11 @@ class FsdpEngine:
         """Global 2-norm over all ranks. One all-reduce, which also carries every rank's guard."""
         if not grads:
             return float(guard)
-        norms = torch.stack(torch._foreach_norm([local_part(g) for g in grads], 2, dtype=torch.float32))
-        copies = torch.tensor([replica_of(g)[1] for g in grads], dtype=torch.float64, device=norms.device)
-        square = (norms.double().square() / copies).sum() + guard.to(norms.device).double()  # each element counts once
+        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        square = norms.double().square().sum() + guard.to(norms.device).double()
         if self.mesh is not None:
             dist.all_reduce(square)
+            square /= self.mesh.shape[0] if self.mesh.ndim == 2 else 1  # each shard was counted once per copy
         return float(square.sqrt())
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -218,17 +238,26 @@ class FsdpEngine:
         trainable = self.trainable()
         found = []
         for name, stored in self.stored.items():
-            found.append(self._piece(name, "model" if name in trainable else "frozen", stored, stored))
+            piece = self._piece(name, "model" if name in trainable else "frozen", stored, stored)
+            found.append(replace(piece, original=stored.dtype == self._infos[name].dtype))
+        for name, buffer in self._buffers().items():
+            shape = tuple(buffer.shape)
+            found.append(
+                Piece(name, "model", buffer, shape, (0,) * len(shape), shape, self.world.rank, self.world.size)
+            )
         for name, optimizer, parameter in self._trained():
             state = optimizer.state.get(parameter, {})
-            for key in state_keys(optimizer):
+            for key in state_keys(self.config.optim, name, parameter.ndim):
                 if key in state:
                     found.append(self._piece(f"{name}.{key}", "optim", state[key], parameter))
         return found
 
     def _piece(self, key: str, group: Group, tensor: torch.Tensor, like: torch.Tensor) -> Piece:
         offsets, sizes = box_of(like)
-        return Piece(key, group, local_part(tensor), tuple(like.shape), offsets, sizes, *replica_of(like))
+        replica, replicas = 0, 1
+        if self.mesh is not None and self.mesh.ndim == 2:
+            replica, replicas = self.mesh.get_local_rank("replicate"), self.mesh.shape[0]
+        return Piece(key, group, local_part(tensor), tuple(like.shape), offsets, sizes, replica, replicas)
 
     def _trained(self) -> Iterable[tuple[str, torch.optim.Optimizer, torch.Tensor]]:
         names = {id(p): name for name, p in self.stored.items()}
@@ -247,33 +276,26 @@ class FsdpEngine:
             if "step" in optimizer.state.get(parameter, {})
         }
 
-    def optimizer_keys(self) -> set[str]:
-        return {f"{name}.{key}" for name, optimizer, _ in self._trained() for key in state_keys(optimizer)}
-
     @torch.no_grad()
-    def load(self, checkpoint: Checkpoint, with_optimizer: bool) -> None:
+    def load(self, loading: Loading) -> None:
         for optimizer in self.optimizers:
             optimizer.state.clear()  # of a checkpoint that proved bad halfway
-        for name, stored in self.stored.items():
-            checkpoint.read_into(name, *box_of(stored), local_part(stored))
-        if with_optimizer:
-            for name, owner, parameter in self._trained():
-                self._load_state(checkpoint, name, owner, parameter)
+        for name, stored in (self.stored | self._buffers()).items():
+            loading.want(name, *box_of(stored), local_part(stored))
+        for name, optimizer, parameter in self._trained():
+            for key in state_keys(self.config.optim, name, parameter.ndim):
+                if loading.has(f"{name}.{key}"):
+                    optimizer.state[parameter][key] = torch.zeros_like(parameter)
+                    state = local_part(optimizer.state[parameter][key])
+                    loading.want(f"{name}.{key}", *box_of(parameter), state)
+            if optimizer.state.get(parameter) and counts_steps(self.config.optim, name, parameter.ndim):
+                # fused Adam keeps its count in fp32 beside the parameter
+                count = torch.tensor(float(loading.count(name)), dtype=torch.float32, device=parameter.device)
+                optimizer.state[parameter]["step"] = count
+        loading.read()
 
     def after_load(self) -> None:
         self._parameters_changed()
-
-    def _load_state(
-        self, checkpoint: Checkpoint, name: str, optimizer: torch.optim.Optimizer, parameter: torch.Tensor
-    ) -> None:
-        state = optimizer.state[parameter]
-        for key in state_keys(optimizer):
-            state[key] = torch.zeros_like(parameter)
-            checkpoint.read_into(f"{name}.{key}", *box_of(parameter), local_part(state[key]))
-        if counts_steps(optimizer):
-            count = checkpoint.manifest.step_counts[name]
-            # fused Adam keeps its count in fp32 beside the parameter
-            state["step"] = torch.tensor(float(count), dtype=torch.float32, device=parameter.device)
 
 
 def _find_aliases(model: nn.Module) -> dict[str, str]:

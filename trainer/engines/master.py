@@ -10,15 +10,21 @@ class MasterWeights:
     """The model computes with low-precision copies; `stored` holds what the optimizer updates and checkpoints keep.
 
     Gradients arrive in the compute dtype and are added up in the stored dtype, micro batch by micro batch, as FSDP2
-    does: the numbers are the same with one process as with many.
+    does: the numbers are the same with one process as with many. What is in the compute dtype already has no copy.
     """
 
     def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
-        self.stored = {name: nn.Parameter(p.detach()) for name, p in model.named_parameters()}
-        model.to(compute)  # keeps the Parameter objects, ties included, and gives them new memory
-        self.computed = dict(model.named_parameters())
-        for name, parameter in self.computed.items():
-            parameter.register_post_accumulate_grad_hook(self._collector(self.stored[name]))
+        self.stored: dict[str, nn.Parameter] = {}
+        self.computed: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == compute:
+                self.stored[name] = parameter
+                continue
+            self.stored[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            self.computed[name] = parameter  # the same object, ties included, gets new memory
+            parameter.data = parameter.detach().to(compute)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._collector(self.stored[name]))
 
     @staticmethod
     def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
@@ -33,12 +39,9 @@ class MasterWeights:
 
         return collect
 
-    def set_trainable(self, names: set[str]) -> None:
-        for name, master in self.stored.items():
-            master.requires_grad_(name in names)
-
     @torch.no_grad()
     def copy_to_compute(self, trained_only: bool) -> None:
         """After every change of `stored`; an update changes only what trains."""
-        names = [name for name, master in self.stored.items() if master.requires_grad or not trained_only]
-        torch._foreach_copy_([self.computed[n] for n in names], [self.stored[n] for n in names])
+        names = [name for name in self.computed if self.stored[name].requires_grad or not trained_only]
+        if names:
+            torch._foreach_copy_([self.computed[n] for n in names], [self.stored[n] for n in names])

@@ -12,11 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import UserError
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import DTYPES, GROUPS, Box, Piece, boxes_of_range, tiling_fault
-from trainer.checkpoint.plan import plan
 from trainer.checkpoint.store import CheckpointStore
 
 SHAPES = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(tuple)
@@ -158,25 +156,3 @@ def test_wrong_reads_are_refused(tmp_path: Path) -> None:
     out = torch.empty(4, dtype=torch.bfloat16)
     checkpoint.read_into("tied", (0,), (4,), out, cast=True)
     assert torch.equal(out, torch.ones(4, dtype=torch.bfloat16))
-
-
-def test_the_plan_names_every_difference(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path / "checkpoints", asynchronous=False)
-    names = ["a", "b", "c", "head"]
-    pieces = [Piece(name, "model", torch.ones(4), (4,), (0,), (4,)) for name in names]
-    pieces.append(Piece("a.exp_avg", "optim", torch.ones(4), (4,), (0,), (4,)))
-    store.save(1, pieces, RunState(aliases={"tied": "head"}))
-    manifest = Checkpoint(store.shelf.path(1)).manifest
-    fp32 = torch.float32
-    fits = plan(manifest, dict.fromkeys(("a", "b", "c", "tied"), ((4,), fp32)), groups=("model", "frozen"))
-    assert fits.matched == ["a", "b", "c", "tied"]
-    fits.refuse()
-    many = {f"new{i}": ((2,), fp32) for i in range(7)}
-    differs = plan(manifest, {"a": ((5,), fp32), "b": ((4,), torch.float16), "c": ((4,), fp32), **many})
-    assert list(differs.reshaped) == ["a"]
-    assert list(differs.dtype_changed) == ["b"]
-    assert list(differs.unexpected) == ["a.exp_avg", "head"]
-    assert len(differs.missing) == 7
-    assert len(differs.summary()) == 5
-    with pytest.raises(UserError, match=r"7 missing in the checkpoint: new0 .* and 2 more; 2 not wanted here"):
-        differs.refuse()

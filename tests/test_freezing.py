@@ -1,0 +1,164 @@
+"""Frozen parameters: originals and optimizer state survive freezing, unfreezing, restarts and other layouts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import RanksFailed, tiny, train
+from tests.stored import Stored
+from tests.test_train import losses
+from trainer.events import read_events
+from trainer.folder import RunFolder, read_json
+
+BOTTOM = ["embed.*", "blocks.0.*"]
+
+
+def stored(run: Path, step: int) -> Stored:
+    return Stored(run / f"checkpoints/step-{step:08d}")
+
+
+def is_bottom(name: str) -> bool:
+    return name.startswith(("embed.", "blocks.0."))
+
+
+def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    return tiny(folder, optim__schedule="constant", optim__warmup_steps=0, checkpoint__keep={"last": 100}, **changes)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 3)])
+def test_frozen_after_training_and_unfrozen_again(sizes: tuple[int, int, int], compute: str, tmp_path: Path) -> None:
+    """Three runs, each from everything of the one before, at other world sizes: all trains, the bottom is frozen, all
+    trains again. Nothing of the bottom is lost on the way, not a bit, and its optimizer counts on from where it was."""
+    first = config_of(tmp_path / "a", train__steps=3, precision__compute=compute)
+    assert train(first, sizes[0]) == [0] * sizes[0]
+    began = stored(tmp_path / "a/run", 3)
+
+    second = config_of(tmp_path / "b", train__steps=6, precision__compute=compute, checkpoint__every_steps=1)
+    second["data"] = first["data"]
+    second["start"] = {"from": str(tmp_path / "a/run"), "take": "everything"}
+    second["freeze"] = {"frozen": BOTTOM}
+    assert train(second, sizes[1]) == [0] * sizes[1]
+    for step in (4, 5, 6):
+        frozen = stored(tmp_path / "b/run", step)
+        assert frozen.tensors.keys() == began.tensors.keys()
+        for key in began.tensors:
+            assert frozen.same(began, key) == is_bottom(key), key
+        assert frozen.manifest["step_counts"] == {n: 3 if is_bottom(n) else step for n in began.manifest["step_counts"]}
+        for name, entry in frozen.manifest["tensors"].items():
+            if entry["group"] != "optim":
+                assert entry["group"] == ("frozen" if is_bottom(name) else "model")
+                assert entry["trained_step"] == (3 if is_bottom(name) else step)
+
+    third = config_of(tmp_path / "c", train__steps=8, precision__compute=compute, checkpoint__every_steps=1)
+    third["data"] = first["data"]
+    third["start"] = {"from": str(tmp_path / "b/run"), "take": "everything"}
+    assert train(third, sizes[2]) == [0] * sizes[2]
+    ended = stored(tmp_path / "c/run", 7)
+    assert ended.tensors.keys() == began.tensors.keys()
+    assert ended.manifest["step_counts"] == {n: 4 if is_bottom(n) else 7 for n in began.manifest["step_counts"]}
+    assert not any(ended.same(began, key) for key in began.tensors)
+
+
+def test_a_schedule_is_what_restarts_by_hand_would_do(tmp_path: Path) -> None:
+    """Freeze at 2, unfreeze at 4, in one run and in three: the same bits at every step."""
+    schedule = [{"step": 2, "frozen": BOTTOM}, {"step": 4, "frozen": ["head.*"]}]
+    one = config_of(tmp_path / "one", train__steps=6, checkpoint__every_steps=1, freeze__schedule=schedule)
+    assert train(one, 2) == [0, 0]
+    parts = []
+    for name, steps, frozen in (("a", 2, []), ("b", 4, BOTTOM), ("c", 6, ["head.*"])):
+        part = config_of(tmp_path / name, train__steps=steps, checkpoint__every_steps=1, freeze__frozen=frozen)
+        part["data"] = one["data"]
+        if parts:
+            part["start"] = {"from": parts[-1]["run"]["dir"], "take": "everything"}
+        assert train(part, 2) == [0, 0]
+        parts.append(part)
+    assert losses(one) == [loss for part in parts for loss in losses(part)]
+    for name, steps in (("a", (1, 2)), ("b", (3, 4)), ("c", (5, 6))):
+        for step in steps:
+            whole, part_of = stored(tmp_path / "one/run", step), stored(tmp_path / name / "run", step)
+            assert whole.tensors.keys() == part_of.tensors.keys()
+            assert all(whole.same(part_of, key) for key in whole.tensors)
+            assert whole.manifest["step_counts"] == part_of.manifest["step_counts"]
+    changes = [e for e in read_events(RunFolder(tmp_path / "one/run")) if e["event"] == "freeze_changed"]
+    assert sorted({e["step"] for e in changes}) == [2, 4]
+    # and a restart in the middle, at another world size, finds its place in the schedule
+    again = config_of(tmp_path / "again", train__steps=3, checkpoint__every_steps=3, freeze__schedule=schedule)
+    again["data"] = one["data"]
+    assert train(again, 2) == [0, 0]
+    again["train"]["steps"] = 6
+    assert train(again, 1) == [0]
+    assert losses(again) == pytest.approx(losses(one), abs=2e-5)
+    assert stored(tmp_path / "again/run", 6).manifest["step_counts"] == whole.manifest["step_counts"]
+
+
+def test_originals_keep_their_number_format(tmp_path: Path) -> None:
+    """fp32 originals under bf16 parameters: frozen they stay fp32 in every checkpoint, bit for bit."""
+    first = config_of(tmp_path / "a", train__steps=3)
+    assert train(first, 2) == [0, 0]
+    began = stored(tmp_path / "a/run", 3)
+    narrow = {"params": "bf16", "compute": "bf16"}
+    second = config_of(tmp_path / "b", train__steps=4, checkpoint__every_steps=1, precision=narrow)
+    second["data"], second["freeze"] = first["data"], {"frozen": BOTTOM}
+    second["start"] = {"from": str(tmp_path / "a/run")}
+    with pytest.raises(RanksFailed, match=r"11 dtype: blocks.1.attn_norm.weight \(F32 there, BF16 here\)"):
+        train(second, 2)  # what trains would be rounded
+    second["start"]["allow"] = {"dtype": ["*"]}
+    assert train(second, 2) == [0, 0]
+    for step in (1, 4):
+        ended = stored(tmp_path / "b/run", step)
+        assert all(ended.same(began, n) for n in began.tensors if is_bottom(n) and n in began.parameters)
+        assert ended.tensors["head.weight"].dtype == torch.bfloat16
+
+
+def test_links_within_an_attempt_and_fresh_copies_between(tmp_path: Path) -> None:
+    first = config_of(tmp_path / "a", train__steps=2)
+    assert train(first, 2) == [0, 0]
+    second = config_of(tmp_path / "b", train__steps=5, checkpoint__every_steps=1)
+    second["data"], second["freeze"] = first["data"], {"frozen": BOTTOM}
+    second["start"] = {"from": str(tmp_path / "a/run"), "take": "everything"}
+    assert train(second, 2) == [0, 0]
+    second["train"]["steps"] = 7
+    assert train(second, 1) == [0]
+
+    def inodes(step: int) -> dict[str, int]:
+        folder = tmp_path / f"b/run/checkpoints/step-{step:08d}"
+        carried = [*folder.glob("frozen/*"), *folder.glob("optim/carried-*")]
+        return {str(p.relative_to(folder)): os.stat(p).st_ino for p in carried}
+
+    assert len({p.split("/")[0] for p in inodes(3)}) == 2  # weights and optimizer state
+    assert inodes(3) == inodes(4) == inodes(5)
+    assert inodes(6) == inodes(7)
+    assert inodes(5).keys() == inodes(6).keys()
+    assert not set(inodes(5).values()) & set(inodes(6).values())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_reference_leaves_frozen_parameters_where_they_are(size: int, tmp_path: Path) -> None:
+    first = config_of(tmp_path / "a", train__steps=2)
+    assert train(first, 2) == [0, 0]
+    second = config_of(tmp_path / "b", train__steps=4, checkpoint__every_steps=1, checkpoint__frozen="reference")
+    second["data"], second["freeze"] = first["data"], {"frozen": ["embed.*", "blocks.*"]}
+    second["start"] = {"from": str(tmp_path / "a/run")}
+    assert train(second, size) == [0] * size
+    ended = tmp_path / "b/run/checkpoints/step-00000004"
+    assert not list(ended.glob("frozen/*"))
+    content = read_json(ended / "manifest.json")
+    assert [source["path"] for source in content["sources"]] == [str(tmp_path / "a/run/checkpoints/step-00000002")]
+    second["train"]["steps"] = 6
+    assert train(second, 3 - size) == [0] * (3 - size)
+    # unfrozen elsewhere, it is whole again
+    third = config_of(tmp_path / "c", train__steps=7, checkpoint__every_steps=1)
+    third["data"], third["start"] = first["data"], {"from": str(tmp_path / "b/run"), "take": "everything"}
+    assert train(third, 2) == [0, 0]
+    assert not read_json(tmp_path / "c/run/checkpoints/step-00000007/manifest.json").get("sources")
+    # and a source that is gone is named
+    (tmp_path / "a/run/checkpoints/step-00000002/model").rename(tmp_path / "gone")
+    second["train"]["steps"] = 8
+    with pytest.raises(RanksFailed, match=r"step-00000002/model.*: the file is missing"):
+        train(second, 1)
