@@ -118,7 +118,7 @@ def nearest(unknown: str) -> str | None:
 
     def likeness(known: str) -> float:
         last = SequenceMatcher(None, name, known.rpartition(".")[2]).ratio()
-        return max(last, SequenceMatcher(None, pattern, known).ratio())
+        return max(0.9 * last, SequenceMatcher(None, pattern, known).ratio())  # of equal names, the one in this section
 
     best = max(all_keys(), key=likeness)
     if likeness(best) < 0.62:
