@@ -215,6 +215,7 @@ class ParallelSection(Section):
     engine: Literal["fsdp"] = speed("fsdp", "what shards the model")
     replicate: int = speed(1, "groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1)
     shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1)
+    tensor: int = speed(1, "ranks that compute each sample together, every matrix split among them", ge=1)
     reshard: bool = speed(True, "free a block's gathered parameters after its forward (less memory, more traffic)")
     prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=1)
     accumulate: Literal["sharded", "unsharded"] = speed(
@@ -306,6 +307,33 @@ class Config(Section):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"data.sources: the name {twice[0]!r} stands twice")
+        return self
+
+    @model_validator(mode="after")
+    def _tensor_fits(self) -> Config:
+        """What cannot be split among the ranks of a tensor group is refused here, before any rank is started."""
+        model, tensor = self.model, self.parallel.tensor
+        kv_heads = model.kv_heads or model.heads
+        for key, count in (("heads", model.heads), ("kv_heads", kv_heads)):
+            if count % tensor:
+                fitting = [n for n in range(1, min(kv_heads, 64) + 1) if model.heads % n == kv_heads % n == 0]
+                raise ValueError(
+                    f"model.{key} {count} is not a multiple of parallel.tensor {tensor}: whole heads go to each rank; "
+                    f"use a parallel.tensor of {' or '.join(map(str, fitting))}"
+                )
+        for key, size in (("vocab_size", model.vocab_size), ("mlp_dim", model.mlp_dim)):
+            if -(-size // tensor) * (tensor - 1) >= size:  # parts of equal size, the last one smaller
+                raise ValueError(
+                    f"model.{key} {size} leaves no part for the last of parallel.tensor {tensor} ranks; "
+                    f"use a smaller parallel.tensor"
+                )
+        padded = -(-self.data.seq_len // tensor) * tensor
+        if model.position == "learned" and padded > model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is filled up to {padded}, a multiple of parallel.tensor {tensor}, "
+                f"but model.max_seq_len gives learned positions for {model.max_seq_len}; "
+                f"use data.seq_len={padded - tensor} or a parallel.tensor that divides it"
+            )
         return self
 
     @property

@@ -1,7 +1,7 @@
 """Models: plain modules without collectives, and the registry that builds them by name.
 
 A model takes (tokens, documents, targets) and answers with logits or with sums of the loss; `shard_units`, `blocks` and
-`init_parameter` are all that an engine needs to know about its inside.
+`init_parameter` are all that an engine needs to know about its inside, and a plan of `PLANS` for how to split it.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,9 @@ from collections.abc import Callable
 from configs.schema import ModelSection
 from models.cross_entropy import IGNORE, LossSums
 from models.decoder import Decoder
+from models.tensor import PLANS, TensorPlan
 
-__all__ = ["IGNORE", "REGISTRY", "Decoder", "LossSums", "build_model"]
+__all__ = ["IGNORE", "PLANS", "REGISTRY", "Decoder", "LossSums", "TensorPlan", "build_model"]
 
 REGISTRY: dict[str, Callable[[ModelSection], Decoder]] = {"decoder": Decoder}
 

@@ -5,6 +5,8 @@ Logits of 8,192 tokens over 128,256 words are 4 GiB in fp32, and so is their gra
 the forward pass while the logits are there: backward has no logits to keep and none to compute again.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,29 @@ class LossSums(NamedTuple):
 
     total: Tensor  # cross-entropy + z_loss * logsumexp^2; differentiable
     loss: Tensor  # cross-entropy alone; detached
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The words `first`, `first` + 1, ... whose rows of the weight are here, of `vocab_size` words over several ranks.
+
+    The functions reduce a tensor over those ranks, in place or not; all of them make the same calls.
+    """
+
+    first: int
+    vocab_size: int
+    all_max: Callable[[Tensor], Tensor]
+    all_sum: Callable[[Tensor], Tensor]
+
+    def find(self, words: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """(row here, or any when it is elsewhere; whether it is here). A word that no rank has is said to be at the
+        nearest end of the vocabulary, where looking it up fails as it does without parts."""
+        here = torch.ones_like(words, dtype=torch.bool)
+        if self.first > 0:
+            here &= words >= self.first
+        if self.first + rows < self.vocab_size:
+            here &= words < self.first + rows
+        return torch.where(here, words - self.first, 0), here
 
 
 class Head(nn.Module):
@@ -36,15 +61,23 @@ class Head(nn.Module):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, chunk_tokens: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    chunk_tokens: int = 1024,
+    part: VocabularyPart | None = None,
 ) -> LossSums:
     """Sums over the targets of the cross-entropy of hidden @ weight.T, at most chunk_tokens x V logits at a time.
 
     hidden (..., dim); weight (V, dim); targets (...) int64, IGNORE where there is none, otherwise below V (anything
     else raises IndexError on the CPU). Gradients reach hidden and weight, once: a second derivative raises.
+
+    With `part`, weight (rows, dim) holds some of the words. The sums are the whole ones, alike on every rank, but the
+    gradient of hidden is this rank's term of a sum over the ranks.
     """
     sums = _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), z_loss, chunk_tokens, torch.is_grad_enabled()
+        hidden.flatten(0, -2), weight, targets.flatten(), z_loss, chunk_tokens, part, torch.is_grad_enabled()
     )
     return LossSums(*sums)
 
@@ -52,7 +85,14 @@ def chunked_cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_tokens: int, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_loss: float,
+        chunk_tokens: int,
+        part: VocabularyPart | None,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         """hidden (N, dim), targets (N,) -> (total, loss); the gradients of total wait in ctx."""
         exact = torch.promote_types(hidden.dtype, torch.float32)  # of softmax, sums and the weight's gradient
@@ -60,7 +100,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if grad_enabled and ctx.needs_input_grad[1] else None
         counts = (targets != IGNORE)[:, None]
         words = torch.where(counts, targets[:, None], 0)  # not clamp: another negative target must not pass for word 0
-        ones = counts.to(exact)
+        ones = hits = counts.to(exact)
+        if part is not None:
+            words, here = part.find(words, len(weight))
+            hits = ones * here
         losses, log_partitions = torch.empty_like(ones), torch.empty_like(ones)
 
         for start in range(0, len(hidden), chunk_tokens):
@@ -68,8 +111,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # One buffer of logits, turned in place into exponentials and then into the gradient.
             logits = (hidden[chunk] @ weight.T).to(exact)
             top = logits.amax(dim=1, keepdim=True)
+            top = top if part is None else part.all_max(top)
             target_logits = logits.sub_(top).gather(1, words[chunk])
             norm = logits.exp_().sum(dim=1, keepdim=True)
+            if part is not None:
+                mine = torch.where(here[chunk], target_logits, 0)
+                target_logits, norm = part.all_sum(torch.cat((mine, norm), dim=1)).split(1, dim=1)
             log_norm = norm.log()
             losses[chunk] = log_norm - target_logits  # both relative to top: no digits are lost on a sure token
             log_partitions[chunk] = log_norm + top
@@ -78,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             scale = ones[chunk] / norm
             if z_loss:
                 scale *= 1 + 2 * z_loss * log_partitions[chunk]
-            grad_logits = logits.mul_(scale).scatter_add_(1, words[chunk], -ones[chunk]).to(hidden.dtype)
+            grad_logits = logits.mul_(scale).scatter_add_(1, words[chunk], -hits[chunk]).to(hidden.dtype)
             del logits
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
@@ -101,7 +148,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype = None if grad_hidden is None else grad_hidden.dtype
         grads = _scaled(grad_hidden, grad_total, hidden_dtype), _scaled(grad_weight, grad_total, ctx.weight_dtype)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:

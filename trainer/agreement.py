@@ -9,7 +9,7 @@ from trainer.world import World
 
 
 class Agreement:
-    """Sums numbers over all ranks, and carries each rank's wish along.
+    """Sums numbers over the data ranks, and carries every rank's wish along.
 
     The sums stay on the device. The wishes are read after the step that the reduction began: by then they lie in host
     memory, nothing waits for them, and all ranks read the same numbers, so all leave at the same step.
@@ -20,8 +20,10 @@ class Agreement:
         self._wishes: torch.Tensor | None = None
 
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
-        """fp64 [n] summed over all ranks, on the device. A collective."""
+        """fp64 [n] summed over the data ranks, on the device. A collective of all ranks."""
         numbers = torch.as_tensor(values, dtype=torch.float64, device=self.world.device)
+        if not self.world.counts:
+            numbers = torch.zeros_like(numbers)  # the first rank of the tensor group gives them
         cause = self.wish.poll()
         wishes = torch.tensor([float(cause is not None and cause.kind is k) for k in Kind], dtype=torch.float64)
         both = torch.cat([numbers, wishes.to(self.world.device, non_blocking=True)])

@@ -61,7 +61,7 @@ def cut_to_size(config: Config, run_dir: str) -> Config:
         "validate_samples": min(config.train.validate_samples, 8),
     }
     data["run"] |= {"dir": run_dir, "log_every_steps": 1, "tensorboard": False}
-    data["parallel"] |= {"replicate": 1, "shard": -1, "compile": False}
+    data["parallel"] |= {"replicate": 1, "shard": -1, "tensor": 1, "compile": False}
     data["precision"] |= {"deterministic": True}
     return Config.model_validate(data)
 

@@ -55,7 +55,7 @@ def train(run: Run) -> Cause | None:
         began = time.perf_counter()
         batch = next(run.loader)
         run.record_samples(batch)
-        result = train_step(run.engine, batch, progress.step + 1, config, agreement, run.world.rank)
+        result = train_step(run.engine, batch, progress.step + 1, config, agreement)
         progress.step += 1
         progress.consumed_samples = batch.consumed_samples
         run.meter.add(time.perf_counter() - began, run.loader.wait_s, config.train.global_batch)
@@ -103,7 +103,7 @@ def stopped_early(run: Run) -> bool:
 
 def log(run: Run, result: StepResult) -> None:
     """Write the step's row. A collective: the loss is summed over all ranks."""
-    sums = run.world.sum(result.sums.clone())
+    sums = run.world.sum_data(result.sums.clone())
     if run.world.first:
         values = run.task.metrics(sums, result.target_tokens)
         run.meter.row(run.progress.step, run.progress.consumed_samples, result, values)

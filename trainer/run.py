@@ -75,14 +75,14 @@ class Run:
         if self.origin.continuing:
             self.saved_step = self.progress.step
         self._check_space()
-        self.validation = validation_batches(self.prepared, config, world.rank, world.size)
+        self.validation = validation_batches(self.prepared, config, world.data_rank, world.data_size)
         self.loader = Loader(
             self.prepared,
             config,
             start=self.progress.consumed_samples,
             step=self.progress.step,
-            rank=world.rank,
-            world_size=world.size,
+            rank=world.data_rank,
+            world_size=world.data_size,
             pin=world.device.type == "cuda",
         )
 
@@ -113,8 +113,8 @@ class Run:
             self.world.set_timeout(self.config.parallel.step_timeout_s)
 
     def record_samples(self, batch: StepBatch) -> None:
-        """Which samples this rank was given, when the config asks for it."""
-        if self.config.data.record_samples:
+        """Which samples this data rank was given, when the config asks for it."""
+        if self.config.data.record_samples and self.world.counts:
             path = self.attempt.path / f"samples-{self.world.rank:05d}.jsonl"
             append_row(path, {"step": batch.step, "samples": [int(n) for n in batch.samples]})
 

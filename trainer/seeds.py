@@ -18,6 +18,9 @@ def generator(device: torch.device, *parts: int | str) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(derive(*parts))
 
 
-def seed_micro_batch(seed: int, step: int, micro_batch: int, data_rank: int) -> None:
-    """Dropout's generator for one micro batch. Masks are equal at the same layout only."""
-    torch.manual_seed(derive(seed, "dropout", step, micro_batch, data_rank))
+def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Dropout's generator for one micro batch. Masks are equal at the same layout only.
+
+    Ranks of a tensor group draw differently too: each drops out of tokens and heads that the others do not hold.
+    """
+    torch.manual_seed(derive(seed, "dropout", step, micro_batch, rank))

@@ -36,9 +36,7 @@ class StepResult:
     bad_loss: bool
 
 
-def train_step(
-    engine: Engine, batch: StepBatch, step: int, config: Config, agreement: Agreement, data_rank: int
-) -> StepResult:
+def train_step(engine: Engine, batch: StepBatch, step: int, config: Config, agreement: Agreement) -> StepResult:
     """Make update number `step` (1-based) from this rank's share of the global batch.
 
     The loss is divided by the count of target tokens over all ranks and micro batches, so every target weighs the same
@@ -49,7 +47,7 @@ def train_step(
     scale = (1.0 / targets).float()
     losses = []
     for i, micro_batch in enumerate(batch.micro_batches):
-        seed_micro_batch(config.run.seed, step, i, data_rank)
+        seed_micro_batch(config.run.seed, step, i, agreement.world.rank)
         last = i == len(batch.micro_batches) - 1
         losses.append(engine.forward_backward(micro_batch.to(engine.device), scale, last))
     sums = torch.stack(losses).sum(0)
@@ -58,7 +56,7 @@ def train_step(
     applied = norm == norm and norm != float("inf")
     if int(targets) == 0:
         raise RunFailed("no_targets", f"step {step}: no sample of the global batch has a target token")
-    bad = [] if applied else _samples_of_bad_losses(batch, losses)
+    bad = [] if applied or not agreement.world.counts else _samples_of_bad_losses(batch, losses)
     bad_loss = not applied and float(agreement.sum([float(bool(bad))])[0]) > 0  # all ranks skipped, so all are here
     return StepResult(sums, int(targets), norm, factor, applied, bad, bad_loss)
 

@@ -58,7 +58,10 @@ def _layout(run: Run) -> str:
     kind = "one process"
     if world.size > 1:
         layout = resolve(p, world.size)
-        kind = f"{layout.replicate} x {layout.shard} (replicate x shard) on {world.size} ranks"
+        sizes, names = f"{layout.replicate} x {layout.shard}", "replicate x shard"
+        if layout.tensor > 1:
+            sizes, names = f"{sizes} x {layout.tensor}", f"{names} x tensor"
+        kind = f"{sizes} ({names}) on {world.size} ranks"
     extras = [f"{precision.compute} compute, {precision.params} parameters", world.device.type]
     extras += ["compiled"] if p.compile else []
     extras += [f"{p.activation_checkpoint} activation checkpointing"] if p.activation_checkpoint != "none" else []

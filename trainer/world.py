@@ -23,23 +23,46 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `kv` is the store that saver threads report through; None for one process."""
+    """Where this process stands. `kv` is the store that saver threads report through; None for one process.
+
+    `tensor` neighbouring ranks compute the same samples together; they count as one data rank.
+    """
 
     rank: int
     size: int
     node: str
     device: torch.device
     kv: Store | None
+    tensor: int = 1
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this rank gets."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """How many shares there are."""
+        return self.size // self.tensor
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank speaks for its data rank, wherever numbers about samples are added up or written down."""
+        return self.rank % self.tensor == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place. A collective."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the data ranks: what all ranks of a tensor group have alike is counted once. A collective."""
+        return self.sum(tensor if self.counts else torch.zeros_like(tensor))
 
     def barrier(self) -> None:
         """Wait for all ranks. A collective."""
@@ -133,4 +156,4 @@ def start(config: Config) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         group_store = PrefixStore("groups", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, node_name(), device, kv)
+    return World(rank, size, node_name(), device, kv, config.parallel.tensor)

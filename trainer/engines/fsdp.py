@@ -1,7 +1,8 @@
-"""The FSDP engine: FSDP2, HSDP and DDP by one mesh, and one process without sharding.
+"""The FSDP engine: FSDP2, HSDP, DDP and tensor parallelism by one mesh, and one process without sharding.
 
 The mesh is (replicate, shard): shard alone is FSDP, both are HSDP, replicate alone is DDP (a model sharded over groups
-of one rank, so precision, names and checkpoints are the same everywhere). One process needs no process group.
+of one rank, so precision, names and checkpoints are the same everywhere). With tensor parallelism a third dimension
+stands last (`tensor.py`), and FSDP cuts what it left on each rank. One process needs no process group.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from trainer.checkpoint.pieces import Group, Piece
 from trainer.checkpoint.plan import TensorInfo
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
-from trainer.engines.boxes import box_of, local_part
+from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
+from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
 from trainer.layout import resolve
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
@@ -42,10 +44,9 @@ def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
     if world.size == 1:
         return None
     layout = resolve(parallel, world.size)
-    if layout.replicate == 1:
-        return init_device_mesh(world.device.type, (layout.shard,), mesh_dim_names=("shard",))
-    shape = (layout.replicate, layout.shard)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    sizes = {"replicate": layout.replicate, "shard": layout.shard, "tensor": layout.tensor}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 class FsdpEngine:
@@ -55,6 +56,7 @@ class FsdpEngine:
         self.config, self.world, self.task = config, world, task
         self.device = world.device
         self.mesh = make_mesh(config.parallel, world)
+        self._tensor = tensor_mesh(self.mesh)
         self._params, self._compute = DTYPES[config.precision.params], DTYPES[config.precision.compute]
         self.master: MasterWeights | None = None
         self.stored: dict[str, torch.Tensor] = {}
@@ -89,8 +91,10 @@ class FsdpEngine:
             for block in self.model.blocks:
                 block.compile(fullgraph=True)
         compute = None if self._compute == self._params else self._compute
+        if self._tensor is not None:
+            split_model(self.model, self._tensor)
         if self.mesh is not None:
-            self._shard(self.mesh, compute)
+            self._shard(data_mesh(self.mesh), compute)
         offloaded = parallel.cpu_offload and self.mesh is not None
         self.model.to_empty(device="cpu" if offloaded else self.device)
         for module in self.model.modules() if offloaded else []:
@@ -180,12 +184,15 @@ class FsdpEngine:
             model.set_requires_all_reduce(last)
         total, sums = self.task.sums(self.model, micro_batch)
         (total * scale).backward()
+        if last and self._tensor is not None:
+            add_up_whole(self._grads().values(), self._tensor)
         return sums
 
     @torch.no_grad()
     def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
-        grads = [local_part(g) for g in self._grads().values()]
-        norm = self._norm(grads, guard)
+        whole = list(self._grads().values())
+        grads = [local_part(g) for g in whole]
+        norm = self._norm(whole, guard)
         if math.isfinite(norm):
             if clip is not None and norm > clip:
                 torch._foreach_mul_(grads, clip / (norm + 1e-6))
@@ -205,11 +212,11 @@ class FsdpEngine:
         """Global 2-norm over all ranks. One all-reduce, which also carries every rank's guard."""
         if not grads:
             return float(guard)
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
-        square = norms.double().square().sum() + guard.to(norms.device).double()
+        norms = torch.stack(torch._foreach_norm([local_part(g) for g in grads], 2, dtype=torch.float32))
+        copies = torch.tensor([replica_of(g)[1] for g in grads], dtype=torch.float64, device=norms.device)
+        square = (norms.double().square() / copies).sum() + guard.to(norms.device).double()  # each element counts once
         if self.mesh is not None:
             dist.all_reduce(square)
-            square /= self.mesh.shape[0] if self.mesh.ndim == 2 else 1  # each shard was counted once per copy
         return float(square.sqrt())
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -254,10 +261,7 @@ class FsdpEngine:
 
     def _piece(self, key: str, group: Group, tensor: torch.Tensor, like: torch.Tensor) -> Piece:
         offsets, sizes = box_of(like)
-        replica, replicas = 0, 1
-        if self.mesh is not None and self.mesh.ndim == 2:
-            replica, replicas = self.mesh.get_local_rank("replicate"), self.mesh.shape[0]
-        return Piece(key, group, local_part(tensor), tuple(like.shape), offsets, sizes, replica, replicas)
+        return Piece(key, group, local_part(tensor), tuple(like.shape), offsets, sizes, *replica_of(like))
 
     def _trained(self) -> Iterable[tuple[str, torch.optim.Optimizer, torch.Tensor]]:
         names = {id(p): name for name, p in self.stored.items()}

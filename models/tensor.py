@@ -1,0 +1,37 @@
+"""How each model is split over ranks that compute every sample together: plain data, applied by an engine.
+
+Between matrices each rank holds its share of the tokens ("sequence parallel"). Attention and MLP see all tokens, but
+only this rank's share of heads and channels: they give partial sums, which are added up and cut into tokens again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Globs over module names. A model need not have every module, but every parameter is in exactly one of the first
+    five."""
+
+    columns: tuple[str, ...]  # linear layers that give this rank's share of the channels: weight and bias cut by rows
+    rows: tuple[
+        str, ...
+    ]  # linear layers that take such a share and give partial sums: weight cut by columns, bias whole
+    whole: tuple[str, ...]  # norms, whole on each rank, over this rank's tokens or heads: gradients are partial sums
+    positions: tuple[str, ...]  # embeddings of positions: whole on each rank, looked up for this rank's tokens alone
+    vocabulary: tuple[str, ...]  # the embedding of tokens and the head: each rank holds some of the words
+    gathered: tuple[str, ...]  # modules whose first argument is needed for all tokens
+
+
+PLANS: Mapping[str, TensorPlan] = {
+    "decoder": TensorPlan(
+        columns=("blocks.*.attn.wq", "blocks.*.attn.wk", "blocks.*.attn.wv", "blocks.*.mlp.gate", "blocks.*.mlp.up"),
+        rows=("blocks.*.attn.wo", "blocks.*.mlp.down"),
+        whole=("blocks.*.*_norm", "norm"),  # * crosses dots: the norms of queries and keys are among them
+        positions=("pos",),
+        vocabulary=("embed", "head"),
+        gathered=("blocks.*.attn", "blocks.*.mlp", "head"),
+    ),
+}
