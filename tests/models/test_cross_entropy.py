@@ -1,8 +1,10 @@
 """The chunked loss is the plain one: same numbers, same gradients, a fraction of the memory."""
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import IGNORE, LossSums
-from models.cross_entropy import Head, chunked_cross_entropy
+from models.cross_entropy import Head, VocabularyPart, chunked_cross_entropy
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossSums:
@@ -81,6 +83,67 @@ def test_bf16_is_as_near_as_the_plain_loss() -> None:
         assert (mine - right).norm() <= 1.05 * (other - right).norm()
         assert ((mine.double() * right).sum() / right.square().sum()).item() == pytest.approx(1, abs=5e-4)
     assert ours[0].total.dtype == torch.float32
+
+
+def in_parts(ranks: int, hidden: Tensor, weight: Tensor, targets: Tensor, *args: Any) -> list[tuple[Any, ...]]:
+    """(sums, grad_hidden, grad_weight) of each rank with its part of the words; threads play the ranks."""
+    barrier, given = threading.Barrier(ranks, timeout=20), {}
+    cuts = weight.detach().split(-(-len(weight) // ranks))
+
+    def reduction(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(mine: Tensor) -> Tensor:
+            given[threading.get_ident()] = mine.clone()
+            barrier.wait()
+            out = reduce(torch.stack(list(given.values())))
+            barrier.wait()
+            return out
+
+        return call
+
+    def rank(number: int) -> tuple[Any, ...]:
+        part = VocabularyPart(number * len(cuts[0]), len(weight), all_max, all_sum)
+        mine = (hidden.detach().requires_grad_(), cuts[number].clone().requires_grad_(), targets)
+        try:
+            return gradients(lambda *given: chunked_cross_entropy(*given, part=part), *mine, *args)
+        except Exception:
+            barrier.abort()  # the others wait for this rank
+            raise
+
+    all_max, all_sum = reduction(lambda stack: stack.amax(0)), reduction(lambda stack: stack.sum(0))
+    with ThreadPoolExecutor(ranks) as pool:
+        futures = [pool.submit(rank, number) for number in range(ranks)]
+    errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None and not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return [future.result() for future in futures]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 40), vocab=st.integers(6, 60), ranks=st.integers(2, 3), chunk=st.integers(1, 90),
+    seed=st.integers(0, 10**6), z_loss=st.sampled_from([0.0, 0.1]),
+)  # fmt: skip
+def test_parts_of_the_words_give_the_whole_loss(
+    tokens: int, vocab: int, ranks: int, chunk: int, seed: int, z_loss: float
+) -> None:
+    """Every rank has the whole sums; hidden's gradients add up to the whole one, the weight's stand in a row."""
+    hidden, weight, targets = make(tokens, vocab, seed=seed)
+    sums, grad_hidden, grad_weight = gradients(plain, hidden, weight, targets, z_loss)
+    ranks_got = in_parts(ranks, hidden, weight, targets, z_loss, chunk)
+    got = (sum(r[1] for r in ranks_got), torch.cat([r[2] for r in ranks_got]))
+    for ours, theirs in [*zip(got, (grad_hidden, grad_weight), strict=True)] + [
+        pair for r in ranks_got for pair in zip(r[0], sums, strict=True)
+    ]:
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6 * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("word", [-1, 11])
+def test_a_target_that_no_part_has_is_an_error(word: int) -> None:
+    hidden, weight, targets = make(9, 11)
+    targets[0, 0] = word
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        in_parts(2, hidden, weight, targets)
 
 
 def test_no_targets_gives_zeros_not_nan() -> None:
