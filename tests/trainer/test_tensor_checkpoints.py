@@ -60,7 +60,8 @@ def full(tensor: Any) -> torch.Tensor:
 
 def stored(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(tensors, how often each element is there), put together from `name@offsets` by the safetensors library."""
-    shapes = {k: t["shape"] for k, t in read_json(folder / "manifest.json")["tensors"].items()}
+    manifest = read_json(folder / "manifest.json")
+    shapes = {key: manifest["partitions"][t["partition"]]["shape"] for key, t in manifest["tensors"].items()}
     whole = {key: torch.full(shape, torch.nan) for key, shape in shapes.items()}
     times = {key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()}
     for path in sorted(folder.glob("*/*.safetensors")):

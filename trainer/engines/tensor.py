@@ -6,7 +6,7 @@ plain local tensors, with one collective wherever tokens are gathered or partial
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -22,6 +22,17 @@ from models import IGNORE, PLANS, Decoder, LossSums, TensorPlan
 from models.cross_entropy import Head, VocabularyPart, chunked_cross_entropy
 
 TOKENS = 1  # the dimension of the residual stream (B, T, dim) that is cut
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The part of the mesh that FSDP works on: (shard) or (replicate, shard)."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
+    return mesh if len(names) == mesh.ndim else mesh[names]
+
+
+def tensor_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The tensor groups of the mesh, if there are any."""
+    return None if mesh is None or "tensor" not in (mesh.mesh_dim_names or ()) else mesh["tensor"]
 
 
 def split_model(model: Decoder, mesh: DeviceMesh) -> None:
@@ -68,6 +79,24 @@ def _split_module(
         cut(module, weight=Shard(0))
         return _head(module, group) if isinstance(module, Head) else _embedding(module, group)
     return None
+
+
+@torch.no_grad()
+def add_up_whole(gradients: Iterable[Tensor], mesh: DeviceMesh) -> None:
+    """Add up the gradients of parameters that every rank of the group holds whole: each has that of its own tokens or
+    heads. A collective, once a step.
+
+    It comes after FSDP's sums, and adds in the order of the ranks: so all that hold such a parameter get the same bits.
+    Reduced before, they drift apart, because FSDP adds in an order that depends on the place in a buffer.
+    """
+    own = [cast(DTensor, g).to_local() for g in gradients if cast(DTensor, g).placements[-1].is_replicate()]
+    if not own:
+        return
+    flat = torch.cat([g.flatten() for g in own]).to(mesh.device_type)
+    terms = [torch.empty_like(flat) for _ in range(mesh.size())]
+    dist.all_gather(terms, flat, group=mesh.get_group())
+    sums = torch.stack(terms).sum(0).split([g.numel() for g in own])
+    torch._foreach_copy_(own, [total.view_as(g) for total, g in zip(sums, own, strict=True)])
 
 
 class _Cut:
@@ -152,14 +181,10 @@ class _Group:
         return x
 
 
-def _part_of(parameter: Tensor | None) -> Any:
-    """This rank's part of a cut parameter, for computing."""
+def _local(parameter: Tensor | None) -> Any:
+    """What this rank holds of a parameter, for computing. Of one that every rank holds whole the gradient is this
+    rank's term of a sum, though it looks whole: `add_up_whole` adds them up."""
     return None if parameter is None else cast(DTensor, parameter).to_local()
-
-
-def _whole(parameter: Tensor | None) -> Any:
-    """A parameter that each rank holds whole but uses on its own tokens or heads: the gradients are terms of a sum."""
-    return None if parameter is None else cast(DTensor, parameter).to_local(grad_placements=(Partial(),))
 
 
 # ---- what modules compute instead -----------------------------------------------------------------------------------
@@ -167,15 +192,15 @@ def _whole(parameter: Tensor | None) -> Any:
 
 def _columns(module: nn.Module) -> Callable[[Tensor], Tensor]:
     assert isinstance(module, nn.Linear)
-    return lambda x: F.linear(x, _part_of(module.weight), _part_of(module.bias))
+    return lambda x: F.linear(x, _local(module.weight), _local(module.bias))
 
 
 def _rows(module: nn.Module, group: _Group) -> Callable[[Tensor], Tensor]:
     assert isinstance(module, nn.Linear)
 
     def forward(x: Tensor) -> Tensor:
-        total = group.own_tokens(F.linear(x, _part_of(module.weight)))
-        return total if module.bias is None else total + _whole(module.bias)
+        total = group.own_tokens(F.linear(x, _local(module.weight)))
+        return total if module.bias is None else total + _local(module.bias)
 
     return forward
 
@@ -183,15 +208,15 @@ def _rows(module: nn.Module, group: _Group) -> Callable[[Tensor], Tensor]:
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
     if isinstance(module, nn.LayerNorm):
         layer = module
-        return lambda x: F.layer_norm(x, layer.normalized_shape, _whole(layer.weight), _whole(layer.bias), layer.eps)
+        return lambda x: F.layer_norm(x, layer.normalized_shape, _local(layer.weight), _local(layer.bias), layer.eps)
     assert isinstance(module, nn.RMSNorm)
     rms = module
-    return lambda x: F.rms_norm(x, rms.normalized_shape, _whole(rms.weight), rms.eps)
+    return lambda x: F.rms_norm(x, rms.normalized_shape, _local(rms.weight), rms.eps)
 
 
 def _positions(module: nn.Module, group: _Group) -> Callable[[Tensor], Tensor]:
     assert isinstance(module, nn.Embedding)
-    return lambda positions: F.embedding(positions.chunk(group.size, dim=1)[group.rank], _whole(module.weight))
+    return lambda positions: F.embedding(positions.chunk(group.size, dim=1)[group.rank], _local(module.weight))
 
 
 def _embedding(module: nn.Module, group: _Group) -> Callable[[Tensor], Tensor]:
@@ -199,7 +224,7 @@ def _embedding(module: nn.Module, group: _Group) -> Callable[[Tensor], Tensor]:
     part = _vocabulary_part(module.weight, group)
 
     def forward(tokens: Tensor) -> Tensor:
-        weight = _part_of(module.weight)
+        weight = _local(module.weight)
         rows, here = part.find(tokens, len(weight))
         return group.own_tokens(F.embedding(rows, weight).masked_fill(~here[..., None], 0))
 
@@ -210,7 +235,7 @@ def _head(module: Head, group: _Group) -> Callable[..., Tensor | LossSums]:
     part = _vocabulary_part(module.weight, group)
 
     def forward(hidden: Tensor, targets: Tensor | None, z_loss: float, chunk_tokens: int) -> Tensor | LossSums:
-        weight = _part_of(module.weight)
+        weight = _local(module.weight)
         if targets is None:
             return group.all_words(F.linear(hidden, weight), part.vocab_size)
         return chunked_cross_entropy(hidden, weight, targets, z_loss, chunk_tokens, part)
