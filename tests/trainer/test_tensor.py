@@ -104,6 +104,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "whole gradients between micro batches": (4, {"parallel__accumulate": "unsharded", "train__micro_batch": 2}),
     "offloaded": (4, {"parallel__cpu_offload": True, "parallel__reshard": False}),
     "uneven on every side": (6, {}),
+    "compiled": (2, {"parallel__compile": True, "parallel__activation_checkpoint": "selective"}),
 }
 
 
