@@ -1,0 +1,84 @@
+"""Converts a state of so many MB from each kind to each other, each in a process of its own, and prints as JSON by how
+many bytes that process's peak memory grew beyond what importing took: `python convert_memory.py FOLDER MEGABYTES`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.convert import convert
+from trainer.checkpoint.convert_state import KINDS, Kind
+from trainer.checkpoint.pieces import Piece
+from trainer.checkpoint.store import CheckpointStore
+
+
+def peak_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def in_a_process(folder: Path, source: Path, target: Path, to: Kind) -> int:
+    """The growth of the peak, told by a forked child."""
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is held now
+        before = peak_bytes()
+        convert(source, target, to)
+        os.write(tell, str(peak_bytes() - before).encode())
+        os._exit(0)
+    os.close(tell)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
+    with os.fdopen(told) as file:
+        return int(file.read())
+
+
+def save(root: Path, megabytes: int) -> Path:
+    """Three tensors of a third each, the largest in one piece."""
+    count = megabytes * 1_000_000 // 12
+
+    def piece(key: str, group: str) -> Piece:
+        tensor = torch.randn(count // 1000, 1000)
+        return Piece(key, group, tensor, tuple(tensor.shape), (0, 0), tuple(tensor.shape))  # type: ignore[arg-type]
+
+    store = CheckpointStore(root, asynchronous=False)
+    store.save(
+        1,
+        [piece("w", "model"), piece("w.exp_avg", "optim"), piece("w.exp_avg_sq", "optim")],
+        RunState(step_counts={"w": 1}),
+    )
+    assert [result.error for result in store.poll()] == [None]
+    return store.shelf.path(1)
+
+
+def main(folder: Path, megabytes: int) -> None:
+    import torch.distributed.checkpoint  # noqa: F401 - part of what importing takes
+
+    os.fsync = lambda descriptor: None  # takes most of the time, and no memory
+    pid = os.fork()  # the state is never in this process
+    if pid == 0:
+        save(folder / "checkpoints", megabytes)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    sources = {"muster": folder / "checkpoints" / "step-00000001"}
+    grown = {}
+    for kind in ("torch", "dcp"):
+        sources[kind] = folder / kind
+        grown[f"muster to {kind}"] = in_a_process(folder, sources["muster"], sources[kind], kind)  # type: ignore[arg-type]
+    for kind in ("torch", "dcp"):
+        for to in KINDS:
+            if to != kind:
+                target = folder / f"{kind}-{to}"
+                grown[f"{kind} to {to}"] = in_a_process(folder, sources[kind], target, to)
+                os.system(f"rm -rf {target}")
+    print(json.dumps(grown))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

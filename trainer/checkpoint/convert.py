@@ -1,0 +1,212 @@
+"""Checkpoints of one kind into another: Muster's, a file of torch.save, a folder of torch.distributed.checkpoint.
+
+Nothing in a source is run. Tensors stream through a few buffers, so memory does not grow with the checkpoint. The
+target is written under a partial name, fsynced and renamed: it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configs.errors import UserError
+from trainer.checkpoint import disk
+from trainer.checkpoint.convert_dcp import METADATA, read_dcp, write_dcp
+from trainer.checkpoint.convert_muster import write_muster
+from trainer.checkpoint.convert_state import Kind, State, state_of
+from trainer.checkpoint.convert_torch import ZIP_MAGIC, read_torch, write_torch
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.manifest import FORMAT, MANIFEST
+from trainer.folder import RunFolder, checkpoint_name, committed_steps
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done."""
+
+    source: Path
+    source_kind: Kind
+    target: Path
+    target_kind: Kind
+    step: int
+    tensors: int
+    nbytes: int
+    seconds: float
+    left_out: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: Kind,
+    kind: Kind | None = None,
+    weights_only: bool = False,
+    progress: Callable[[int], None] | None = None,
+    begin: Callable[[State], None] = lambda state: None,
+) -> Conversion:
+    """Write `source` (a checkpoint of any kind, or a run folder: its newest) as a new `target` of the kind `to`.
+
+    `progress` is told the bytes of each part, `begin` the state before anything is written. Raises UserError or
+    BadCheckpoint, and leaves nothing behind then.
+    """
+    began = time.monotonic()
+    _check_target(source, target)
+    state = open_state(source, kind, weights_only)
+    try:
+        _check_space(state, target)
+        begin(state)
+        with _partial(target, to == "torch") as (partial, file):
+            if file is not None:
+                write_torch(state, file, progress)
+            elif to == "dcp":
+                write_dcp(state, partial, progress)
+            else:
+                write_muster(state, partial, progress)
+            if os.path.lexists(target):
+                raise UserError(f"{target} has come into being meanwhile; nothing was written")
+            disk.rename(str(partial), str(target))
+            disk.fsync_dir(str(target.parent))
+    finally:
+        state.close()
+    seconds = time.monotonic() - began
+    return Conversion(
+        state.path, state.kind, target, to, state.step, len(state.tensors), state.nbytes, seconds, state.left_out
+    )
+
+
+def open_state(path: Path, kind: Kind | None = None, weights_only: bool = False) -> State:
+    """What a checkpoint holds. `kind` None: found by looking."""
+    kind, path = find_kind(path, kind)
+    if kind == "torch":
+        return read_torch(path, weights_only)
+    if kind == "dcp":
+        return read_dcp(path, weights_only)
+    return state_of(open_checkpoint(path), weights_only)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A Muster checkpoint. One of a later format is a user's error, not a damaged one."""
+    try:
+        return Checkpoint(path)
+    except BadCheckpoint as error:
+        if error.reason.startswith("format:"):
+            raise UserError(f"{path}: not of format {FORMAT}, the only one that this version of Muster reads") from None
+        raise
+
+
+def find_kind(path: Path, kind: Kind | None = None) -> tuple[Kind, Path]:
+    """What lies at `path`, and where exactly: of a run folder it is the newest checkpoint. Raises UserError."""
+    try:
+        found = _look(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if found is None:
+        what = "a folder without a checkpoint" if path.is_dir() else "a file of another kind"
+        raise UserError(
+            f"{path}: {what}; wanted: a Muster checkpoint or run folder, a file of torch.save, or a folder of "
+            "torch.distributed.checkpoint"
+        )
+    if kind is not None and found[0] != kind:
+        raise UserError(f"{path}: --from {kind} was said, but this is {_KIND_WORDS[found[0]]}")
+    return found
+
+
+_KIND_WORDS = {"muster": "a Muster checkpoint", "torch": "a file of torch.save", "dcp": "a DCP folder"}
+
+
+def _look(path: Path) -> tuple[Kind, Path] | None:
+    path.stat()
+    if path.is_file():
+        with open(path, "rb") as file:
+            return ("torch", path) if file.read(4) == ZIP_MAGIC else None
+    names = set(os.listdir(path))
+    if MANIFEST in names:
+        return "muster", path
+    if METADATA in names:
+        return "dcp", path
+    for folder in (RunFolder(path).checkpoints, path):
+        steps = committed_steps(folder)
+        if steps:
+            return "muster", folder / checkpoint_name(steps[-1])
+    return None
+
+
+def _check_target(source: Path, target: Path) -> None:
+    try:
+        os.lstat(target)
+        raise UserError(f"{target} is there already; nothing is overwritten: name another target")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}") from None
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: there is no folder {target.parent}")
+    if source.is_dir() and target.parent.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target} would lie inside {source}; name a target beside it")
+
+
+def _check_space(state: State, target: Path) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < state.nbytes:
+        raise UserError(
+            f"{target.parent} has {free / 1e9:.2f} GB free, {state.nbytes / 1e9:.2f} GB are needed; nothing was written"
+        )
+
+
+@contextmanager
+def _partial(target: Path, is_file: bool) -> Iterator[tuple[Path, disk.NewFile | None]]:
+    """The partial name, made and locked; what a crash left there before goes. Removed unless it was renamed."""
+    partial = target.with_name(f"{target.name}.partial-convert")
+    file: disk.NewFile | None = None
+    lock = -1
+    try:
+        _clear(partial, target)
+        if is_file:
+            file = disk.NewFile(str(partial))
+        else:
+            disk.mkdir(str(partial))
+        lock = _lock(partial, target)
+        yield partial, file
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise UserError(f"{target} cannot be written: {why}; nothing of it was left") from None
+    finally:
+        if file is not None:
+            file.close()
+        if lock >= 0:
+            _discard(partial)
+            os.close(lock)
+
+
+def _clear(partial: Path, target: Path) -> None:
+    """Remove what a conversion that was killed left; one that is under way holds its lock."""
+    if os.path.lexists(partial):
+        lock = _lock(partial, target)
+        _discard(partial)
+        os.close(lock)
+
+
+def _lock(partial: Path, target: Path) -> int:
+    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{target} is being written by another conversion") from None
+    return descriptor
+
+
+def _discard(partial: Path) -> None:
+    with suppress(OSError):
+        if partial.is_dir():
+            disk.remove_tree(str(partial))
+        elif os.path.lexists(partial):
+            disk.unlink(str(partial))

@@ -1,0 +1,183 @@
+"""What a checkpoint of any kind holds, in Muster's names, read a few MB at a time.
+
+`State` is the middle of every conversion: a source makes one, a target writes it. Tensors go by "<parameter>" or
+"<parameter>.<state>"; step counts are integers per parameter; everything that is no tensor is plain JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from trainer.checkpoint.files import bytes_of
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.pieces import Group, Ints
+
+Kind = Literal["muster", "torch", "dcp"]
+KINDS: tuple[Kind, ...] = ("muster", "torch", "dcp")
+
+PART_BYTES = 8 << 20
+_PARTS_AHEAD = 4
+
+# Fields of a manifest that say how it is stored rather than what it holds.
+STORAGE_FIELDS = {"format", "files", "partitions", "tensors", "checksums", "sources", "aliases", "step_counts"}
+
+
+class Content(Protocol):
+    """Something that the numbers of one tensor can be read from."""
+
+    @property
+    def shape(self) -> Ints: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read_range_into(self, start: int, out: torch.Tensor) -> None:
+        """Fill `out` (flat, of the tensor's dtype) with the row-major range that begins at `start`."""
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    group: Group
+    content: Content
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.content.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.content.dtype.itemsize
+
+
+@dataclass
+class State:
+    """`facts` are a manifest's fields without those about files and tensors, `values` plain values that a source of
+    another kind held beside its tensors, `left_out` what could not be taken along."""
+
+    kind: Kind
+    path: Path
+    tensors: dict[str, StateTensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    step_counts: dict[str, int] = field(default_factory=dict)
+    trained_steps: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    close: Callable[[], None] = lambda: None
+
+    @property
+    def step(self) -> int:
+        return int(self.facts.get("step", 0))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def parameters(self) -> dict[str, StateTensor]:
+        """Parameters and buffers."""
+        return {key: tensor for key, tensor in self.tensors.items() if tensor.group != "optim"}
+
+    def optimizer(self) -> dict[str, dict[str, StateTensor]]:
+        """Parameter -> state -> tensor."""
+        found: dict[str, dict[str, StateTensor]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.group == "optim":
+                name, _, state = key.rpartition(".")
+                found.setdefault(name, {})[state] = tensor
+        return found
+
+
+@dataclass(frozen=True)
+class _StoredContent:
+    checkpoint: Checkpoint
+    key: str
+    shape: Ints
+    dtype: torch.dtype
+
+    def read_range_into(self, start: int, out: torch.Tensor) -> None:
+        self.checkpoint.read_range_into(self.key, start, out)
+
+
+def state_of(checkpoint: Checkpoint, weights_only: bool = False) -> State:
+    """The state in a Muster checkpoint."""
+    manifest = checkpoint.manifest
+    tensors = {
+        key: StateTensor(tensor.group, _StoredContent(checkpoint, key, manifest.shape_of(key), manifest.dtype_of(key)))
+        for key, tensor in manifest.tensors.items()
+        if not (weights_only and tensor.group == "optim")
+    }
+    trained = {key: manifest.tensors[key].trained_step for key in tensors}
+    return State(
+        kind="muster",
+        path=checkpoint.path,
+        tensors=tensors,
+        aliases=dict(manifest.aliases),
+        step_counts={} if weights_only else dict(manifest.step_counts),
+        trained_steps={key: step for key, step in trained.items() if step is not None},
+        values=dict(manifest.config.get("converted_from", {}).get("values", {})),
+        facts={k: v for k, v in manifest.model_dump(mode="json").items() if k not in STORAGE_FIELDS},
+        close=checkpoint.close,
+    )
+
+
+@dataclass(frozen=True)
+class Range:
+    """A row-major range of a tensor."""
+
+    content: Content
+    start: int
+    count: int
+
+    @classmethod
+    def whole(cls, content: Content) -> Range:
+        return cls(content, 0, math.prod(content.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.content.dtype.itemsize
+
+
+def stream(ranges: Iterable[Range], progress: Callable[[int], None] | None = None) -> Iterator[memoryview]:
+    """The bytes of ranges, one after the other, at most PART_BYTES at a time, while a thread reads ahead.
+
+    A part is valid until the next one is asked for; none spans two ranges; an empty range gives none.
+    """
+    free = deque(torch.empty(PART_BYTES, dtype=torch.uint8) for _ in range(_PARTS_AHEAD + 1))
+    pending: deque[tuple[Future[None], torch.Tensor, torch.Tensor]] = deque()
+
+    def finish() -> Iterator[memoryview]:
+        future, buffer, part = pending.popleft()
+        future.result()
+        if progress is not None:
+            progress(part.numel() * part.element_size())
+        yield bytes_of(part)
+        free.append(buffer)
+
+    with ThreadPoolExecutor(1) as pool:
+        for wanted in ranges:
+            width = wanted.content.dtype.itemsize
+            for done in range(0, wanted.count, PART_BYTES // width):
+                if len(pending) == _PARTS_AHEAD:
+                    yield from finish()
+                buffer = free.popleft()
+                part = buffer[: min(PART_BYTES, (wanted.count - done) * width)].view(wanted.content.dtype)
+                read = pool.submit(wanted.content.read_range_into, wanted.start + done, part)
+                pending.append((read, buffer, part))
+        while pending:
+            yield from finish()
+
+
+def take(parts: Iterator[memoryview], count: int) -> Iterator[memoryview]:
+    """As many parts as make `count` bytes."""
+    while count > 0:
+        part = next(parts)
+        count -= len(part)
+        yield part
