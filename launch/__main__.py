@@ -24,12 +24,19 @@ def run(arguments: list[str]) -> int:
     return run_node(options.config, options.overrides, options.nproc)
 
 
-VERBS = {"run": run}
+def checkpoint(arguments: list[str]) -> int:
+    """List, show, verify, diff, prune and convert checkpoints."""
+    from launch.checkpoint import main as checkpoint_main
+
+    return checkpoint_main(arguments)
+
+
+VERBS = {"run": run, "checkpoint": checkpoint}
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    verbs = "\n".join(f"  {name:<10}{verb.__doc__}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<12}{verb.__doc__}" for name, verb in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch",
         description=f"What a person types around a run.\n\nverbs:\n{verbs}",

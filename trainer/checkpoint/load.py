@@ -105,7 +105,7 @@ class Checkpoint:
         """Check every block of every file, and that the headers say what the manifest says. Raises BadCheckpoint.
 
         `progress` is told, by the calling thread, how many bytes more were found good."""
-        self._verify_headers()
+        self.verify_headers()
         for found_good in self._reading.verify(threads):
             if progress is not None:
                 progress(found_good)
@@ -117,7 +117,7 @@ class Checkpoint:
         for reader in self._readers:
             reader.close()
 
-    def _verify_headers(self) -> None:
+    def verify_headers(self) -> None:
         manifest = self.manifest
         wanted: list[dict[str, tuple[str, Ints, int, int]]] = [{} for _ in manifest.files]
         for key, tensor in manifest.tensors.items():

@@ -1,0 +1,42 @@
+"""`python -m launch checkpoint convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.errors import UserError
+from launch.checkpoint_text import Progress, size_text
+from trainer.checkpoint.convert import convert
+from trainer.checkpoint.convert_state import Kind, State
+from trainer.checkpoint.errors import BadCheckpoint
+
+
+def convert_checkpoint(source: Path, target: Path, to: Kind, kind: Kind | None, weights_only: bool) -> int:
+    """Returns the exit code."""
+    progress = Progress("converted", 0)
+
+    def begin(state: State) -> None:
+        progress.total = state.nbytes
+        print(f"{state.path}: {state.kind}, step {state.step}, {_contents(state)}, {size_text(state.nbytes)}")
+
+    try:
+        done = convert(source, target, to, kind, weights_only, progress, begin)
+    except BadCheckpoint as error:
+        raise UserError(f"{error}; nothing was written") from None
+    finally:
+        progress.close()
+    for name in done.left_out[:10]:
+        print(f"left out: {name} (neither a tensor nor a plain value)")
+    if len(done.left_out) > 10:
+        print(f"left out: {len(done.left_out) - 10} more")
+    speed = done.nbytes / max(done.seconds, 1e-9) / 1e9
+    print(f"{done.target}: {done.target_kind}, written in {done.seconds:.1f} s ({speed:.2f} GB/s)")
+    return 0
+
+
+def _contents(state: State) -> str:
+    """`12 parameters, 24 tensors of optimizer state`."""
+    weights = len(state.parameters())
+    tied = f" ({len(state.aliases)} tied)" if state.aliases else ""
+    others = len(state.tensors) - weights
+    return f"{weights} parameters{tied}, {others} tensors of optimizer state"

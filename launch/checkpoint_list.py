@@ -1,0 +1,157 @@
+"""`python -m launch checkpoint list`: what lies in a run folder, how large it is, and whether it opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from launch.checkpoint_text import age_text, layout_text, size_text, table
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.manifest import Manifest
+from trainer.folder import RunFolder
+
+_NAME = re.compile(r"step-(\d{8,})(?:\.(bad|partial|deleting)-.*)?")
+_VERDICTS = {
+    "bad": "bad: set aside",
+    "partial": "unfinished: being written, or left by a crash",
+    "deleting": "half deleted",
+}
+_VERDICT_LENGTH = 90
+
+
+@dataclass(frozen=True)
+class Row:
+    """One folder. Everything but name, step and sizes is None when the manifest cannot be read."""
+
+    name: str
+    step: int
+    good: bool
+    verdict: str
+    bytes: int
+    shared_bytes: int
+    age_s: float | None = None
+    layout: dict[str, Any] | None = None
+    trained_share: float | None = None
+
+
+def list_checkpoints(folder: Path, as_json: bool) -> int:
+    """Returns the exit code: 1 when one that should be good is not."""
+    runs = {str(path): (_rows(path), _unique_bytes(path)) for path in shelves(folder)}
+    if not runs:
+        raise UserError(f"{folder}: neither a run folder, nor a folder of runs, nor one of checkpoints")
+    if as_json:
+        found = [
+            {"folder": path, "bytes_on_disk": size, "checkpoints": [asdict(row) for row in rows]}
+            for path, (rows, size) in runs.items()
+        ]
+        print(json.dumps(found, indent=1))
+    else:
+        for index, (path, (rows, size)) in enumerate(runs.items()):
+            print("\n".join([*([""] if index else []), *_text(path, rows, size)]))
+    committed = [row for rows, _ in runs.values() for row in rows if "." not in row.name]
+    return 0 if all(row.good for row in committed) else 1
+
+
+def shelves(folder: Path) -> Iterator[Path]:
+    """Folders that hold checkpoints: of a run, of each run in a folder, or this one itself."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    own = RunFolder(folder).checkpoints
+    if own.is_dir():
+        yield own
+    elif any(_NAME.fullmatch(name) for name in names):
+        yield folder
+    else:
+        for name in names:
+            inner = RunFolder(folder / name).checkpoints
+            if inner.is_dir():
+                yield inner
+
+
+def _rows(folder: Path) -> list[Row]:
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _NAME.fullmatch(entry.name))
+    return [_row(folder / name) for name in found]
+
+
+def _row(path: Path) -> Row:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    step, kind = int(match[1]), match[2]
+    sizes = list(_sizes(path))
+    total, shared = sum(size for _, size, _ in sizes), sum(size for _, size, links in sizes if links > 1)
+    try:
+        manifest = Checkpoint(path).manifest
+    except (BadCheckpoint, UserError) as error:
+        verdict = _VERDICTS[kind] if kind else "bad: " + _short(str(error), path)
+        return Row(path.name, step, False, verdict, total, shared)
+    verdict = "good" if manifest.step == step else f"bad: it holds step {manifest.step}"
+    verdict = _VERDICTS[kind] if kind else verdict
+    age_s = round(max(time.time() - manifest.saved_s, 0.0), 1)
+    share = trained_share(manifest)
+    return Row(path.name, step, verdict == "good", verdict, total, shared, age_s, manifest.layout, share)
+
+
+def trained_share(manifest: Manifest) -> float:
+    """Of all parameters (buffers are none), the share that trained when the checkpoint was written."""
+    sizes = {"model": 0, "frozen": 0}
+    for key, tensor in manifest.tensors.items():
+        if tensor.group != "optim" and key not in manifest.buffers:
+            sizes[tensor.group] += prod(manifest.shape_of(key))
+    return sizes["model"] / max(sum(sizes.values()), 1)
+
+
+def _sizes(path: Path) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """(inode, bytes, names) of each file below."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(folder, name))
+            except FileNotFoundError:
+                continue  # a run deletes while we look
+            yield (found.st_dev, found.st_ino), found.st_size, found.st_nlink
+
+
+def _unique_bytes(folder: Path) -> int:
+    """Bytes of all checkpoints together, linked files counted once."""
+    inodes = {
+        inode: size for entry in os.scandir(folder) if entry.is_dir() for inode, size, _ in _sizes(folder / entry)
+    }
+    return sum(inodes.values())
+
+
+def _short(reason: str, path: Path) -> str:
+    line = reason.splitlines()[0].replace(f"{path}/", "").replace(f"{path}: ", "")
+    return line if len(line) <= _VERDICT_LENGTH else line[: _VERDICT_LENGTH - 1] + "…"
+
+
+def _text(path: str, rows: list[Row], unique_bytes: int) -> list[str]:
+    total = sum(row.bytes for row in rows)
+    saved = f", {size_text(total - unique_bytes)} of links spared" if total > unique_bytes else ""
+    head = f"{path}: {len(rows)} checkpoint{'s' * (len(rows) != 1)}, {size_text(unique_bytes)} on disk{saved}"
+    if not rows:
+        return [head]
+    header = ("step", "age", "size", "shared", "layout", "trained", "verdict")
+    cells = [
+        (
+            row.step,
+            "-" if row.age_s is None else age_text(row.age_s),
+            size_text(row.bytes),
+            size_text(row.shared_bytes),
+            "-" if row.layout is None else layout_text(row.layout),
+            "-" if row.trained_share is None else f"{row.trained_share:.1%}",
+            row.verdict if "." not in row.name else f"{row.name.partition('.')[2]}: {row.verdict}",
+        )
+        for row in rows
+    ]
+    return [head, *table(header, cells, "step,age,size,shared,trained")]

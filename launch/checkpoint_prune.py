@@ -1,0 +1,123 @@
+"""`python -m launch checkpoint prune`: delete by hand as `checkpoint.keep` does while a run saves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from configs.errors import UserError
+from configs.schema import KeepSection
+from launch.checkpoint_text import size_text
+from trainer.checkpoint import disk
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.shelf import Shelf
+from trainer.folder import RunFolder, checkpoint_name
+from trainer.lease import Lease
+from trainer.names import node_name
+
+_TAG = "pruned"
+
+
+def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dry_run: bool, yes: bool) -> int:
+    """Returns the exit code."""
+    run = RunFolder(folder)
+    if not run.checkpoints.is_dir():
+        raise UserError(f"{folder} is no run folder: it has no folder checkpoints")
+    keep = _keep(run, last, every_steps)
+    with nullcontext() if dry_run else _held(run):
+        shelf = Shelf(run.checkpoints, keep, print)
+        going = [checkpoint_name(step) for step in shelf.going()]
+        if bad:
+            _must_hold_a_good_one(shelf)
+            going += shelf.set_aside()
+        every = keep.every_steps and f", every {keep.every_steps} steps"
+        print(f"{run.checkpoints}: keeping the newest {keep.last}{every or ''}{', the best' if keep.best else ''}")
+        freed = _freed(run.checkpoints / name for name in going)
+        for name in going:
+            print(f"{'would delete' if dry_run else 'deleting'} {name}")
+        if not going:
+            print("nothing to delete")
+            return 0
+        if dry_run:
+            print(f"{size_text(freed)} would be freed")
+            return 0
+        if not yes:
+            _confirm(f"delete {len(going)} and free {size_text(freed)}?")
+        shelf.clean()
+        shelf.prune(_TAG)
+        for name in shelf.set_aside() if bad else []:
+            _delete(run.checkpoints / name)
+    print(f"{size_text(freed)} freed")
+    return 0
+
+
+@contextmanager
+def _held(run: RunFolder) -> Iterator[None]:
+    """The run's lease: refused while its holder lives, and no run begins meanwhile."""
+    lease = Lease.take(run, node_name(), 0, print)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _delete(aside: Path) -> None:
+    """As the shelf does it: under a name that the next start clears, should this one be cut short."""
+    step, _, rest = aside.name.partition(".")
+    doomed = aside.with_name(f"{step}.deleting-{rest}")
+    disk.rename(str(aside), str(doomed))
+    disk.fsync_dir(str(aside.parent))
+    disk.remove_tree(str(doomed))
+
+
+def _keep(run: RunFolder, last: int | None, every_steps: int | None) -> KeepSection:
+    """The run's own setting, but for what was said."""
+    try:
+        told = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        keep = KeepSection.model_validate(told["checkpoint"]["keep"])
+    except FileNotFoundError:
+        keep = KeepSection()
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError):
+        if last is None:
+            raise UserError(f"{run.config}: checkpoint.keep cannot be read; say --last N") from None
+        keep = KeepSection()
+    said = {"last": last, "every_steps": every_steps}
+    return keep.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+
+def _must_hold_a_good_one(shelf: Shelf) -> None:
+    for step in reversed(shelf.steps()):
+        try:
+            Checkpoint(shelf.path(step))
+        except (BadCheckpoint, UserError):
+            continue
+        return
+    raise UserError(f"{shelf.root} holds no good checkpoint: what was set aside may be all that is left of the run")
+
+
+def _freed(folders: Iterable[Path]) -> int:
+    """Bytes of the files whose every name goes."""
+    names: dict[tuple[int, int], int] = {}
+    found: dict[tuple[int, int], os.stat_result] = {}
+    for folder in folders:
+        for inner, _, files in os.walk(folder):
+            for name in files:
+                status = os.lstat(os.path.join(inner, name))
+                inode = (status.st_dev, status.st_ino)
+                names[inode] = names.get(inode, 0) + 1
+                found[inode] = status
+    return sum(status.st_size for inode, status in found.items() if names[inode] == status.st_nlink)
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise UserError(f"{question} Say --yes, or --dry-run to look only")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was deleted")

@@ -1,0 +1,110 @@
+"""Small things that all verbs of `python -m launch checkpoint` print with."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from trainer.checkpoint.convert import find_kind, open_checkpoint
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.load import Checkpoint
+
+_LOG_EVERY_S = 5.0
+_DRAW_EVERY_S = 0.1
+
+
+def size_text(count: int) -> str:
+    """Bytes in decimal units, three digits."""
+    size = float(count)
+    if size < 1000:
+        return f"{count} B"
+    units = iter(("kB", "MB", "GB", "TB"))
+    unit = next(units)
+    size /= 1000
+    while size >= 999.5 and unit != "TB":
+        size, unit = size / 1000, next(units)
+    return f"{size:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f} {unit}"
+
+
+def age_text(seconds: float) -> str:
+    """One unit is enough to tell checkpoints apart."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: str = "") -> list[str]:
+    """Lines of aligned columns; those whose header's first letter stands in `right` go to the right."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    to_right = [name in right.split(",") for name in header]
+    lines = []
+    for row in cells:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def layout_text(layout: dict[str, Any]) -> str:
+    """`fsdp shard 4 x replicate 2`, or `-` when the checkpoint does not say."""
+    sizes = [f"{name} {n}" for name, n in layout.items() if isinstance(n, int) and n > 1]
+    engine = str(layout.get("engine", ""))
+    if not layout:
+        return "-"
+    return " ".join([engine, " x ".join(sizes) or "one process"]).strip()
+
+
+def open_named(path: Path) -> Checkpoint:
+    """The Muster checkpoint that a person named. Raises UserError also for a damaged one."""
+    kind, found = find_kind(path)
+    if kind != "muster":
+        raise UserError(f"{path}: not a Muster checkpoint; convert it first: python -m launch checkpoint convert")
+    try:
+        return open_checkpoint(found)
+    except BadCheckpoint as error:
+        raise UserError(f"{error}\nlook further with: python -m launch checkpoint verify {found}") from None
+
+
+class Progress:
+    """Bytes done, on stderr: a bar on a terminal, a line every few seconds elsewhere. Called from any thread."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self._began = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._drawn = False
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            now = time.monotonic()
+            if now - self._shown >= (_DRAW_EVERY_S if self._terminal else _LOG_EVERY_S):
+                self._shown = now
+                self._draw()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._terminal and self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def _draw(self) -> None:
+        share = self.done / self.total if self.total else 1.0
+        speed = self.done / max(self.seconds, 1e-9) / 1e9
+        text = f"{self.what} {share:4.0%}  {size_text(self.done)} of {size_text(self.total)}  {speed:.2f} GB/s"
+        if self._terminal:
+            filled = int(30 * min(share, 1.0))
+            print(f"\r\x1b[K[{'#' * filled}{'.' * (30 - filled)}] {text}", end="", file=sys.stderr, flush=True)
+            self._drawn = True
+        else:
+            print(text, file=sys.stderr, flush=True)
