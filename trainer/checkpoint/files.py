@@ -23,7 +23,7 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES, Piece
 
 BLOCK_BYTES = 4 << 20
-STEP_BYTES = 1 << 20  # read and hashed at a time
+STEP_BYTES = 1 << 18  # read or written, and hashed, at a time: fits into the cache of any core
 HASH_DIGITS = 16
 HEADER_LIMIT_BYTES = 100_000_000  # as in the safetensors library
 DATA_ALIGNMENT = 64
@@ -95,10 +95,10 @@ def write_file(path: str, layout: FileLayout, data: Iterable[memoryview]) -> str
 
 
 def _append(file: disk.NewFile, view: memoryview, block: xxhash.xxh3_64, hashes: list[str]) -> None:
-    """Write a view, ending a write and a hash at every block boundary."""
+    """Write a view step by step, ending a hash at every block boundary."""
     position = 0
     while position < len(view):
-        part = view[position : position + BLOCK_BYTES - file.size % BLOCK_BYTES]
+        part = view[position : position + min(STEP_BYTES, BLOCK_BYTES - file.size % BLOCK_BYTES)]
         block.update(part)
         file.write(part)
         position += len(part)

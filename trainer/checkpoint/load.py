@@ -23,7 +23,7 @@ from trainer.checkpoint.manifest import (
     digest_in,
 )
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range
-from trainer.checkpoint.reading import READING_THREADS, Reading, Span, Target, spans_of
+from trainer.checkpoint.reading import READING_THREADS, Span, Target, read_spans, spans_of, verify_files
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Checkpoint:
         check_files((self.file_path(file), file.size) for file in self.manifest.files)
         self.hashes = hashes
         self._readers = [FileReader(str(self.file_path(f)), f.size, hashes[f.name]) for f in self.manifest.files]
-        self._reading = Reading(self._readers)
 
     def file_path(self, file: StoredFile) -> Path:
         """Where a file lies: here, or in the source that it names."""
@@ -76,7 +75,7 @@ class Checkpoint:
             target = Target.of(box, one.out, self.manifest.dtype_of(one.key))
             for place in self.manifest.places(one.key):
                 spans.setdefault(place.file, []).extend(spans_of(place, target))
-        self._reading.read(spans)
+        read_spans(self._readers, spans)
 
     def read_into(
         self, key: str, offsets: Sequence[int], sizes: Sequence[int], out: torch.Tensor, cast: bool = False
@@ -106,14 +105,13 @@ class Checkpoint:
 
         `progress` is told, by the calling thread, how many bytes more were found good."""
         self.verify_headers()
-        for found_good in self._reading.verify(threads):
+        for found_good in verify_files(self._readers, threads):
             if progress is not None:
                 progress(found_good)
         self.close()
 
     def close(self) -> None:
         """Close the files. Reading opens them again."""
-        self._reading.release()
         for reader in self._readers:
             reader.close()
 

@@ -1,15 +1,17 @@
 """Reading many boxes at once: by file and block, in file order, several blocks at a time.
 
-Every touched block is read once and checked whole. A block whose wanted bytes lie as they are needed is read straight
-into its destinations; any other goes through a scratch block, out of which each destination takes its part.
+Every touched block is read once and checked whole. What lies as it is needed is read straight to where it goes. The
+rest of a block goes through a small window, out of which each destination takes its part: it is read, hashed and copied
+within a core's cache.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TypeVar
 
@@ -21,12 +23,18 @@ from trainer.checkpoint.manifest import Place
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect
 
 READING_THREADS = 4
+WINDOW_BYTES = 1 << 20
 TASK_BLOCKS = 16  # consecutive blocks that one thread takes at a time
 
 T = TypeVar("T")
 R = TypeVar("R")
 # Same-size integers: bits are copied, never interpreted.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {
+    1: (torch.uint8, np.uint8),
+    2: (torch.int16, np.int16),
+    4: (torch.int32, np.int32),
+    8: (torch.int64, np.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,17 @@ class Target:
     box: Box
     out: torch.Tensor
     dtype: torch.dtype
+    bits: np.ndarray | None  # `out` as integers, where it is in host memory and takes the stored dtype
     direct: memoryview | None  # the row-major bytes of the box, where `out` is just that
 
     @classmethod
     def of(cls, box: Box, out: torch.Tensor, dtype: torch.dtype) -> Target:
         out = out.detach()
-        direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
-        shaped = out if out.shape == box.sizes else out.view(box.sizes)
-        return cls(box, shaped, dtype, bytes_of(out) if direct else None)
+        if out.shape != box.sizes:
+            out = out.view(box.sizes)
+        plain = out.device.type == "cpu" and out.dtype == dtype
+        bits = out.view(_BITS[dtype.itemsize][0]).numpy() if plain else None
+        return cls(box, out, dtype, bits, bytes_of(out) if plain and out.is_contiguous() else None)
 
     def put(self, part: Box, raw: np.ndarray) -> None:
         """Take what is wanted of `part`, a box of the tensor, from its row-major bytes."""
@@ -52,12 +63,11 @@ class Target:
             return
         here = tuple(slice(o - b, o - b + n) for o, b, n in zip(shared[0], self.box.offsets, shared[1], strict=True))
         there = tuple(slice(o - p, o - p + n) for o, p, n in zip(shared[0], part.offsets, shared[1], strict=True))
-        bits = _BITS[self.dtype.itemsize]
-        source = torch.from_numpy(raw).view(bits).view(part.sizes)[there]
-        if self.out.device.type == "cpu" and self.out.dtype == self.dtype:
-            self.out.view(bits).numpy()[here] = source.numpy()  # numpy copies in this thread, torch would start more
+        source = raw.view(_BITS[self.dtype.itemsize][1]).reshape(part.sizes)[there]
+        if self.bits is not None:
+            self.bits[here] = source  # by numpy, in this thread: torch would start more of them
         else:
-            self.out[here].copy_(source.view(self.dtype))
+            self.out[here].copy_(torch.from_numpy(source).view(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -71,18 +81,17 @@ class Span:
     target: Target
     direct: memoryview | None
 
-    def put(self, low: int, block: np.ndarray) -> None:
-        """Take what is wanted from a block that begins at the byte `low` of the file."""
-        begin, end = max(self.start, low), min(self.end, low + len(block))
-        if self.direct is not None:
-            self.direct[begin - self.start : end - self.start] = block[begin - low : end - low].data
+    def put(self, low: int, window: np.ndarray) -> None:
+        """Take what is wanted from a window of the file that begins at the byte `low`."""
+        begin, end = max(self.start, low), min(self.end, low + len(window))
+        if begin >= end:
             return
         width, stored = self.target.dtype.itemsize, self.place.box
         first = (begin - self.place.byte) // width
         for box in boxes_of_range(stored.sizes, first, (end - begin) // width):
             offsets = tuple(a + b for a, b in zip(stored.offsets, box.offsets, strict=True))
             at = begin - low + box.start * width
-            self.target.put(Box(offsets, box.sizes), block[at : at + box.numel * width])
+            self.target.put(Box(offsets, box.sizes), window[at : at + box.numel * width])
 
 
 def spans_of(place: Place, target: Target) -> list[Span]:
@@ -108,86 +117,64 @@ def _spans(place: Place, target: Target, offsets: Ints, sizes: Ints) -> list[Spa
     return [Span(start, end, place, target, direct)]
 
 
-class Reading:
-    """Reads spans of several files; one object per opened checkpoint. It holds on to the last block that went through
-    scratch, as whoever reads small tensors one by one comes back for the rest of it."""
-
-    def __init__(self, readers: Sequence[FileReader]) -> None:
-        self._readers = readers
-        self._held: tuple[int, int, np.ndarray] | None = None
-
-    def read(self, spans: dict[int, list[Span]]) -> None:
-        """Fill all targets. `spans` by file. Raises BadCheckpoint for the first bad block."""
-        tasks = []
-        for file in sorted(spans):
-            blocks: dict[int, list[Span]] = defaultdict(list)
-            for span in sorted(spans[file], key=lambda s: s.start):
-                for index in range(span.start // BLOCK_BYTES, -(-span.end // BLOCK_BYTES)):
-                    blocks[index].append(span)
-            touched = sorted(blocks.items())
-            tasks += [(file, touched[i : i + TASK_BLOCKS]) for i in range(0, len(touched), TASK_BLOCKS)]
-        for _ in in_threads(self._read_blocks, tasks, READING_THREADS):
-            pass
-
-    def verify(self, threads: int = READING_THREADS) -> Iterator[int]:
-        """Check every block of every file; yields how many bytes more were found good."""
-        tasks = [
-            (reader, range(first, min(first + TASK_BLOCKS, reader.blocks)))
-            for reader in self._readers
-            for first in range(0, reader.blocks, TASK_BLOCKS)
-        ]
-        yield from in_threads(_verify_blocks, tasks, threads)
-
-    def release(self) -> None:
-        """Give the held block back."""
-        self._held = None
-
-    def _read_blocks(self, task: tuple[int, list[tuple[int, list[Span]]]]) -> None:
-        file, blocks = task
-        reader = self._readers[file]
-        scratch: np.ndarray | None = None
-        for index, spans in blocks:
-            low, high = reader.block_range(index)
-            held = self._held
-            if held is not None and held[:2] == (file, index):
-                block = held[2]
-            else:
-                parts = _side_by_side(low, high, spans)
-                if parts is not None:
-                    reader.read_block(index, parts)
-                    continue
-                if scratch is None:
-                    scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
-                block = scratch[: high - low]
-                reader.read_block(index, [block.data])
-            for span in spans:
-                span.put(low, block)
-            last = (file, index, block)
-        if scratch is not None:
-            self._held = last
+def read_spans(readers: Sequence[FileReader], spans: Mapping[int, list[Span]]) -> None:
+    """Fill all targets. `spans` by file. Raises BadCheckpoint for the first bad block."""
+    tasks = []
+    for file in sorted(spans):
+        blocks: dict[int, list[Span]] = defaultdict(list)
+        for span in sorted(spans[file], key=lambda s: s.start):
+            for index in range(span.start // BLOCK_BYTES, -(-span.end // BLOCK_BYTES)):
+                blocks[index].append(span)
+        touched = sorted(blocks.items())
+        tasks += [(readers[file], touched[i : i + TASK_BLOCKS]) for i in range(0, len(touched), TASK_BLOCKS)]
+    for _ in in_threads(_read_blocks, tasks, READING_THREADS):
+        pass
 
 
-def _verify_blocks(task: tuple[FileReader, range]) -> int:
+def verify_files(readers: Sequence[FileReader], threads: int) -> Iterator[int]:
+    """Check every block of every file; yields how many bytes more were found good."""
+    tasks: list[tuple[FileReader, list[tuple[int, list[Span]]]]] = [
+        (reader, [(index, []) for index in range(first, min(first + TASK_BLOCKS, reader.blocks))])
+        for reader in readers
+        for first in range(0, reader.blocks, TASK_BLOCKS)
+    ]
+    yield from in_threads(_read_blocks, tasks, threads)
+
+
+def _read_blocks(task: tuple[FileReader, list[tuple[int, list[Span]]]]) -> int:
+    """Read some blocks of a file, each for the spans that touch it. Returns their bytes."""
     reader, blocks = task
-    scratch = memoryview(bytearray(BLOCK_BYTES))
+    window = np.empty(WINDOW_BYTES, dtype=np.uint8)
     done = 0
-    for index in blocks:
+    for index, spans in blocks:
         low, high = reader.block_range(index)
-        reader.read_block(index, [scratch[: high - low]])
+        reader.read_block(index, _parts(low, high, spans, window))
         done += high - low
     return done
 
 
-def _side_by_side(low: int, high: int, spans: Sequence[Span]) -> list[memoryview] | None:
-    """The destinations that together are the whole block, or None when there are no such."""
-    parts, position = [], low
-    for span in spans:
-        begin, end = max(span.start, low), min(span.end, high)
-        if span.direct is None or begin != position:
-            return None
-        parts.append(span.direct[begin - span.start : end - span.start])
+def _parts(low: int, high: int, spans: Sequence[Span], window: np.ndarray) -> Iterator[memoryview]:
+    """What to read the block [low, high) into, part by part: where a span wants it, or the window, out of which the
+    spans take what they want before the next part is asked for."""
+    inside = [(max(span.start, low), min(span.end, high)) for span in spans]
+    apart = all(begin >= end for (_, end), (begin, _) in pairwise(inside))
+    direct = [
+        (begin, end, span.direct[begin - span.start : end - span.start])
+        for (begin, end), span in zip(inside, spans, strict=True)
+        if apart and span.direct is not None
+    ]
+    loose = [span for span in spans if not apart or span.direct is None]
+    position = low
+    for begin, end, out in [*direct, (high, high, memoryview(b""))]:
+        while position < begin:
+            stop = min(begin, (position // WINDOW_BYTES + 1) * WINDOW_BYTES)
+            part = window[: stop - position]
+            yield part.data
+            for span in loose:
+                span.put(position, part)
+            position = stop
+        yield out
         position = end
-    return parts if position == high else None
 
 
 def in_threads(work: Callable[[T], R], tasks: Sequence[T], threads: int) -> Iterator[R]:

@@ -155,16 +155,6 @@ def test_columns_of_rows_wider_than_a_block(
     assert sum(end - start for _, start, end in read_ranges) <= 4 * BLOCK_BYTES
 
 
-def test_small_tensors_one_by_one_read_each_block_once(
-    saved: tuple[Path, dict[str, torch.Tensor]], read_ranges: list[tuple[int, int, int]]
-) -> None:
-    path, full = saved
-    checkpoint = Checkpoint(path)
-    for name in sorted(SMALL, key=lambda name: f"{name}@0"):  # as they lie in the file
-        assert torch.equal(checkpoint.read(name), full[name])
-    assert max(blocks_read(read_ranges).values()) <= BLOCK_BYTES
-
-
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_bad_block_is_named_when_it_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     monkeypatch.setattr(reading, "READING_THREADS", threads)
