@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import RanksFailed, tiny, train
+from tests.distributed import RanksFailed, run_ranks, tiny, train
 from tests.stored import Stored
 from tests.test_train import losses
 from trainer.events import read_events
@@ -162,3 +162,39 @@ def test_reference_leaves_frozen_parameters_where_they_are(size: int, tmp_path: 
     second["train"]["steps"] = 8
     with pytest.raises(RanksFailed, match=r"step-00000002/model.*: the file is missing"):
         train(second, 1)
+
+
+def held(folder: Path) -> tuple[dict[str, torch.dtype], str]:
+    """Build an engine that computes in bf16 with the bottom held elsewhere: number formats in memory, and what a store
+    that carries nothing says to its pieces."""
+    from configs.schema import Config
+    from trainer.checkpoint.assemble import RunState
+    from trainer.checkpoint.store import CheckpointStore
+    from trainer.engines.fsdp import FsdpEngine
+    from trainer.tasks.lm import LanguageModelling
+    from trainer.world import leave, start
+
+    config = Config.model_validate(tiny(folder, precision__compute="bf16"))
+    world = start(config)
+    engine = FsdpEngine(config, world, LanguageModelling(config.task))
+    names = set(engine.parameters())
+    engine.set_trainable({n for n in names if not is_bottom(n)}, held_elsewhere={n for n in names if is_bottom(n)})
+    engine.initialise(0)
+    store = CheckpointStore(folder / "checkpoints", world.rank, world.size, world.kv)
+    try:
+        store.save(1, engine.pieces(), RunState())
+    except ValueError as error:
+        said = str(error)
+    formats = {piece.key: piece.tensor.dtype for piece in engine.pieces()}
+    leave()
+    return formats, said
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_frozen_parameters_take_half_the_memory_once_a_file_holds_them(size: int, tmp_path: Path) -> None:
+    for formats, said in run_ranks(size, held, tmp_path):
+        assert {n: dtype for n, dtype in formats.items() if is_bottom(n)} == {
+            n: torch.bfloat16 for n in formats if is_bottom(n)
+        }
+        assert {dtype for n, dtype in formats.items() if not is_bottom(n)} == {torch.float32}
+        assert "neither the original is here nor a checkpoint that holds it" in said  # and never saved in its stead
