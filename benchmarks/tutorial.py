@@ -1,4 +1,4 @@
-"""Run the `sh` blocks of docs/tutorial.md as written, in an empty folder, and stop at the first that fails."""
+"""Run the `sh` blocks of the tutorials as written, each page in an empty folder; stop at the first that fails."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S)
 
 
-def main() -> int:
+def run_page(page: Path) -> bool:
+    """Whether every block of the page ends well."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory(prefix="muster-tutorial-") as folder:
-        for number, block in enumerate(blocks(ROOT / "docs/tutorial.md"), 1):
-            print(f"\n--- block {number}\n{block}---", flush=True)
+        for number, block in enumerate(blocks(page), 1):
+            print(f"\n--- {page.name}, block {number}\n{block}---", flush=True)
             began = time.perf_counter()
-            done = subprocess.run(["bash", "-eu", "-c", block], cwd=folder, env=env, timeout=300, check=False)
+            done = subprocess.run(["bash", "-eu", "-c", block], cwd=folder, env=env, timeout=600, check=False)
             print(f"--- block {number}: exit code {done.returncode}, {time.perf_counter() - began:.1f} s", flush=True)
             if done.returncode:
-                return 1
-    return 0
+                return False
+    return True
+
+
+def main() -> int:
+    pages = sys.argv[1:] or ["docs/tutorial.md", "docs/freezing.md"]
+    return 0 if all(run_page(ROOT / page) for page in pages) else 1
 
 
 if __name__ == "__main__":
