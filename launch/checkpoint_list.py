@@ -125,7 +125,7 @@ def _sizes(path: Path) -> Iterator[tuple[tuple[int, int], int, int]]:
 def _unique_bytes(folder: Path) -> int:
     """Bytes of all checkpoints together, linked files counted once."""
     inodes = {
-        inode: size for entry in os.scandir(folder) if entry.is_dir() for inode, size, _ in _sizes(folder / entry)
+        inode: size for entry in os.scandir(folder) if entry.is_dir() for inode, size, _ in _sizes(Path(entry.path))
     }
     return sum(inodes.values())
 

@@ -129,6 +129,15 @@ def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert share == pytest.approx(15 / 3_000_015)
 
 
+def test_list_from_the_current_folder(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = json.loads(say(capsys, "list", run, "--json")[1])[0]["bytes_on_disk"]
+    assert expected > 12_000_000
+    monkeypatch.chdir(run.parent)
+    assert json.loads(say(capsys, "list", run.name, "--json")[1])[0]["bytes_on_disk"] == expected
+
+
 def test_list_names_what_is_bad(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file_of(run, 20, "optim").unlink()
     flip(path_of(run, 30) / "manifest.json", 40)

@@ -107,9 +107,7 @@ def plan_carrying(
     """
     manifest = base.manifest
     jobs, references, taken = [], [], set[str]()
-    counts = Counter(
-        piece.file for tensor in manifest.tensors.values() for piece in _pieces(manifest, tensor.partition)
-    )
+    counts = _pieces_per_file(manifest)
     for index, parts in sorted(_by_file(manifest, carried).items()):
         stored = manifest.files[index]
         if reference and (base.foreign or stored.source is not None) and parts[0].piece.group == "frozen":
@@ -158,8 +156,13 @@ def _by_file(manifest: Manifest, carried: Mapping[str, str]) -> dict[int, list[_
     return found
 
 
-def _pieces(manifest: Manifest, partition: int) -> Sequence[BoxPiece | FlatPiece]:
-    return manifest.partitions[partition].pieces
+def _pieces_per_file(manifest: Manifest) -> Counter[int]:
+    """How many pieces each file holds; partition by partition, as thousands of tensors share a few of them."""
+    counts: Counter[int] = Counter()
+    for partition, tensors in Counter(tensor.partition for tensor in manifest.tensors.values()).items():
+        for piece in manifest.partitions[partition].pieces:
+            counts[piece.file] += tensors
+    return counts
 
 
 def _free_name(path: str, group: Group, step: int, whole: bool, keep: bool, taken: set[str]) -> str:
