@@ -28,3 +28,21 @@ def test_a_product_that_is_not_the_world_size_is_refused() -> None:
     assert resolve(ParallelSection(replicate=2, shard=2), 4) == Layout(2, 2)
     with pytest.raises(UserError, match="2 x 2 is not the 8"):
         resolve(ParallelSection(replicate=2, shard=2), 8)
+
+
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 4))
+def test_tensor_groups_are_set_apart_first(tensor: int, shard: int, replicate: int) -> None:
+    world_size = tensor * shard * replicate
+    expected = Layout(replicate, shard, tensor)
+    assert resolve(ParallelSection(replicate=replicate, tensor=tensor), world_size) == expected
+    assert resolve(ParallelSection(replicate=-1, shard=shard, tensor=tensor), world_size) == expected
+    assert resolve(ParallelSection(replicate=replicate, shard=shard, tensor=tensor), world_size) == expected
+
+
+def test_a_tensor_group_that_is_not_full_is_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel.tensor=4 does not divide the 6 rank\(s\)"):
+        resolve(ParallelSection(tensor=4), 6)
+    with pytest.raises(UserError, match=r"parallel.tensor=2: 2 x 3 x 2 is not the 8"):
+        resolve(ParallelSection(replicate=2, shard=3, tensor=2), 8)
+    with pytest.raises(UserError, match=r"parallel.tensor=2 does not divide the 1"):
+        resolve(ParallelSection(tensor=2), 1)

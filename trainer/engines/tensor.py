@@ -104,14 +104,14 @@ class _Cut:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
-        self.done: dict[int, nn.Parameter] = {}
+        self.done: dict[nn.Parameter, nn.Parameter] = {}
 
     def __call__(self, module: nn.Module, **placements: Placement) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in self.done:
+            if parameter not in self.done:
                 part = nn.Parameter(self._part(parameter, placements[name]), parameter.requires_grad)
-                self.done[id(parameter)] = self.done[id(part)] = part
-            module.register_parameter(name, self.done[id(parameter)])
+                self.done[parameter] = self.done[part] = part
+            module.register_parameter(name, self.done[parameter])
 
     def _part(self, whole: Tensor, placement: Placement) -> DTensor:
         local = whole.detach()
