@@ -25,7 +25,7 @@ from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES, Piece
 BLOCK_BYTES = 4 << 20
 STEP_BYTES = 1 << 18  # read or written, and hashed, at a time: fits into the cache of any core
 HASH_DIGITS = 16
-HEADER_LIMIT_BYTES = 100_000_000  # as in the safetensors library
+HEADER_LIMIT_BYTES = 32 << 20  # of some 300,000 tensors in one file
 DATA_ALIGNMENT = 64
 
 

@@ -27,15 +27,26 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.pieces import DTYPES, Box, Group, Ints, box_label, boxes_of_range, range_label, tiling_fault
+from trainer.checkpoint.pieces import (
+    DTYPES,
+    Box,
+    Group,
+    Ints,
+    box_label,
+    boxes_of_range,
+    range_label,
+    ranges_fault,
+    tiling_fault,
+)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
-MANIFEST_LIMIT_BYTES = 1 << 30
+MANIFEST_LIMIT_BYTES = 256 << 20  # of checksums.json too: enough for 64 TB
+PIECES_LIMIT = 1 << 24  # of all tensors together: 4,096 ranks of the largest model
 
 Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -45,7 +56,7 @@ _BLANK_TAIL = b',"digest":""}\n'
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Source(_Part):
@@ -127,7 +138,11 @@ class Partition(_Part):
                     raise ValueError(f"range {piece.start} + {piece.length} in a shape of {total} elements")
             elif not len(piece.offsets) == len(piece.sizes) == len(self.shape):
                 raise ValueError(f"a box {piece.offsets}, {piece.sizes} in shape {self.shape}")
-        fault = tiling_fault(tuple(self.shape), [box for boxes in self.boxes for box in boxes])
+        flat = [(piece.start, piece.length) for piece in self.pieces if isinstance(piece, FlatPiece)]
+        if len(flat) == len(self.pieces):
+            fault = ranges_fault(total, flat)
+        else:
+            fault = tiling_fault(tuple(self.shape), [box for boxes in self.boxes for box in boxes])
         if fault:
             raise ValueError(fault)
         return self
@@ -180,6 +195,13 @@ class Manifest(_Part):
     tensors: dict[str, StoredTensor]
     checksums: Digest
 
+    @field_validator("position", "loop", "config", "model", "layout", "data")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """What JSON cannot hold (NaN, a number of thousands of digits) could be read, but not written again."""
+        json.dumps(value, allow_nan=False)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         names = [file.name for file in self.files]
@@ -190,6 +212,13 @@ class Manifest(_Part):
         for partition in self.partitions:
             if any(piece.file >= len(self.files) for piece in partition.pieces):
                 raise ValueError("a piece lies in a file that is not listed")
+        pieces = (
+            len(self.partitions[t.partition].pieces)
+            for t in self.tensors.values()
+            if t.partition < len(self.partitions)
+        )
+        if sum(pieces) > PIECES_LIMIT:
+            raise ValueError("too many pieces to be true")
         used: list[list[tuple[int, int, str]]] = [[] for _ in self.files]
         for key in self.tensors:
             for file, start, end in self.ranges(key):

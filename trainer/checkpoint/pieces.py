@@ -7,9 +7,9 @@ flat range is a handful of boxes (`boxes_of_range`), so everything that reads de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Ints = tuple[int, ...]
+COMPARISONS_LIMIT = 200_000_000  # of numbers, when pieces are checked for overlaps: about a second
 
 
 @dataclass(frozen=True)
@@ -157,22 +158,42 @@ def tiling_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
     total, covered = math.prod(shape), sum(box.numel for box in boxes)
     if covered < total:
         return f"the pieces hold {covered} of {total} elements of shape {list(shape)}"
-    if covered > total or _overlap(shape, boxes):
-        return f"pieces of shape {list(shape)} overlap"
-    return None
+    return f"pieces of shape {list(shape)} overlap" if covered > total else _overlap_fault(shape, boxes)
 
 
-def _overlap(shape: Ints, boxes: Sequence[Box]) -> bool:
-    """Whether any two boxes share an element. Sorted by the first dimension, so cuts along it cost little."""
+def ranges_fault(total: int, ranges: Iterable[tuple[int, int]]) -> str | None:
+    """Why flat ranges (start, length) do not cover `total` elements exactly once, or None when they do."""
+    position = 0
+    for start, length in sorted(ranges):
+        if length <= 0 or start != position:
+            return f"the range of {length} at {start} should begin at {position}"
+        position += length
+    return None if position == total else f"the pieces hold {position} of {total} elements"
+
+
+def _overlap_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
+    """Whether any two boxes share an element. Only those are compared that meet in one dimension: the one in which the
+    fewest do, so that cuts along any dimension cost little."""
     if not shape:
-        return len(boxes) > 1
+        return "two pieces of one element" if len(boxes) > 1 else None
     low = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), len(shape))
     high = low + np.array([box.sizes for box in boxes], dtype=np.int64).reshape(low.shape)
-    order = np.argsort(low[:, 0], kind="stable")
+    next_one = np.arange(1, len(boxes) + 1)
+    best: tuple[int, Any, Any] | None = None
+    for dim in range(len(shape)):
+        order = np.argsort(low[:, dim], kind="stable")
+        # the first box that begins after this one ends
+        last = np.searchsorted(low[order, dim], high[order, dim], side="left")
+        count = int((last - next_one).sum())
+        if best is None or count < best[0]:
+            best = count, order, last
+    assert best is not None
+    count, order, last = best
+    if count * len(shape) > COMPARISONS_LIMIT:
+        return f"{len(boxes)} pieces of shape {list(shape)} are cut too finely to be checked"
     low, high = low[order], high[order]
-    last = np.searchsorted(low[:, 0], high[:, 0], side="left")  # the first box that begins after this one ends
-    for i, end in enumerate(last):
-        rivals = slice(i + 1, int(end))
+    for i in np.flatnonzero(last > next_one):
+        rivals = slice(i + 1, int(last[i]))
         if ((low[rivals] < high[i]) & (high[rivals] > low[i])).all(axis=1).any():
-            return True
-    return False
+            return f"pieces of shape {list(shape)} overlap"
+    return None

@@ -120,7 +120,12 @@ def _suspicion(wanted: Wanted, found_bad: Collection[Path]) -> str | None:
         check_file(wanted.path, wanted.size)
     except BadCheckpoint as error:
         return error.reason
-    return _BAD_BLOCK if wanted.path in found_bad else None
+    return _BAD_BLOCK if _real(wanted.path) in {_real(path) for path in found_bad} else None
+
+
+def _real(path: Path) -> Path:
+    """The file by whatever way to its folder; what the name itself is does not matter."""
+    return Path(os.path.realpath(path.parent)) / path.name
 
 
 def _folders(folder: Path, root: Path, manifest: Manifest) -> list[Path]:

@@ -1,0 +1,126 @@
+"""What the coverage-guided fuzzer found worth keeping, replayed; and small files that would take long or much memory.
+
+`tests/fuzz/fuzz.py` looks for more.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fuzz.targets import TARGETS, header, manifest, sealed
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.manifest import decode
+
+CORPUS = Path(__file__).with_name("corpus")
+SEEDS = sorted(CORPUS.glob("*/*"))
+
+
+def test_the_corpus_is_there() -> None:
+    assert {path.parent.name for path in SEEDS} == TARGETS.keys()
+    assert len(SEEDS) > 30
+    assert sum(path.stat().st_size for path in SEEDS) < 200_000
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_corpus_finds_nothing(target: str) -> None:
+    for seed in (path for path in SEEDS if path.parent.name == target):
+        began = time.process_time()
+        TARGETS[target](seed.read_bytes())
+        assert time.process_time() - began < 1, seed
+
+
+def good() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((CORPUS / "manifest/small").read_bytes())
+    return content
+
+
+def with_field(field: str) -> bytes:
+    return (CORPUS / "manifest/small").read_bytes()[:-1] + b"," + field.encode() + b"}"
+
+
+REFUSED = {
+    "not a number": '"metric":NaN',
+    "infinite": '"saved_s":-Infinity',
+    "not a number deep inside": '"loop":{"x":[{"y":NaN}]}',
+    "a number that cannot be written": '"position":{"x":' + "9" * 5000 + "}",
+    "nested": '"loop":{"x":' + "[" * 100_000 + "]" * 100_000 + "}",
+    "half a character": '"loop":{"x":"\\ud800"}',
+    "half a character in a name": '"aliases":{"\\ud800":"a"}',
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_could_not_be_written_again_is_refused(kind: str) -> None:
+    decode("m", sealed(with_field('"loop":{"x":[{"y":1.5}]}')))
+    with pytest.raises(BadCheckpoint):
+        decode("m", sealed(with_field(REFUSED[kind])))
+
+
+def cut(shape: list[int], pieces: list[dict[str, Any]], numel: int, tensors: int = 1, grain: int = 1) -> bytes:
+    """A manifest of tensors of bytes that share one cut, one tensor's pieces after another in one file."""
+    fields = good() | {"sources": [], "aliases": {}, "step_counts": {}}
+    fields["files"] = [{"path": "model/a.safetensors", "size": 64 + numel * tensors, "data": 64}]
+    fields["partitions"] = [{"shape": shape, "pieces": [{"file": 0, **piece} for piece in pieces]}]
+    tensor = {"group": "model", "dtype": "I8", "partition": 0, "trained_step": 1}
+    starts = [64 + grain * i for i in range(len(pieces))]
+    fields["tensors"] = {f"t{i}": {**tensor, "bytes": starts if tensors == 1 else 64} for i in range(tensors)}
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def columns(count: int) -> bytes:
+    return cut([2, count], [{"offsets": [0, i], "sizes": [2, 1]} for i in range(count)], 2 * count, grain=2)
+
+
+def crossed(side: int) -> bytes:
+    """Boxes of which each meets half of the others in either dimension."""
+    rows = [{"offsets": [i, 0], "sizes": [1, side]} for i in range(side)]
+    bars = [{"offsets": [0, side + i], "sizes": [side, 1]} for i in range(side)]
+    return cut([side, 2 * side], rows + bars, 2 * side * side, grain=side)
+
+
+def ranges(count: int, dims: int) -> bytes:
+    step = 3**dims // count
+    pieces = [{"start": i * step, "length": step} for i in range(count)]
+    pieces[-1]["length"] = 3**dims - (count - 1) * step
+    return cut([3] * dims, pieces, 3**dims, grain=step)
+
+
+HEAVY: dict[str, Callable[[], bytes]] = {
+    "columns": lambda: columns(10_000),
+    "rows and columns": lambda: crossed(5_000),
+    "one cut of many tensors": lambda: cut(
+        [20_000], [{"start": i, "length": 1} for i in range(20_000)], 20_000, 20_000
+    ),
+    "nested": lambda: b"[" * (16 << 20),
+}
+
+
+@pytest.mark.parametrize("kind", HEAVY)
+def test_small_files_take_neither_long_nor_much_memory(kind: str) -> None:
+    body = HEAVY[kind]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    manifest(body)
+    assert time.process_time() - began < 8, "of processor time"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10, "KiB"
+
+
+def test_ranges_of_many_dimensions_are_checked_as_ranges() -> None:
+    """As boxes they would be 73 times as many, of 37 numbers each."""
+    body = ranges(5_000, 37)
+    began = time.process_time()
+    decode("m", sealed(body))
+    assert time.process_time() - began < 2
+
+
+def test_a_header_of_brackets_is_refused_at_once() -> None:
+    began = time.process_time()
+    header((16 << 20).to_bytes(8, "little") + b"[" * (16 << 20) + b"\0\0")
+    assert time.process_time() - began < 2
