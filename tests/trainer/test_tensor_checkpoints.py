@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, train
+from tests.stored import Stored
 from trainer.events import read_rows
-from trainer.folder import RunFolder, read_json
+from trainer.folder import RunFolder
 
 ORDER_OF_SUMMATION = 2e-5  # of losses; see tests/test_train.py
 STEP = 3
+BOTTOM = ["embed.*", "blocks.0.*"]
 # 7 and 13 rows of 2 x 3 ranks are where FSDP's pieces of a tensor group's part are not what torch says of them.
 SHAPE: dict[str, Any] = {
     "model__vocab_size": 263,
@@ -54,26 +55,12 @@ def write(config: dict[str, Any], place: str) -> int:
     return start(Config.model_validate(config), StopWish(), Writing)
 
 
+def stored(config: dict[str, Any], step: int) -> Stored:
+    return Stored(Path(config["run"]["dir"], f"checkpoints/step-{step:08d}"))
+
+
 def full(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def stored(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(tensors, how often each element is there), put together from `name@offsets` by the safetensors library."""
-    manifest = read_json(folder / "manifest.json")
-    shapes = {key: manifest["partitions"][t["partition"]]["shape"] for key, t in manifest["tensors"].items()}
-    whole = {key: torch.full(shape, torch.nan) for key, shape in shapes.items()}
-    times = {key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()}
-    for path in sorted(folder.glob("*/*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for label in file.keys():  # noqa: SIM118 - not a dict
-                key, _, place = label.rpartition("@")
-                piece = file.get_tensor(label)
-                offsets = [int(n) for n in place.split(",") if n]
-                box = tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))
-                whole[key][box] = piece
-                times[key][box] += 1
-    return whole, times
 
 
 WRITERS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -91,12 +78,11 @@ def test_every_element_is_written_once_and_at_its_place(layout: str, tmp_path: P
     config = tiny(tmp_path, **{**SHAPE, **changes, "parallel__tensor": 2})
     assert run_ranks(size, write, config, str(tmp_path / "whole")) == [0] * size
     expected = torch.load(tmp_path / "whole", weights_only=True)
-    whole, times = stored(Path(config["run"]["dir"], f"checkpoints/step-{STEP:08d}"))
+    whole = stored(config, STEP).tensors  # refuses elements that stand there twice, or not at all
     assert whole.keys() == expected.keys()
     assert any(key.endswith(".exp_avg") for key in whole)
     for key, tensor in expected.items():
         assert torch.equal(whole[key], tensor), key
-        assert (times[key] == 1).all(), key
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +126,29 @@ def test_resuming_equals_going_on_bit_for_bit(tmp_path: Path) -> None:
     assert train(broken, 4) == [0] * 4
     broken["train"]["steps"] = 6
     assert train(broken, 4) == [0] * 4
-    folders = [Path(c["run"]["dir"], "checkpoints/step-00000006") for c in (straight, broken)]
-    ours, theirs = (stored(folder)[0] for folder in folders)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = stored(broken, 6), stored(straight, 6)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(ours.same(theirs, key) for key in ours.tensors)
+
+
+def test_freezing_and_unfreezing_goes_on_in_tensor_groups_and_out_of_them(tmp_path: Path) -> None:
+    """The bottom is frozen at 2, the head instead of it at 4; restarted at 3 and 5 at other layouts."""
+    schedule = [{"step": 2, "frozen": BOTTOM}, {"step": 4, "frozen": ["blocks.1.attn.*", "norm.*"]}]
+    changes = {**SHAPE, "train__steps": 6, "freeze__frozen": [], "freeze__schedule": schedule}
+    changes |= {"checkpoint__every_steps": 1, "checkpoint__keep": {"last": 100}, "optim__warmup_steps": 0}
+    alone, config = tiny(tmp_path / "alone", **changes), tiny(tmp_path / "tensor", **changes)
+    config["data"] = alone["data"]
+    assert train(alone) == [0]
+    for size, tensor, steps in ((4, 2, 3), (1, 1, 5), (2, 2, 6)):
+        config |= {"parallel": {"tensor": tensor}, "train": {**alone["train"], "steps": steps}}
+        assert train(config, size) == [0] * size
+    found = [row["loss"] for row in read_rows(RunFolder(Path(config["run"]["dir"])).metrics) if "loss" in row]
+    expected = [row["loss"] for row in read_rows(RunFolder(Path(alone["run"]["dir"])).metrics) if "loss" in row]
+    assert found == pytest.approx(expected, abs=ORDER_OF_SUMMATION)
+    assert stored(config, 6).manifest["step_counts"] == stored(alone, 6).manifest["step_counts"]
+    before, after = stored(config, 2), stored(config, 4)
+    for key in before.tensors:
+        assert after.same(before, key) == key.startswith(("embed.", "blocks.0.")), key
 
 
 def boxes() -> list[tuple[tuple[int, ...], list[Any]]]:
