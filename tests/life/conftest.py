@@ -13,21 +13,6 @@ HEAD: Row = ("started by", "phase", "cause", "exit code", "seconds until gone", 
 ROWS: list[Row] = []
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="every phase with every cause, instead of each once")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: only with --full (make life)")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("full", False):
-        left_out = [item for item in items if item.get_closest_marker("full")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for row in (HEAD, ("---",) * len(HEAD), *ROWS) if ROWS else ():
         terminalreporter.write_line(f"| {' | '.join(row)} |")
@@ -36,7 +21,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether all phases and causes are run, and every start is a command of its own."""
-    return bool(request.config.getoption("full", False))
+    return bool(request.config.getoption("full"))
 
 
 @pytest.fixture
