@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life faults bench gpu tutorial picture
+.PHONY: help demo test schema clean life faults matrix bench gpu tutorial picture
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
 	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema.py"
 	@echo "make life    every phase of a run with every cause of stopping and killing (25 minutes)"
 	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (5 minutes)"
+	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen (20 minutes)"
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
 	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the picture of the README"
@@ -53,6 +54,9 @@ life: $(VENV)/.test
 
 faults: $(VENV)/.test
 	@$(BIN)/python -m pytest -m 'not gpu' tests/trainer/checkpoint tests/fuzz $(ARGS)
+
+matrix: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/matrix --full $(ARGS)
 
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving

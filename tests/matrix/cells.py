@@ -1,0 +1,168 @@
+"""What the matrix is made of, as plain data: layouts, freeze patterns, and the config of each cell's runs.
+
+A cell is a checkpoint written under one layout, of one pattern, and read under another layout. A pattern is a history:
+what was frozen in each of the three steps before the checkpoint, and what is frozen when it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import write_corpus
+
+STEPS = 3  # made by the writer
+MORE = 2  # made by the reader: the first one's loss shows the weights, the second one's the optimizer
+GLOBAL_BATCH = 7  # divides among no layout's data ranks
+
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {  # name -> (ranks, section `parallel`)
+    "one process": (1, {}),
+    "FSDP 2": (2, {"shard": 2}),
+    "FSDP 3": (3, {"shard": 3}),
+    "FSDP 4": (4, {"shard": 4}),
+    "HSDP 2x2": (4, {"replicate": 2, "shard": 2}),
+    "DDP 2": (2, {"replicate": 2, "shard": 1}),
+    "TP 2": (2, {"tensor": 2, "shard": 1}),
+    "TP 2 x FSDP 2": (4, {"tensor": 2, "shard": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A `freeze` section: patterns and exceptions."""
+
+    frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+
+    def section(self) -> dict[str, list[str]]:
+        return {"frozen": list(self.frozen), "trainable": list(self.trainable)}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What is frozen in each of the writer's steps, and then when reading."""
+
+    steps: tuple[Frozen, Frozen, Frozen]
+    reading: Frozen
+
+
+# In each pattern something begins to train later than the rest, so that step counts differ.
+LATE = "blocks.1.mlp.*"
+BOTTOM = "blocks.0.*"
+NOTHING = Frozen()
+# The head is tied to the embedding and carries it along; the last norm trains with them from the second step on.
+ONLY_HEAD, HEAD_AND_NORM = Frozen(("*",), ("head.*",)), Frozen(("*",), ("head.*", "norm.*"))
+
+PATTERNS: dict[str, Pattern] = {
+    "nothing frozen": Pattern((Frozen((LATE,)), NOTHING, NOTHING), NOTHING),
+    "bottom blocks": Pattern((Frozen((BOTTOM, LATE)), Frozen((BOTTOM,)), Frozen((BOTTOM,))), Frozen((BOTTOM,))),
+    "all but the head": Pattern((ONLY_HEAD, HEAD_AND_NORM, HEAD_AND_NORM), HEAD_AND_NORM),
+    "frozen after having trained": Pattern((Frozen((LATE,)), NOTHING, Frozen((BOTTOM,))), Frozen((BOTTOM,))),
+    "unfrozen again": Pattern((Frozen((LATE,)), Frozen((BOTTOM,)), Frozen((BOTTOM,))), NOTHING),
+    # of the bottom the attention has never trained, the rest once; what trained so far stands still from now on
+    "another set frozen than before": Pattern(
+        (Frozen(("blocks.0.attn.*", LATE)), Frozen((BOTTOM,)), Frozen((BOTTOM,))), Frozen(("blocks.1.*", "norm.*"))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`variant` is what is unusual: see VARIANTS."""
+
+    writer: str
+    reader: str
+    pattern: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.writer} -> {self.reader}, {self.pattern}" + (f", {self.variant}" if self.variant else "")
+
+
+VARIANTS = {
+    "bf16": "forward and backward in bf16: frozen parameters stay in memory in bf16 alone",
+    "head of its own": "the head is not tied to the embedding",
+    "resumed": "the run itself goes on under the other layout, its schedule freezing and unfreezing",
+    "reference": "frozen parameters stay in the checkpoint that was read (`checkpoint.frozen: reference`)",
+}
+_NAMES = list(LAYOUTS)
+
+
+def _rotated(step: int) -> list[tuple[str, str, str]]:
+    """Each writer with each pattern, each time with another reader."""
+    return [
+        (writer, _NAMES[(i + 1 + step * p) % len(_NAMES)], pattern)
+        for i, writer in enumerate(_NAMES)
+        for p, pattern in enumerate(PATTERNS)
+    ]
+
+
+MATRIX = [Cell(writer, reader, pattern) for writer in LAYOUTS for pattern in PATTERNS for reader in LAYOUTS]
+BESIDES = [Cell(*cell, variant) for k, variant in enumerate(VARIANTS) for cell in _rotated(2 * k + 1)]
+# In the normal run: each layout reads and writes twice, each pattern is there; and each variant once.
+BESIDES_ONCE = [
+    [cell for cell in BESIDES if cell.variant == variant][number]
+    for variant, number in zip(VARIANTS, (9, 14, 28, 47), strict=True)
+]
+DIAGONAL = [
+    Cell(writer, _NAMES[(i + 3 + k) % len(_NAMES)], list(PATTERNS)[(i + 3 * k) % len(PATTERNS)])
+    for k in range(2)
+    for i, writer in enumerate(_NAMES)
+]
+
+# Neither 3 nor 4 divides a size; of 5 rows the last of 4 ranks has none.
+MODEL: dict[str, Any] = {
+    "vocab_size": 263,
+    "dim": 34,
+    "layers": 2,
+    "heads": 2,
+    "head_dim": 10,
+    "mlp_dim": 5,
+    "max_seq_len": 64,
+    "qkv_bias": True,
+    "out_bias": True,
+    "qk_norm": True,
+}
+
+
+def _config(root: Path, folder: Path, layout: str, variant: str) -> dict[str, Any]:
+    corpus = root / "corpus"
+    if not corpus.exists():
+        write_corpus(corpus)
+    return {
+        "run": {"dir": str(folder), "log_every_steps": 1, "tensorboard": False},
+        "model": MODEL | {"tie_embeddings": variant != "head of its own"},
+        "data": {
+            "seq_len": 31,
+            "cache": str(root / "cache"),
+            "sources": [{"name": "words", "path": str(corpus)}],
+            "record_samples": True,
+        },
+        "train": {"steps": STEPS, "global_batch": GLOBAL_BATCH, "micro_batch": 2},
+        "optim": {"lr": 1e-2, "schedule": "constant"},
+        "precision": {"compute": "bf16" if variant == "bf16" else "fp32"},
+        "parallel": {**LAYOUTS[layout][1], "load_timeout_s": 60.0, "step_timeout_s": 60.0},
+        "checkpoint": {"every_steps": 1, "keep": {"last": 100}},
+    }
+
+
+def writing(root: Path, folder: Path, cell: Cell) -> dict[str, Any]:
+    """The config of the run that writes a cell's checkpoint. Its schedule says already what comes after it."""
+    pattern = PATTERNS[cell.pattern]
+    first, *later = (*pattern.steps, pattern.reading)
+    schedule = [{"step": k + 1, **frozen.section()} for k, frozen in enumerate(later)]
+    return _config(root, folder, cell.writer, cell.variant) | {"freeze": {**first.section(), "schedule": schedule}}
+
+
+def reading(root: Path, folder: Path, cell: Cell, checkpoint: Path) -> dict[str, Any]:
+    """The config of the run that reads it: another run from everything of it, or, resumed, the same run in `folder`."""
+    if cell.variant == "resumed":
+        config = writing(root, folder, Cell(cell.reader, cell.reader, cell.pattern, cell.variant))
+    else:
+        config = _config(root, folder, cell.reader, cell.variant)
+        config["freeze"] = PATTERNS[cell.pattern].reading.section()
+        config["start"] = {"from": str(checkpoint), "take": "everything"}
+        config["checkpoint"]["frozen"] = "reference" if cell.variant == "reference" else "stored"
+    config["train"] = {**config["train"], "steps": STEPS + MORE}
+    return config

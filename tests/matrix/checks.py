@@ -1,0 +1,148 @@
+"""What is checked in a cell. Every check answers with what is wrong, in words; nothing wrong is an empty list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.matrix.cells import GLOBAL_BATCH, MORE, STEPS
+from tests.matrix.expected import BUFFERS, STATE, History
+from tests.matrix.ranks import Memory
+from tests.stored import Stored, bits
+from trainer.events import read_rows
+from trainer.folder import RunFolder
+
+Tensors = dict[str, torch.Tensor]
+
+
+def put_together(ranks: Sequence[Memory]) -> tuple[Tensors, dict[str, str], list[str]]:
+    """Whole tensors from what the ranks held, the group of each, and where ranks contradict each other."""
+    whole: Tensors = {}
+    filled: dict[str, torch.Tensor] = {}
+    groups: dict[str, str] = {}
+    wrong = []
+    for number, rank in enumerate(ranks):
+        for part in rank.parts:
+            dtype = getattr(torch, part.dtype)
+            tensor = whole.setdefault(part.key, torch.empty(part.shape, dtype=dtype))
+            seen = filled.setdefault(part.key, torch.zeros(part.shape, dtype=torch.bool))
+            if groups.setdefault(part.key, part.group) != part.group or tensor.dtype != dtype:
+                wrong.append(f"{part.key}: rank {number} holds it as {part.group} {part.dtype}")
+                continue
+            if not prod(part.sizes):
+                continue
+            content = torch.frombuffer(bytearray(part.content), dtype=dtype).view(part.sizes)
+            box = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))
+            if bool(seen[box].any()) and bits(tensor[box]) != bits(content):
+                wrong.append(f"{part.key}: ranks hold different copies")
+            tensor[box] = content
+            seen[box] = True
+    wrong += [f"{key}: no rank holds all of it" for key, seen in filled.items() if not bool(seen.all())]
+    return whole, groups, wrong
+
+
+def differing(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> list[str]:
+    """Keys, number formats, shapes and bits that are not as expected."""
+    wrong = [f"{where}: {key} is missing" for key in sorted(expected.keys() - found.keys())]
+    wrong += [f"{where}: {key} should not be there" for key in sorted(found.keys() - expected.keys())]
+    for key in sorted(found.keys() & expected.keys()):
+        mine, theirs = found[key], expected[key]
+        if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+            wrong.append(f"{where}: {key} is {mine.dtype} {list(mine.shape)}, not {theirs.dtype} {list(theirs.shape)}")
+        elif bits(mine) != bits(theirs):
+            other = int((mine != theirs).sum())
+            wrong.append(f"{where}: {key} differs in {other} of {mine.numel()} elements")
+    return wrong
+
+
+def unequal(what: str, found: Any, expected: Any) -> list[str]:
+    if found == expected:
+        return []
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = [k for k in sorted({*found, *expected}) if found.get(k) != expected.get(k)]
+        return [f"{what}: {k} is {found.get(k)}, not {expected.get(k)}" for k in keys]
+    return [f"{what}: {found}, not {expected}"]
+
+
+def in_memory(expected: Tensors, trainable: set[str], history: History, compute: torch.dtype) -> Tensors:
+    """What of a checkpoint's tensors the ranks hold: all weights, frozen ones perhaps in a smaller number format, and
+    the state of what trains."""
+    held = {}
+    for key, tensor in expected.items():
+        if key in history.names and key not in trainable and compute.itemsize < tensor.element_size():
+            held[key] = tensor.to(compute)
+        elif key in history.names or key in BUFFERS or key.rpartition(".")[0] in trainable:
+            held[key] = tensor
+    return held
+
+
+def check_memory(
+    ranks: Sequence[Memory], expected: Tensors, history: History, compute: torch.dtype, more: int, where: str
+) -> list[str]:
+    """Whether the ranks together hold exactly these tensors, and each the right counts."""
+    whole, groups, wrong = put_together(ranks)
+    wrong += differing(whole, in_memory(expected, history.reading, history, compute), where)
+    counts = {name: n for name, n in history.counts(more).items() if name in history.reading}
+    for number, rank in enumerate(ranks):
+        wrong += unequal(f"{where}, rank {number}: step count", rank.step_counts, counts)
+        wrong += unequal(f"{where}, rank {number}: trains", rank.trainable, history.reading)
+    frozen = {key for key, group in groups.items() if group == "frozen"}
+    return wrong + unequal(f"{where}: frozen", frozen, history.names - history.reading)
+
+
+def check_manifest(stored: Stored, history: History, trains: set[str], more: int) -> list[str]:
+    """Whether a checkpoint says of each tensor what the history says, and holds no key more or less."""
+    manifest, where = stored.manifest, f"saved at {STEPS + more}"
+    tensors = manifest["tensors"]
+    weights = {key: entry for key, entry in tensors.items() if entry["group"] != "optim"}
+    step = STEPS + more
+    lineage = {n: step if n in trains else last for n, last in history.last_trained(more).items()}
+    return [
+        *unequal(f"{where}: keys", set(tensors), history.keys(more)),
+        *unequal(f"{where}: step count", manifest["step_counts"], history.counts(more)),
+        *unequal(f"{where}: buffers", sorted(manifest["buffers"]), sorted(BUFFERS)),
+        *unequal(f"{where}: other names", manifest["aliases"], history.aliases),
+        *unequal(f"{where}: stateless", set(manifest.get("stateless", [])), trains - history.counts(more).keys()),
+        *unequal(f"{where}: frozen", {k for k, e in weights.items() if e["group"] == "frozen"}, history.names - trains),
+        *unequal(
+            f"{where}: last trained",
+            {key: entry["trained_step"] for key, entry in weights.items() if key not in BUFFERS},
+            lineage,
+        ),
+        *unequal(f"{where}: position", manifest["position"], {"consumed_samples": step * GLOBAL_BATCH}),
+        *unequal(f"{where}: samples", manifest["loop"]["consumed_samples"], step * GLOBAL_BATCH),
+        *unequal(f"{where}: step", (manifest["step"], manifest["loop"]["step"]), (step, step)),
+    ]
+
+
+def check_samples(folder: RunFolder, attempt: int, first: int, steps: int) -> list[str]:
+    """Whether the steps after `first` were given the next samples of the global order, each once."""
+    given: dict[int, list[int]] = {}
+    for path in sorted((folder.attempts / f"{attempt:03d}").glob("samples-*.jsonl")):
+        for row in read_rows(path):
+            given.setdefault(row["step"], []).extend(row["samples"])
+    expected = {
+        step: list(range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
+        for step in range(first + 1, first + steps + 1)
+    }
+    return unequal("samples of step", {step: sorted(samples) for step, samples in given.items()}, expected)
+
+
+def losses(folder: Path, attempt: int) -> list[float]:
+    rows = read_rows(RunFolder(folder).metrics)
+    return [row["loss"] for row in rows if "loss" in row and row["attempt"] == attempt]
+
+
+def check_trained(before: Tensors, after: Tensors, history: History) -> list[str]:
+    """Whether exactly what trains has changed, state included."""
+    wrong = []
+    for key in sorted(before.keys() & after.keys()):
+        owner = key.rpartition(".")[0] if key.endswith(STATE) else key
+        changed = bits(before[key]) != bits(after[key])
+        if owner not in BUFFERS and changed != (owner in history.reading):
+            wrong.append(f"{key}: {'changed' if changed else 'the same'} after {MORE} steps")
+    return wrong

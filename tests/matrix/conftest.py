@@ -1,0 +1,65 @@
+"""`--full` (`make matrix`) runs every cell and prints the table of docs/matrix.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.matrix.cells import BESIDES, LAYOUTS, MATRIX, PATTERNS, VARIANTS, Cell
+from tests.matrix.harness import Matrix, Outcome
+
+OUTCOMES: dict[Cell, Outcome] = {}
+
+
+@pytest.fixture(scope="session")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    made = Matrix(tmp_path_factory.mktemp("matrix"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def outcomes() -> dict[Cell, Outcome]:
+    """What came out of each cell so far; printed when the session ends."""
+    return OUTCOMES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("full") or not OUTCOMES:
+        return
+    for line in table():
+        terminalreporter.write_line(line)
+
+
+def table() -> list[str]:
+    """The matrix in Markdown: a row for each checkpoint, a column for each layout that read it."""
+    head = ["written by", "pattern", *LAYOUTS, "largest difference of losses"]
+    rows = [head, ["---"] * len(head)]
+    for writer in LAYOUTS:
+        for pattern in PATTERNS:
+            cells = [OUTCOMES.get(Cell(writer, reader, pattern)) for reader in LAYOUTS]
+            rows.append([writer, pattern, *map(_words, cells), _worst(cells)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", f"{sum(cell in OUTCOMES for cell in MATRIX)} of {len(MATRIX)} cells were tried.", ""]
+    lines += [
+        "| besides, each checkpoint once, read under one other layout | cells | ok | largest difference of losses |",
+        "| --- | --- | --- | --- |",
+    ]
+    for variant, meaning in VARIANTS.items():
+        cells = [OUTCOMES.get(cell) for cell in BESIDES if cell.variant == variant]
+        lines.append(f"| {variant}: {meaning} | {len(cells)} | {[*map(_words, cells)].count('ok')} | {_worst(cells)} |")
+    return lines
+
+
+def _words(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "not run"
+    if outcome.refused:
+        return f"refused: {outcome.refused.splitlines()[0]}"
+    return "FAILED" if outcome.wrong else "ok"
+
+
+def _worst(cells: list[Outcome | None]) -> str:
+    differences = [cell.loss_difference for cell in cells if cell is not None]
+    return f"{max(differences):.1e}" if differences else ""

@@ -1,0 +1,54 @@
+"""The model of the matrix: the decoder, and persistent buffers that its forward uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import models
+from configs.schema import ModelSection
+from models import Decoder
+
+
+class Gain(nn.Module):
+    """Scales the embeddings by two buffers, one of them an integer without dimensions."""
+
+    gain: Tensor
+    count: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.empty(width))
+        self.register_buffer("count", torch.empty((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gain * (1.0 + self.count / 10)).to(x.dtype)
+
+    @torch.no_grad()
+    def change(self) -> None:
+        """What a training step would do that keeps statistics in buffers: the same on every rank."""
+        self.gain.mul_(1.01).add_(0.003)
+        self.count.add_(1)
+
+
+class Buffered(Decoder):
+    """It has the decoder's parameters, so the decoder's tensor plan holds for it."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__(section)
+        assert section.dropout == 0
+        self.drop: nn.Module = Gain(section.dim)
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        if name == "drop.count":
+            tensor.zero_()
+        elif name == "drop.gain":
+            tensor.normal_(1.0, 0.1, generator=generator)
+        else:
+            super().init_parameter(name, tensor, generator)
+
+
+def register() -> None:
+    """From now on the registry's decoder is this one, in this process."""
+    models.REGISTRY["decoder"] = Buffered

@@ -1,0 +1,130 @@
+"""What the ranks of a pool do: a whole attempt of a run, by the trainer's own parts, and what its memory held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from configs.errors import UserError
+from configs.schema import Config, ParallelSection
+from tests.matrix.model import Gain, register
+from trainer import attempt, world
+from trainer.checkpoint.store import SaveResult
+from trainer.engines import fsdp
+from trainer.layout import resolve
+from trainer.life import FINISHED
+from trainer.run import Run
+from trainer.stop import StopWish
+
+_state: dict[str, Any] = {"calls": 0}
+
+
+class Part(NamedTuple):
+    """A piece of a tensor as bytes."""
+
+    key: str
+    group: str
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    content: bytes
+
+
+@dataclass
+class Memory:
+    """What one rank held at one moment."""
+
+    parts: list[Part]
+    step_counts: dict[str, int]
+    progress: dict[str, Any]
+    trainable: set[str]
+
+
+@dataclass
+class Told:
+    """What one rank has to tell of an attempt. `refused`: the words of a UserError, on all ranks alike."""
+
+    loaded: Memory | None = None
+    ended: Memory | None = None
+    errors: list[str] = field(default_factory=list)
+    refused: str | None = None
+
+
+def memory(run: Run) -> Memory:
+    parts = []
+    for piece in run.engine.pieces():
+        content = piece.tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        dtype = str(piece.tensor.dtype).removeprefix("torch.")
+        parts.append(Part(piece.key, piece.group, dtype, piece.shape, piece.offsets, piece.sizes, content))
+    return Memory(parts, run.engine.step_counts(), run.progress.state(), run.engine.trainable())
+
+
+def go(config: dict[str, Any], reads: bool) -> Told:
+    """One attempt. A reader saves what it has just loaded before it makes a step."""
+    told = Told()
+
+    class Watched(Run):
+        def build(self) -> None:
+            super().build()
+            told.loaded = memory(self)
+            if reads:
+                super().save(best=False)
+                self.poll_saves(wait=True)
+
+        def save(self, best: bool) -> None:
+            if not reads:
+                gain = self.engine.model.get_submodule("drop")
+                assert isinstance(gain, Gain)
+                gain.change()
+            super().save(best)
+
+        def _tell(self, result: SaveResult) -> None:
+            if result.error:
+                told.errors.append(result.error)
+            super()._tell(result)
+
+        def close(self) -> None:
+            told.ended = memory(self)
+            super().close()
+
+    built = Config.model_validate(config)
+    try:
+        end = attempt.run_attempt(built, StopWish(), _join(built), Watched)
+    except UserError as error:
+        told.refused = str(error)
+    else:
+        assert end.exit_code == FINISHED, end
+    return told
+
+
+def _join(config: Config) -> world.World:
+    """The pool's ranks as a world of their own for one attempt: with its layout, and a store that nobody else uses."""
+    if "world" not in _state:
+        register()
+        torch.use_deterministic_algorithms(True)  # it fills new memory with NaN, so what is not loaded shows
+        fsdp.make_mesh = _mesh
+        _state["world"] = world.start(config)
+    _state["calls"] += 1
+    joined: world.World = _state["world"]
+    kv = None if joined.kv is None else PrefixStore(f"call-{_state['calls']}", joined.kv)
+    return replace(joined, kv=kv, tensor=config.parallel.tensor)
+
+
+_new_mesh = fsdp.make_mesh
+
+
+def _mesh(parallel: ParallelSection, joined: world.World) -> Any:
+    layout = resolve(parallel, joined.size)
+    return _mesh_of(layout.replicate, layout.shard, layout.tensor)
+
+
+@cache
+def _mesh_of(replicate: int, shard: int, tensor: int) -> Any:
+    """One mesh, with its process groups, per layout."""
+    parallel = ParallelSection(replicate=replicate, shard=shard, tensor=tensor)
+    return _new_mesh(parallel, _state["world"])

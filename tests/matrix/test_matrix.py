@@ -1,0 +1,44 @@
+"""Any checkpoint under any layout, whatever was and is frozen: nothing is lost on the way, not a bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.matrix.cells import BESIDES, BESIDES_ONCE, DIAGONAL, LAYOUTS, MATRIX, PATTERNS, VARIANTS, Cell
+from tests.matrix.harness import Matrix, Outcome
+
+# Cells that cannot be, and words of the reason that the reader gives. There are none.
+REFUSED: dict[tuple[str, str], str] = {}
+
+NORMAL = {*DIAGONAL, *BESIDES_ONCE}
+_CELLS = [
+    pytest.param(cell, id=str(cell), marks=[] if cell in NORMAL else pytest.mark.full)
+    for cell in [*DIAGONAL, *(cell for cell in MATRIX if cell not in DIAGONAL), *BESIDES]
+]
+
+
+@pytest.mark.parametrize("cell", _CELLS)
+def test_cell(cell: Cell, matrix: Matrix, outcomes: dict[Cell, Outcome]) -> None:
+    outcomes[cell] = Outcome(["it did not end"])
+    outcome = outcomes[cell] = matrix.run(cell)
+    reason = REFUSED.get((cell.writer, cell.reader))
+    if reason is None:
+        assert outcome.refused is None
+        assert not outcome.wrong, "\n".join(outcome.wrong)
+    else:
+        assert outcome.refused is not None
+        assert reason in outcome.refused
+
+
+@pytest.mark.full
+def test_no_cell_was_left_out(outcomes: dict[Cell, Outcome]) -> None:
+    assert len(MATRIX) == len(set(MATRIX)) == len(LAYOUTS) ** 2 * len(PATTERNS) == 384
+    assert {*MATRIX, *BESIDES} == outcomes.keys()
+
+
+def test_the_normal_run_has_each_layout_and_pattern() -> None:
+    for count in (lambda c: c.writer, lambda c: c.reader):
+        assert sorted(map(count, DIAGONAL)) == sorted([*LAYOUTS] * 2)
+    assert {cell.pattern for cell in DIAGONAL} == set(PATTERNS)
+    assert set(DIAGONAL) < set(MATRIX)
+    assert [cell.variant for cell in BESIDES_ONCE] == [*VARIANTS]
