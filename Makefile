@@ -13,6 +13,7 @@ help:
 	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (5 minutes)"
 	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen (20 minutes)"
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
+	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
 	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the picture of the README"
 	@echo "make clean   remove the environment and every cache (runs stay)"
@@ -61,6 +62,10 @@ matrix: $(VENV)/.test
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving
 	@$(BIN)/python benchmarks/speed.py --processes 2 --saving
+
+bench-checkpoint: $(VENV)/.test
+	@$(BIN)/python benchmarks/checkpoint.py $(ARGS)
+	@$(BIN)/python benchmarks/simulate.py
 
 gpu: $(VENV)/.test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs an NVIDIA GPU")'

@@ -10,11 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.files import BLOCK_BYTES
 from trainer.checkpoint.manifest import Manifest, Source, StoredFile, digest, encode_checksums
-from trainer.checkpoint.pieces import DTYPE_NAMES, Piece
-from trainer.checkpoint.share import WrittenFile, WrittenPiece
+from trainer.checkpoint.pieces import DTYPE_NAMES, Ints, Piece
+from trainer.checkpoint.share import WrittenFile
+
+# How a shape is cut: the shape, and per piece its file, start (None: a box), elements, offsets and sizes.
+_Cut = tuple[Ints, tuple[tuple[int, int | None, int, Ints, Ints], ...]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class RunState:
         return RunState(**json.loads(json.dumps(asdict(self), allow_nan=False)))
 
 
+@no_collection()
 def assemble(
     step: int,
     attempt: int,
@@ -66,12 +71,13 @@ def assemble(
     files = [*files, *(file for _, file in references)]
     tensors: dict[str, dict[str, Any]] = {}
     for piece in own:
-        _enter(tensors, piece.key, piece.group, DTYPE_NAMES[piece.tensor.dtype], list(piece.shape))
+        _enter(tensors, piece.key, piece.group, DTYPE_NAMES[piece.tensor.dtype], piece.shape)
     for index, file in enumerate(files):
         for written in file.pieces:
-            entry = _enter(tensors, written.key, written.group, written.dtype, written.shape)
-            entry["pieces"].append((_place(index, written), written.byte))
-    partitions: dict[str, int] = {}
+            entry = _enter(tensors, written.key, written.group, written.dtype, tuple(written.shape))
+            place = (index, written.start, written.numel, tuple(written.offsets), tuple(written.sizes))
+            entry["pieces"].append((place, written.byte))
+    partitions: dict[_Cut, int] = {}
     described = {key: _describe(key, entry, step, state, partitions) for key, entry in tensors.items()}
     sums = encode_checksums({f.name: file.hashes for f, file in zip(stored, files, strict=True)}, BLOCK_BYTES)
     fields = {
@@ -82,7 +88,9 @@ def assemble(
         **{name: value for name, value in asdict(state).items() if name != "trained_steps"},
         "sources": sources,
         "files": stored,
-        "partitions": [json.loads(text) for text in partitions],
+        "partitions": [
+            {"shape": list(shape), "pieces": [_place(*place) for place in places]} for shape, places in partitions
+        ],
         "tensors": described,
         "checksums": digest(sums),
     }
@@ -95,31 +103,32 @@ def assemble(
         ) from None
 
 
-def _enter(tensors: dict[str, dict[str, Any]], key: str, group: str, dtype: str, shape: list[int]) -> dict[str, Any]:
+def _enter(tensors: dict[str, dict[str, Any]], key: str, group: str, dtype: str, shape: Ints) -> dict[str, Any]:
     entry = tensors.setdefault(key, {"group": group, "dtype": dtype, "shape": shape, "pieces": []})
     if (entry["group"], entry["dtype"], entry["shape"]) != (group, dtype, shape):
-        raise SaveError(f"ranks disagree about {key}: {entry['dtype']} {entry['shape']} and {dtype} {shape}")
+        raise SaveError(
+            f"ranks disagree about {key}: {entry['dtype']} {list(entry['shape'])} and {dtype} {list(shape)}"
+        )
     return entry
 
 
-def _place(file: int, piece: WrittenPiece) -> dict[str, Any]:
-    if piece.start is not None:
-        return {"file": file, "start": piece.start, "length": piece.numel}
-    return {"file": file, "offsets": piece.offsets, "sizes": piece.sizes}
+def _place(file: int, start: int | None, length: int, offsets: Ints, sizes: Ints) -> dict[str, Any]:
+    if start is not None:
+        return {"file": file, "start": start, "length": length}
+    return {"file": file, "offsets": list(offsets), "sizes": list(sizes)}
 
 
 def _describe(
-    key: str, entry: dict[str, Any], step: int, state: RunState, partitions: dict[str, int]
+    key: str, entry: dict[str, Any], step: int, state: RunState, partitions: dict[_Cut, int]
 ) -> dict[str, Any]:
     """A tensor's entry in the manifest; its partition is shared with every tensor that is cut alike."""
-    pieces = [place for place, _ in entry["pieces"]]
-    text = json.dumps({"shape": entry["shape"], "pieces": pieces}, sort_keys=True)
+    cut = (entry["shape"], tuple([place for place, _ in entry["pieces"]]))
     starts = [byte for _, byte in entry["pieces"]]
     trained = {"model": step, "frozen": state.trained_steps.get(key, 0), "optim": None}
     return {
         "group": entry["group"],
         "dtype": entry["dtype"],
-        "partition": partitions.setdefault(text, len(partitions)),
+        "partition": partitions.setdefault(cut, len(partitions)),
         "bytes": starts[0] if starts and len(set(starts)) == 1 else starts,
         "trained_step": trained[entry["group"]],
     }

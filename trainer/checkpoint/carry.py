@@ -249,7 +249,7 @@ def _write_anew(reader: FileReader, path: str, file: WrittenFile) -> WrittenFile
     by_label = {piece.label: written for piece, written in zip(pieces, file.pieces, strict=True)}
     hashes = write_file(path, layout, _blocks(reader, [(old_byte[p.label], p.nbytes) for p in layout.pieces]))
     written = [
-        replace(by_label[piece.label], byte=len(layout.header) + start)
+        by_label[piece.label]._replace(byte=len(layout.header) + start)
         for piece, start in zip(layout.pieces, layout.starts, strict=True)
     ]
     return WrittenFile(file.path, layout.size, len(layout.header), hashes, True, written)

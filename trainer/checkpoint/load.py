@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 
+from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_files, read_small
@@ -66,16 +67,9 @@ class Checkpoint:
         """Fill the tensors of all `wanted`, bit for bit, in the order of the files and by several threads.
 
         Every touched block is read once and checked. Raises BadCheckpoint when one is bad."""
-        spans: dict[int, list[Span]] = {}
         for one in wanted:
             self._check(one)
-            if one.out.numel() == 0:
-                continue
-            box = Box(tuple(one.offsets), tuple(one.sizes))
-            target = Target.of(box, one.out, self.manifest.dtype_of(one.key))
-            for place in self.manifest.places(one.key):
-                spans.setdefault(place.file, []).extend(spans_of(place, target))
-        read_spans(self._readers, spans)
+        read_spans(self._readers, spans_for(self.manifest, wanted))
 
     def read_into(
         self, key: str, offsets: Sequence[int], sizes: Sequence[int], out: torch.Tensor, cast: bool = False
@@ -143,3 +137,17 @@ class Checkpoint:
             raise ValueError(f"{key}: {out.numel()} elements to fill with a box of {prod(sizes)}")
         if out.dtype != dtype and not wanted.cast:
             raise ValueError(f"{key}: stored as {dtype}, wanted as {out.dtype}")
+
+
+@no_collection()
+def spans_for(manifest: Manifest, wanted: Iterable[Wanted]) -> dict[int, list[Span]]:
+    """By file, the parts of it that must be read to fill all `wanted`."""
+    spans: dict[int, list[Span]] = {}
+    for one in wanted:
+        if one.out.numel() == 0:
+            continue
+        box = Box(tuple(one.offsets), tuple(one.sizes))
+        target = Target.of(box, one.out, manifest.dtype_of(one.key))
+        for place in manifest.places(one.key, box.offsets, box.sizes):
+            spans.setdefault(place.file, []).extend(spans_of(place, target))
+    return spans

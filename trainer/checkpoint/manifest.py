@@ -25,10 +25,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.pieces import (
     DTYPES,
@@ -124,6 +126,25 @@ class Partition(_Part):
             else [Box(tuple(p.offsets), tuple(p.sizes))]
             for p in self.pieces
         ]
+
+    @cached_property
+    def flat_boxes(self) -> list[tuple[int, Box]]:
+        """Every box with the number of its piece."""
+        return [(number, box) for number, boxes in enumerate(self.boxes) for box in boxes]
+
+    @cached_property
+    def _edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """First indices and ends of all boxes, a row each."""
+        boxes = [box for _, box in self.flat_boxes]
+        low = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), len(self.shape))
+        return low, low + np.array([box.sizes for box in boxes], dtype=np.int64).reshape(low.shape)
+
+    def touching(self, offsets: Ints, sizes: Ints) -> list[tuple[int, Box]]:
+        """The boxes, with the number of their piece, that share elements with a box that is not empty."""
+        low, high = self._edges
+        begin = np.array(offsets, dtype=np.int64)
+        found = ((low < begin + np.array(sizes, dtype=np.int64)) & (high > begin)).all(axis=1)
+        return [self.flat_boxes[i] for i in np.flatnonzero(found).tolist()]
 
     @cached_property
     def numels(self) -> list[int]:
@@ -272,16 +293,15 @@ class Manifest(_Part):
     def dtype_of(self, key: str) -> torch.dtype:
         return DTYPES[self.tensors[self.name_of(key)].dtype]
 
-    def places(self, key: str) -> list[Place]:
-        """Where a tensor's content lies: boxes that cover it exactly once."""
+    def places(self, key: str, offsets: Ints | None = None, sizes: Ints | None = None) -> list[Place]:
+        """Where a tensor's content lies: boxes that cover it exactly once, or those that share elements with a box of
+        it that is not empty."""
         tensor = self.tensors[self.name_of(key)]
         partition, width = self.partitions[tensor.partition], DTYPES[tensor.dtype].itemsize
         starts = _spread(tensor.bytes, len(partition.pieces))
-        return [
-            Place(piece.file, start + box.start * width, box)
-            for piece, boxes, start in zip(partition.pieces, partition.boxes, starts, strict=True)
-            for box in boxes
-        ]
+        whole = offsets is None or sizes is None
+        boxes = partition.flat_boxes if whole else partition.touching(offsets, sizes)  # type: ignore[arg-type]
+        return [Place(partition.pieces[i].file, starts[i] + box.start * width, box) for i, box in boxes]
 
     @property
     def size_bytes(self) -> int:
@@ -313,6 +333,7 @@ def digest_in(content: bytes) -> str:
     return tail.group(1).decode() if tail else ""
 
 
+@no_collection()
 def decode(path: str | Path, content: bytes) -> Manifest:
     """The manifest in `content`. Raises BadCheckpoint, naming `path`, unless every field of it can be believed."""
     tail = _DIGEST_TAIL.search(content[-64:])

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
+from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.errors import SaveError
 
 
@@ -34,9 +35,11 @@ class Messages:
         """Wait for a message. Raises SaveError, saying whose it would have been, when it does not come in time."""
         try:
             self._kv.wait([name], self._timeout)
-            return json.loads(self._kv.get(name))
+            content = self._kv.get(name)
         except RuntimeError as error:  # torch.distributed's DistError: timed out, or the store is gone
             raise SaveError(f"no word from {whose} after {self._timeout.total_seconds():g} s ({error})") from error
+        with no_collection():
+            return json.loads(content)
 
     def drop(self, name: str) -> None:
         """Forget a message that everybody has read."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeVar
+from sys import intern
+from typing import Any, NamedTuple, TypeVar
 
 from trainer.checkpoint import disk
+from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.files import FileLayout, host_blocks, in_file_order, write_file
-from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Piece
+from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Ints, Piece
 
 T = TypeVar("T")
 
@@ -22,16 +24,16 @@ FILE_BYTES = 2 << 30  # of tensors in one file, at most (a single element aside)
 WRITING_THREADS = 4  # files that a rank writes at a time
 
 
-@dataclass(frozen=True)
-class WrittenPiece:
-    """A piece as the manifest needs it; `byte` counts from the beginning of the file."""
+class WrittenPiece(NamedTuple):
+    """A piece as the manifest needs it; `byte` counts from the beginning of the file. (Rank 0 of a large run makes
+    millions of them, hence no dataclass.)"""
 
     key: str
     group: Group
     dtype: str
-    shape: list[int]
-    offsets: list[int]
-    sizes: list[int]
+    shape: Sequence[int]
+    offsets: Sequence[int]
+    sizes: Sequence[int]
     start: int | None
     numel: int
     byte: int
@@ -49,11 +51,23 @@ class WrittenFile:
     pieces: list[WrittenPiece]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "pieces": self.pieces}
 
     @classmethod
+    @no_collection()
     def from_json(cls, content: dict[str, Any]) -> WrittenFile:
-        return cls(**{**content, "pieces": [WrittenPiece(**piece) for piece in content["pieces"]]})
+        """Shapes and places of which there are many alike are kept once."""
+        same: dict[Ints, Ints] = {}
+
+        def once(numbers: Sequence[int]) -> Ints:
+            key = tuple(numbers)
+            return same.setdefault(key, key)
+
+        pieces = [
+            WrittenPiece(intern(key), group, intern(dtype), once(shape), once(offsets), once(sizes), start, numel, byte)
+            for key, group, dtype, shape, offsets, sizes, start, numel, byte in content["pieces"]
+        ]
+        return cls(**{**content, "pieces": pieces})
 
 
 @dataclass(frozen=True)
@@ -124,12 +138,17 @@ def write_files(folder: str, files: Sequence[PlannedFile], copies: Mapping[str, 
         data, layout = copies.get(file.path), file.layout
         blocks = [data] if data is not None else host_blocks([piece.tensor for piece in layout.pieces])
         hashes = write_file(os.path.join(folder, file.path), layout, blocks)
-        return WrittenFile(file.path, layout.size, len(layout.header), hashes, True, _describe(layout))
+        return report_of(file, hashes)
 
     written = in_threads(write, files)
     for group in dict.fromkeys(file.group for file in files):
         disk.fsync_dir(os.path.join(folder, group))
     return written
+
+
+def report_of(file: PlannedFile, hashes: str) -> WrittenFile:
+    """What is told about a file once it is written."""
+    return WrittenFile(file.path, file.layout.size, len(file.layout.header), hashes, True, _describe(file.layout))
 
 
 def in_threads(write: Callable[[T], WrittenFile], files: Sequence[T]) -> list[WrittenFile]:
@@ -152,9 +171,9 @@ def _describe(layout: FileLayout) -> list[WrittenPiece]:
             key=piece.key,
             group=piece.group,
             dtype=DTYPE_NAMES[piece.tensor.dtype],
-            shape=list(piece.shape),
-            offsets=list(piece.offsets),
-            sizes=list(piece.sizes),
+            shape=piece.shape,
+            offsets=piece.offsets,
+            sizes=piece.sizes,
             start=piece.start,
             numel=piece.tensor.numel(),
             byte=len(layout.header) + start,

@@ -232,13 +232,15 @@ class CheckpointStore:
             self._write_share(job, partial, job.carrying.jobs[0] if job.carrying else [])
         except _WRITING_ERRORS as error:
             own_error = f"rank 0: {_text(error)}"
-        reports = [self._messages.get(f"{job.number}/rank-{r}", f"rank {r}") for r in range(1, self._world_size)]
+        files, errors = list(job.files), [own_error]
+        for rank in range(1, self._world_size):
+            report = self._messages.get(f"{job.number}/rank-{rank}", f"rank {rank}")
+            errors.append(report.get("error"))
+            files += [WrittenFile.from_json(file) for file in report.get("files", [])]
         self._forget(job.number)
-        errors = [own_error, *(report.get("error") for report in reports)]
         failed = next((error for error in errors if error), None)
         if failed:
             raise SaveError(failed)
-        files = job.files + [WrittenFile.from_json(file) for report in reports for file in report["files"]]
         self._commit(job, partial, files)
         return {"bytes": sum(file.size for file in files if file.written)}
 
