@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life faults matrix bench gpu tutorial picture
+.PHONY: help demo test schema clean life faults matrix bench bench-checkpoint gpu tutorial picture
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
