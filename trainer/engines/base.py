@@ -34,7 +34,8 @@ class Engine(Protocol):
     def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         """Add this micro batch's gradients. `scale` is 1 / the step's global target count (0-d, on the device): the
         engine undoes its backend's own averaging, so gradients are plain sums over ranks. After the `last` one they are
-        synchronised; an engine may do so earlier. Returns the task's sums, fp64 [columns], of this rank alone."""
+        synchronised; an engine may do so earlier. Returns the task's sums, fp64 [columns], of this rank alone;
+        the ranks of a tensor group, who have the same samples, all return the same."""
 
     def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
         """Clip, update, clear gradients; returns the global gradient norm before clipping.
@@ -44,7 +45,7 @@ class Engine(Protocol):
         gone either way."""
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """The task's sums, fp64 [columns], of this rank alone, without dropout or gradients."""
+        """The task's sums as `forward_backward` returns them, without dropout or gradients."""
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T) token ids -> (B, V) logits of the last position. All ranks call it together."""
