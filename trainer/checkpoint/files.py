@@ -27,6 +27,9 @@ STEP_BYTES = 1 << 18  # read or written, and hashed, at a time: fits into the ca
 HASH_DIGITS = 16
 HEADER_LIMIT_BYTES = 32 << 20  # of some 300,000 tensors in one file
 DATA_ALIGNMENT = 64
+# Long headers are filled up to the same length on most ranks, whatever digits their offsets have: then a piece begins
+# at the same byte in every rank's file, which the manifest says once instead of a thousand times.
+LONG_HEADER_BYTES = 4096
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -63,13 +66,15 @@ class FileLayout:
             starts.append(position)
             position = end
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
+        alignment = DATA_ALIGNMENT if len(text) < LONG_HEADER_BYTES else 1 << (len(text).bit_length() - 2)
+        text += b" " * (-(len(text) + 8) % alignment)
         return cls(ordered, starts, len(text).to_bytes(8, "little") + text, position)
 
 
 def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
-    """Wide dtypes first, so that each tensor is aligned without gaps, which the format forbids."""
-    return sorted(pieces, key=lambda p: (-p.tensor.element_size(), p.label))
+    """Wide dtypes first, so that each tensor is aligned without gaps, which the format forbids. What replicas share
+    comes last, as it differs from rank to rank: the rest begins at the same bytes on all."""
+    return sorted(pieces, key=lambda p: (-p.tensor.element_size(), p.replicas > 1, p.label))
 
 
 def write_file(path: str, layout: FileLayout, data: Iterable[memoryview]) -> str:
