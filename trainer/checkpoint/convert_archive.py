@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.files import bytes_of
+from trainer.checkpoint.files import STEP_BYTES, WRITE_BYTES, bytes_of
 from trainer.checkpoint.pieces import DTYPE_NAMES, Ints
 from trainer.checkpoint.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, unpickle
 
@@ -242,12 +242,15 @@ class ArchivedContent:
         record = self._record
         if start + len(out) > record.size:
             raise UserError(f"{self.archive.where}: a tensor leaves its storage of {record.size} bytes")
-        self.archive.files.read(self.archive.name, record.start + start, out)
-        if record.crc and start == self._crc_end:
-            self._crc, self._crc_end = zlib.crc32(out, self._crc), start + len(out)
-            if self._crc_end == record.size and self._crc != record.crc:
-                begin, end = record.start, record.start + record.size
-                raise UserError(f"{self.archive.where}: bytes {begin} to {end} were damaged: their checksum is wrong")
+        follows = record.crc and start == self._crc_end
+        for begin in range(0, len(out), STEP_BYTES):
+            step = out[begin : begin + STEP_BYTES]
+            self.archive.files.read(self.archive.name, record.start + start + begin, step)
+            if follows:
+                self._crc, self._crc_end = zlib.crc32(step, self._crc), self._crc_end + len(step)
+        if follows and self._crc_end == record.size and self._crc != record.crc:
+            begin, end = record.start, record.start + record.size
+            raise UserError(f"{self.archive.where}: bytes {begin} to {end} were damaged: their checksum is wrong")
 
     def _gather(self) -> torch.Tensor:
         """A strided view made contiguous. Memory: what it spans, and itself."""
@@ -344,9 +347,11 @@ class ArchiveWriter:
         extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         self._write(_local_header(title, extra))
         for part in parts:
-            crc = zlib.crc32(part, crc)
             left -= len(part)
-            self._write(part)
+            for begin in range(0, len(part), WRITE_BYTES):
+                step = part[begin : begin + WRITE_BYTES]
+                crc = zlib.crc32(step, crc)
+                self._write(step)
         if left:
             raise ValueError(f"{name}: {size - left} bytes given, {size} announced")
         large = size >= _LIMIT_32

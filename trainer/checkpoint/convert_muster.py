@@ -108,6 +108,7 @@ def _facts(state: State) -> dict[str, Any]:
     """The manifest's fields that the source knew; of another kind's plain values, what it held."""
     known = {k: v for k, v in state.facts.items() if k in Manifest.model_fields and k not in STORAGE_FIELDS}
     known.setdefault("step", 0)
+    known.setdefault("loop", {"step": known["step"]})  # where a run that takes everything goes on
     known.setdefault("saved_s", round(time.time(), 3))
     if "config" not in known:
         known["config"] = {"converted_from": {"kind": state.kind, "path": str(state.path), "values": state.values}}

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -105,6 +107,15 @@ class _StoredContent:
     def read_range_into(self, start: int, out: torch.Tensor) -> None:
         self.checkpoint.read_range_into(self.key, start, out)
 
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """(first element, its byte in a file) of the stored parts that go side by side in row-major order too."""
+        found = []
+        for place in self.checkpoint.manifest.places(self.key):
+            if place.box.sizes[1:] == self.shape[1:]:
+                found.append(((place.box.offsets or (0,))[0] * math.prod(self.shape[1:]), place.byte))
+        return sorted(found)
+
 
 def state_of(checkpoint: Checkpoint, weights_only: bool = False) -> State:
     """The state in a Muster checkpoint."""
@@ -163,16 +174,29 @@ def stream(ranges: Iterable[Range], progress: Callable[[int], None] | None = Non
 
     with ThreadPoolExecutor(1) as pool:
         for wanted in ranges:
-            width = wanted.content.dtype.itemsize
-            for done in range(0, wanted.count, PART_BYTES // width):
+            done, width = 0, wanted.content.dtype.itemsize
+            while done < wanted.count:
                 if len(pending) == _PARTS_AHEAD:
                     yield from finish()
-                buffer = free.popleft()
-                part = buffer[: min(PART_BYTES, (wanted.count - done) * width)].view(wanted.content.dtype)
-                read = pool.submit(wanted.content.read_range_into, wanted.start + done, part)
-                pending.append((read, buffer, part))
+                buffer, start = free.popleft(), wanted.start + done
+                count = min(_part_elements(wanted.content, start), wanted.count - done)
+                part = buffer[: count * width].view(wanted.content.dtype)
+                pending.append((pool.submit(wanted.content.read_range_into, start, part), buffer, part))
+                done += count
         while pending:
             yield from finish()
+
+
+def _part_elements(content: Content, start: int) -> int:
+    """How many elements to read from here on. A part of a Muster checkpoint ends where a block of its file does, as a
+    block is read and checked whole whatever is wanted of it."""
+    width = content.dtype.itemsize
+    places = content.places if isinstance(content, _StoredContent) else []
+    index = bisect_right(places, (start, math.inf)) - 1
+    if index < 0:
+        return PART_BYTES // width
+    first, byte = places[index]
+    return max(1, (PART_BYTES - (byte + (start - first) * width) % PART_BYTES) // width)
 
 
 def take(parts: Iterator[memoryview], count: int) -> Iterator[memoryview]:

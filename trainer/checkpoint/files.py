@@ -24,6 +24,7 @@ from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES, Piece
 
 BLOCK_BYTES = 4 << 20
 STEP_BYTES = 1 << 18  # read or written, and hashed, at a time: fits into the cache of any core
+WRITE_BYTES = 1 << 16  # written at a time; for longer aligned writes Linux may take larger pages, at 4 times the CPU
 HASH_DIGITS = 16
 HEADER_LIMIT_BYTES = 32 << 20  # of some 300,000 tensors in one file
 DATA_ALIGNMENT = 64
@@ -103,7 +104,7 @@ def _append(file: disk.NewFile, view: memoryview, block: xxhash.xxh3_64, hashes:
     """Write a view step by step, ending a hash at every block boundary."""
     position = 0
     while position < len(view):
-        part = view[position : position + min(STEP_BYTES, BLOCK_BYTES - file.size % BLOCK_BYTES)]
+        part = view[position : position + min(WRITE_BYTES, BLOCK_BYTES - file.size % BLOCK_BYTES)]
         block.update(part)
         file.write(part)
         position += len(part)

@@ -22,6 +22,7 @@ from trainer.checkpoint import convert_dcp, convert_muster, convert_state, disk
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.convert import convert, open_state
 from trainer.checkpoint.convert_state import Range, stream
+from trainer.checkpoint.files import FileReader
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.pieces import Piece
@@ -223,6 +224,9 @@ def test_from_a_dcp_folder_of_one_process(tmp_path: Path) -> None:
     done = convert(tmp_path / "d", tmp_path / "m", "muster")
     assert done.left_out == []
     check_net(tmp_path / "m", state_of_net(model, optimizer), 3)
+    manifest = Checkpoint(tmp_path / "m").manifest
+    assert (manifest.step, manifest.loop) == (3, {"step": 3})
+    assert manifest.config["converted_from"]["values"]["optim.param_groups.0.lr"] == 0.1
 
 
 def check_net(folder: Path, expected: dict[str, torch.Tensor], updates: int) -> None:
@@ -324,6 +328,25 @@ def test_a_stream_is_read_ahead_but_never_mixed_up(tmp_path: Path, monkeypatch: 
     expected = [full["embed.weight"].view(-1)[5:105], full["norm.weight"]]
     assert content == b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in expected)
     assert sum(seen) == len(content)
+
+
+def test_no_block_of_a_checkpoint_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts end where blocks end, so that checking whole blocks costs nothing."""
+    full = torch.randn(5_000_000)
+    store = CheckpointStore(tmp_path / "checkpoints", asynchronous=False)
+    store.save(1, [Piece("w", "model", full, (5_000_000,), (0,), (5_000_000,))], RunState())
+    assert [result.error for result in store.poll()] == [None]
+    read: list[int] = []
+    plain = FileReader.read_block
+
+    def counted(self: FileReader, index: int, parts: Any) -> None:
+        read.append(index)
+        plain(self, index, parts)
+
+    monkeypatch.setattr(FileReader, "read_block", counted)
+    convert(store.shelf.path(1), tmp_path / "a.pt", "torch")
+    assert sorted(read) == list(range(5))
+    assert same_bits(torch.load(tmp_path / "a.pt", weights_only=True)["model"]["w"], full)
 
 
 @pytest.mark.parametrize("to", ["muster", "torch", "dcp"])
