@@ -112,7 +112,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_other_settings_of_the_engine_do_not_matter(way: str, alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     size, changes = WAYS[way]
     config = tiny(tmp_path, **{**COMMON, **LLAMA, **changes, "parallel__tensor": 2})
-    assert train(config, size) == [0] * size
+    assert train(config, size, timeout_s=280) == [0] * size  # compiling takes a while
     same_curves(config, alone["llama"])
 
 
