@@ -83,7 +83,7 @@ def _collect(connections: dict[Connection, int], size: int, timeout_s: float) ->
             rank = waiting.pop(connection)
             try:
                 good, value = connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 good, value = False, "died"
             if good:
                 results[rank] = value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable
@@ -38,8 +39,12 @@ class Pool:
                     connection.send((function, arguments))
             return _collect(self._ranks, self.size, timeout_s)
         except RanksFailed as failure:
+            for process in self._processes:
+                process.join(timeout=0.2)
+            codes = {rank: process.exitcode for rank, process in enumerate(self._processes) if not process.is_alive()}
             self.close()
-            raise RanksFailed(f"pool of {self.size}: {failure}") from failure
+            ended = f"\nended by themselves, with exit codes: {codes}" if codes else ""
+            raise RanksFailed(f"pool of {self.size}: {failure}{ended}") from failure
 
     def close(self) -> None:
         """End the ranks, whatever they do."""
@@ -73,10 +78,11 @@ def _serve(calls: Connection, env: dict[str, str]) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, arguments = calls.recv()
-        except (EOFError, OSError):
+            call = calls.recv_bytes()
+        except (EOFError, ConnectionResetError):
             os._exit(0)  # the test is gone
         try:
+            function, arguments = pickle.loads(call)
             answer: tuple[bool, Any] = (True, function(*arguments))
         except BaseException:  # noqa: BLE001 - the test must see whatever it was
             answer = (False, traceback.format_exc())

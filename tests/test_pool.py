@@ -42,7 +42,11 @@ def test_ranks_stay(pool: Pool) -> None:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("raise", "pool of 2: rank 1:.*as asked"), ("die", "rank 1:\ndied"), ("hang", r"ranks \[1\] did not answer in 2")],
+    [
+        ("raise", "pool of 2: rank 1:.*as asked"),
+        ("die", "rank 1:\ndied\nended by themselves, with exit codes: {1: 3}"),
+        ("hang", r"ranks \[1\] did not answer in 2"),
+    ],
 )
 def test_failure_is_named_and_the_pool_is_made_anew(how: str, words: str, pool: Pool) -> None:
     before = pool.run(whoami)

@@ -89,21 +89,21 @@ VARIANTS = {
 _NAMES = list(LAYOUTS)
 
 
-def _rotated(step: int) -> list[tuple[str, str, str]]:
-    """Each writer with each pattern, each time with another reader."""
-    return [
-        (writer, _NAMES[(i + 1 + step * p) % len(_NAMES)], pattern)
-        for i, writer in enumerate(_NAMES)
-        for p, pattern in enumerate(PATTERNS)
-    ]
+def _besides(variant: str, k: int) -> list[Cell]:
+    """Each writer with other patterns, each time under another reader: bf16 with all of them, the rest with two."""
+    every, found = list(PATTERNS), []
+    for i, writer in enumerate(_NAMES):
+        chosen = range(len(every)) if variant == "bf16" else ((i + k) % len(every), (i + k + 3) % len(every))
+        found += [Cell(writer, _NAMES[(i + 1 + k + 3 * p) % len(_NAMES)], every[p], variant) for p in chosen]
+    return found
 
 
 MATRIX = [Cell(writer, reader, pattern) for writer in LAYOUTS for pattern in PATTERNS for reader in LAYOUTS]
-BESIDES = [Cell(*cell, variant) for k, variant in enumerate(VARIANTS) for cell in _rotated(2 * k + 1)]
+BESIDES = [cell for k, variant in enumerate(VARIANTS) for cell in _besides(variant, k)]
 # In the normal run: each layout reads and writes twice, each pattern is there; and each variant once.
 BESIDES_ONCE = [
     [cell for cell in BESIDES if cell.variant == variant][number]
-    for variant, number in zip(VARIANTS, (9, 14, 28, 47), strict=True)
+    for variant, number in zip(VARIANTS, (9, 4, 9, 15), strict=True)
 ]
 DIAGONAL = [
     Cell(writer, _NAMES[(i + 3 + k) % len(_NAMES)], list(PATTERNS)[(i + 3 * k) % len(PATTERNS)])
@@ -165,4 +165,5 @@ def reading(root: Path, folder: Path, cell: Cell, checkpoint: Path) -> dict[str,
         config["start"] = {"from": str(checkpoint), "take": "everything"}
         config["checkpoint"]["frozen"] = "reference" if cell.variant == "reference" else "stored"
     config["train"] = {**config["train"], "steps": STEPS + MORE}
+    config["checkpoint"]["every_steps"] = 0  # only at the end
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -108,6 +109,8 @@ def _join(config: Config) -> world.World:
         register()
         torch.use_deterministic_algorithms(True)  # it fills new memory with NaN, so what is not loaded shows
         fsdp.make_mesh = _mesh
+        gc.collect()
+        gc.freeze()  # an engine collects when it is built: half of a cell's time would go into looking at torch
         _state["world"] = world.start(config)
     _state["calls"] += 1
     joined: world.World = _state["world"]
