@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,31 @@ def test_every_parameter_has_a_place_in_the_plan(tmp_path: Path) -> None:
         for name, module in model.named_modules():
             places = sum(_matches(name, kind) for kind in kinds)
             assert places == bool(list(module.parameters(recurse=False))), name
+
+
+def split_with_a_norm_of_its_own(config: dict[str, Any]) -> str:
+    import models
+    from models import Decoder
+    from trainer.start import start
+    from trainer.stop import StopWish
+
+    class Scaled(torch.nn.RMSNorm):
+        """What it computes beside the norm would be lost: parts of a norm compute as a norm does."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Own(Decoder):
+        def __init__(self, section: Any) -> None:
+            super().__init__(section)
+            self.norm = Scaled(section.dim, eps=section.norm_eps)
+
+    models.REGISTRY["decoder"] = Own
+    assert start(Config.model_validate(config), StopWish()) == 1
+    return Path(config["run"]["dir"], f"attempts/000/rank-{int(os.environ['RANK']):05d}.log").read_text()
+
+
+def test_a_module_that_may_compute_something_else_is_not_split(tmp_path: Path) -> None:
+    config = tiny(tmp_path, parallel__tensor=2, train__steps=1)
+    said = run_ranks(2, split_with_a_norm_of_its_own, config)
+    assert all("norm is a Scaled: nothing is known of how to split that" in text for text in said)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from models import IGNORE, PLANS, Decoder, LossSums, TensorPlan
 from models.cross_entropy import Head, VocabularyPart, chunked_cross_entropy
 
+_KNOWN = (nn.Linear, nn.RMSNorm, nn.LayerNorm, nn.Embedding, Head)
 TOKENS = 1  # the dimension of the residual stream (B, T, dim) that is cut
 
 
@@ -45,6 +46,8 @@ def split_model(model: Decoder, mesh: DeviceMesh) -> None:
     for name, module in modules:
         forward = _split_module(name, module, plan, group, cut)
         if forward is not None:
+            if type(module) not in _KNOWN:  # a subclass may compute more, or use buffers
+                raise ValueError(f"{name} is a {type(module).__name__}: nothing is known of how to split that")
             module.forward = forward
     left = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if left:
