@@ -227,19 +227,21 @@ class CheckpointStore:
         return outcome
 
     def _write_and_commit(self, job: _Job, partial: Path) -> dict[str, Any]:
-        own_error: str | None = None
+        own_error = own_bad = None
         try:
             self._write_share(job, partial, job.carrying.jobs[0] if job.carrying else [])
         except _WRITING_ERRORS as error:
-            own_error = f"rank 0: {_text(error)}"
-        files, errors = list(job.files), [own_error]
+            own_error, own_bad = f"rank 0: {_text(error)}", _bad_file(error)
+        files, errors, found_bad = list(job.files), [own_error], [own_bad]
         for rank in range(1, self._world_size):
             report = self._messages.get(f"{job.number}/rank-{rank}", f"rank {rank}")
             errors.append(report.get("error"))
+            found_bad.append(report.get("bad"))
             files += [WrittenFile.from_json(file) for file in report.get("files", [])]
         self._forget(job.number)
         failed = next((error for error in errors if error), None)
         if failed:
+            self._mend({Path(path) for path in found_bad if path})
             raise SaveError(failed)
         self._commit(job, partial, files)
         return {"bytes": sum(file.size for file in files if file.written)}
@@ -256,12 +258,17 @@ class CheckpointStore:
                 self._write_share(job, self.root / go["folder"], [Job.from_json(content) for content in jobs])
                 report = {"files": [file.to_json() for file in job.files]}
             except _WRITING_ERRORS as error:
-                report = {"error": f"rank {self._rank}: {_text(error)}"}
+                report = {"error": f"rank {self._rank}: {_text(error)}", "bad": _bad_file(error)}
             self._messages.put(f"{job.number}/rank-{self._rank}", report)
         outcome: dict[str, Any] = self._messages.get(f"{job.number}/done", "rank 0")
         if "error" not in outcome and "there" not in outcome:
             self._carry_on(job)
         return outcome
+
+    def _mend(self, found_bad: set[Path]) -> None:
+        """Files that were to be taken over are bad: where there are copies the next save will find them whole."""
+        if self._base is not None and not self._base.foreign:
+            self.shelf.mend(self._base.manifest.step, found_bad)
 
     def _plan_carrying(self, job: _Job) -> None:
         """Decide which rank takes over which file of the base, and tell them."""
@@ -342,6 +349,10 @@ class CheckpointStore:
         names = ["go", "done", *(f"{word}-{r}" for word in ("rank", "carry") for r in ranks)]
         for name in names if number > 1 else []:
             self._messages.drop(f"{number - 1}/{name}")
+
+
+def _bad_file(error: Exception) -> str | None:
+    return str(error.path) if isinstance(error, BadCheckpoint) else None
 
 
 def _text(error: BaseException) -> str:

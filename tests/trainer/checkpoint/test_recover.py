@@ -201,6 +201,24 @@ def test_a_checkpoint_that_describes_itself_badly_is_not_recovered(shelf: Shelf)
             recover(shelf.path(step), shelf.root, (), print)
 
 
+def test_a_save_that_takes_over_a_bad_file_is_mended_for_the_next(shelf: Shelf) -> None:
+    """What is frozen need not be read when a run starts, only when its files are copied: the save that meets the bad
+    block fails, and the next one succeeds."""
+    said: list[str] = []
+    store = CheckpointStore(shelf.root, attempt=9, keep=KeepSection(last=9), asynchronous=False, say=said.append)
+    store.adopt(Checkpoint(shelf.path(3)), {"f": "f"}, lineage=True, foreign=False)
+    flip(shelf.path(3) / FROZEN, 100)
+    results = []
+    for _ in range(2):
+        store.save(4, [whole("a", "model", torch.full((40,), 4.0))], RunState(position={"consumed_samples": 4}))
+        results += store.poll()
+    assert [result.ok for result in results] == [False, True]
+    assert "checksum" in str(results[0].error)
+    assert "is whole again" in said[0]
+    for step in (3, 4):
+        Checkpoint(shelf.path(step)).verify()
+
+
 def test_no_room_for_the_copy_is_a_persons_matter(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Falling back would throw away steps that some room would save."""
 
