@@ -54,7 +54,7 @@ life: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/life --full $(ARGS)
 
 faults: $(VENV)/.test
-	@$(BIN)/python -m pytest -m 'not gpu' tests/trainer/checkpoint tests/fuzz $(ARGS)
+	@$(BIN)/python -m pytest tests/trainer/checkpoint tests/fuzz --full $(ARGS)
 
 matrix: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/matrix --full $(ARGS)

@@ -1,6 +1,6 @@
 """Actions on a folder of checkpoints beside saving, each of whose file operations is a crash point.
 
-Run as a program of its own (`python crash_points.py names|kill|record FOLDER`, JSON by action on stdout), because a
+Run as a program of its own (`python crash_points.py names|kill|kill-all|record FOLDER`, JSON by action on stdout), as a
 process may only be forked when it has no other threads.
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ import torch
 from configs.schema import KeepSection
 from trainer.checkpoint import disk
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.convert import convert, open_state
+from trainer.checkpoint.convert_state import Kind
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import Group, Piece
@@ -44,9 +46,10 @@ def tensors(step: int) -> dict[str, tuple[Group, torch.Tensor]]:
     }
 
 
-def save(store: CheckpointStore, step: int) -> None:
-    """One process saves; frozen tensors are linked to the last save of the same store."""
-    pieces = [Piece(k, g, t, tuple(t.shape), (0,) * t.ndim, tuple(t.shape)) for k, (g, t) in tensors(step).items()]
+def save(store: CheckpointStore, step: int, held: Sequence[str] = ("w", "w.exp_avg", "f")) -> None:
+    """One process saves what it holds; frozen tensors are linked to the last save of the same store."""
+    whole = {key: tensors(step)[key] for key in held}
+    pieces = [Piece(k, g, t, tuple(t.shape), (0,) * t.ndim, tuple(t.shape)) for k, (g, t) in whole.items()]
     state = RunState(position={"consumed_samples": 8 * step}, step_counts={"w": step}, trained_steps={"f": 0})
     store.save(step, pieces, state)
     for result in store.wait():
@@ -114,6 +117,18 @@ def _two_saves(root: Path) -> CheckpointStore:
     save(store, 1)
     save(store, 2)
     return store
+
+
+def _one_of_before(root: Path) -> CheckpointStore:
+    """What is frozen lies in the files of an attempt before, and no rank holds it."""
+    save(store_of(root, 1), 2)
+    store = store_of(root, 2, KeepSection(last=2, best=False))
+    store.adopt(Checkpoint(root / "step-00000002"), {"f": "f"}, lineage=True, foreign=False)
+    return store
+
+
+def _judge_carried(root: Path) -> str:
+    return {2: "before", 3: "after"}[_newest(root)]
 
 
 def _judge_save(root: Path) -> str:
@@ -219,13 +234,52 @@ def _judge_recovery(root: Path) -> str:
     return label
 
 
+# ---- converting into each kind, from each kind: the source stays, the target is whole or not there
+
+
+def _sources(root: Path) -> None:
+    save(store_of(root, 1), 1)
+    for kind in ("torch", "dcp"):
+        convert(root / "step-00000001", root / f"source.{kind}", kind)
+    (root / "target.partial-convert").mkdir()  # of a conversion that was killed
+    (root / "target.partial-convert/x").write_bytes(b"half")
+
+
+def _converted(source: str, to: Kind) -> Action:
+    def judge(root: Path) -> str:
+        is_whole(root / "step-00000001")
+        there = (root / "target").exists()
+        if not there:
+            convert(root / source, root / "target", to)  # again, past what was left
+        assert {entry.name for entry in root.iterdir()} == {"step-00000001", "source.torch", "source.dcp", "target"}
+        state = open_state(root / "target")
+        try:
+            assert state.kind == to
+            assert state.tensors.keys() == tensors(1).keys()
+        finally:
+            state.close()
+        convert(root / "target", root / "back", "muster")
+        checkpoint = Checkpoint(root / "back")
+        checkpoint.verify()
+        for key, (_, tensor) in tensors(1).items():
+            assert torch.equal(checkpoint.read(key).view(torch.uint8), tensor.view(torch.uint8)), key
+        shutil.rmtree(root / "back")
+        return "after" if there else "before"
+
+    return Action(_sources, lambda root, _: convert(root / source, root / "target", to), judge)
+
+
 ACTIONS = {
     "linked save": Action(_two_saves, lambda root, store: save(store, 3), _judge_save),
+    "carried save": Action(_one_of_before, lambda root, store: save(store, 3, held=("w", "w.exp_avg")), _judge_carried),
     "prune": Action(_five, _prune, _judge_prune),
     "reject": Action(_two_bad, lambda root, _: shelf_of(root).newest_good(), _judge_reject),
     "set aside": Action(_bad_block, _set_aside, _judge_set_aside),
     "recover missing": Action(_frozen_missing, lambda root, _: shelf_of(root).newest_good(), _judge_recovery),
     "recover bad": Action(_frozen_bad, _mend, _judge_recovery),
+    "convert to torch": _converted("step-00000001", "torch"),
+    "convert to dcp": _converted("step-00000001", "dcp"),
+    "convert to muster": _converted("source.dcp", "muster"),
 }
 
 
@@ -309,7 +363,12 @@ def killed_at(action: Action, root: Path, state: Any, point: int, points: int) -
     action.act(root, state)
 
 
-def kill_everywhere(action: Action, folder: Path) -> dict[str, Any]:
+def kill_mostly(action: Action, folder: Path) -> dict[str, Any]:
+    """As `kill_everywhere`, but of the writes of one file only every ninth."""
+    return kill_everywhere(action, folder, every=9)
+
+
+def kill_everywhere(action: Action, folder: Path, every: int = 1) -> dict[str, Any]:
     """A crash before each operation and after the last, and what a start finds then. (One process acts: right after an
     operation is right before the next.)"""
     root, state = prepared(action, folder)
@@ -317,6 +376,8 @@ def kill_everywhere(action: Action, folder: Path) -> dict[str, Any]:
     assert forked(lambda: counted.write_text(json.dumps([row[0] for row in recorded(action, root, state)]))) == 0
     names, found = json.loads(counted.read_text()), []
     for point in range(len(names) + 1):
+        if point % every and names[max(0, point - 2) : point + 1] == ["write"] * 3:
+            continue
         shutil.rmtree(folder / "run")
         copy_tree(folder / "before", folder / "run")
         code = forked(lambda point=point: killed_at(action, root, state, point, len(names)))
@@ -327,7 +388,7 @@ def kill_everywhere(action: Action, folder: Path) -> dict[str, Any]:
 
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    run = {"names": names_of, "kill": kill_everywhere, "record": record}[what]
+    run = {"names": names_of, "kill": kill_mostly, "kill-all": kill_everywhere, "record": record}[what]
     results = {}
     for name, action in ACTIONS.items():
         (folder / name / "run").mkdir(parents=True)
