@@ -124,3 +124,8 @@ def test_a_header_of_brackets_is_refused_at_once() -> None:
     began = time.process_time()
     header((16 << 20).to_bytes(8, "little") + b"[" * (16 << 20) + b"\0\0")
     assert time.process_time() - began < 2
+
+
+def test_a_tensor_cut_into_many_columns_is_accepted() -> None:
+    """As it is under many tensor groups: no two of them meet in the second dimension."""
+    assert len(decode("m", sealed(columns(20_000))).partitions[0].pieces) == 20_000
