@@ -1,6 +1,6 @@
 """Saving and loading against the plainest way to move the same bytes, and against torch.distributed.checkpoint.
 
-    python benchmarks/checkpoint.py [--pairs 7] [--gb 2.3] [--only saving loading cold dcp] [--dir DIR] [--json FILE]
+    python benchmarks/checkpoint.py [--pairs 7] [--gb 2.3] [--only saving loading ...] [--dir DIR] [--json FILE]
 
 One process; fp32 parameters with two moments, in the shapes of Llama 3.2 1B with fewer blocks and words. Each pair runs
 ours and the other, in turns first; medians. Both sides use the same tensors, whose memory was touched before, and files
@@ -12,6 +12,9 @@ of the same number and size.
     cold      as loading, the files out of the page cache; other: O_DIRECT into the same memory, 8 MiB at a time
     dcp       other: torch.distributed.checkpoint, FileSystemWriter (which fsyncs) and FileSystemReader (warm)
 
+    converting    from Muster to Muster, torch.save and DCP; other: `cp` of the checkpoint, then fsync of each file
+    frozen    (printed) bytes of the second save, of the first one's, with 90 % of the parameters frozen after training
+
 CPU-seconds are those of the process, user and system, all threads.
 """
 
@@ -22,6 +25,7 @@ import itertools
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,12 +45,15 @@ from torch.distributed import checkpoint as dcp
 from benchmarks.table import show
 from configs.schema import KeepSection
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.convert import convert
+from trainer.checkpoint.convert_state import Kind
 from trainer.checkpoint.files import bytes_of
 from trainer.checkpoint.load import Checkpoint, Wanted
 from trainer.checkpoint.pieces import Group, Piece
 from trainer.checkpoint.store import CheckpointStore
+from trainer.folder import checkpoint_name
 
-KINDS = ("saving", "loading", "cold", "dcp")
+KINDS = ("saving", "loading", "cold", "dcp", "converting", "frozen")
 DIRECT_BYTES = 8 << 20  # of one O_DIRECT read
 PAGE = 4096
 SLACK_BYTES = 64 << 20  # the files' headers and the gaps to the next page
@@ -179,8 +186,9 @@ class Bench:
 
     def clear(self) -> None:
         """Remove what earlier saves wrote, and let the disk come to rest."""
+        (self.folder / "saving").mkdir(exist_ok=True)
         for path in self.folder.glob("saving/step-*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in ("plain", "dcp"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         os.sync()
@@ -236,6 +244,8 @@ class Bench:
         return self._layouts
 
     def written_by(self, world_size: int) -> Path:
+        if (path := self.folder / f"by-{world_size}" / checkpoint_name(1)).exists():
+            return path
         master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         root = self.folder / f"by-{world_size}"
         stores = [CheckpointStore(root, rank, world_size, kv=master) for rank in range(world_size)]
@@ -291,6 +301,45 @@ class Bench:
             self.target.tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True
         )
         self.compare("loading, same layout / DCP load", self.layouts()[0].load, reader, _nothing)
+
+    # ---- converting, freezing
+
+    def converting(self) -> None:
+        source = self.written_by(1)
+        kinds: tuple[Kind, ...] = ("muster", "torch", "dcp")
+        for kind in kinds:
+            run = lambda to=kind: convert(source, self.folder / "saving/step-1", to)  # noqa: E731
+            self.compare(f"converting, Muster to {kind} / cp and fsync", run, lambda: self.copy(source), self.clear)
+
+    def copy(self, source: Path) -> None:
+        subprocess.run(["cp", "-r", str(source), str(self.folder / "plain")], check=True)
+        for path in (self.folder / "plain").rglob("*"):
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+    def frozen(self) -> None:
+        """All has been trained; from now on nine tenths of the parameters are frozen, their moments kept."""
+        names = [key for key in self.state.tensors if "exp_avg" not in key]
+        room, trained = 0.1 * self.state.nbytes / 3, set[str]()
+        for name in sorted(names, key=lambda name: self.state.tensors[name].nbytes, reverse=True):
+            if self.state.tensors[name].nbytes <= room:
+                trained.add(name)
+                room -= self.state.tensors[name].nbytes
+        trained |= {f"{name}.{state}" for name in trained for state in ("exp_avg", "exp_avg_sq")}
+        store = CheckpointStore(self.folder / "frozen", asynchronous=False, attempt=1)
+        whole = Checkpoint(self.written_by(1))
+        store.adopt(whole, {key: key for key in self.state.tensors if key not in trained}, lineage=True, foreign=False)
+        written = []
+        for step in (2, 3):
+            store.save(step, [piece for piece in self.pieces() if piece.key in trained], RunState())
+            (result,) = store.wait()
+            assert result.ok, result.error
+            written.append(result.bytes_written)
+        Checkpoint(store.shelf.path(3)).verify()
+        print(
+            f"90 % frozen: {written[0] / 1e9:.2f} GB are written first, {written[1] / written[0]:.3f} of it the second time"
+        )
 
 
 def read_plainly(path: Path, begin: int, memory: memoryview) -> None:
