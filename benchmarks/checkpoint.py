@@ -337,9 +337,8 @@ class Bench:
             assert result.ok, result.error
             written.append(result.bytes_written)
         Checkpoint(store.shelf.path(3)).verify()
-        print(
-            f"90 % frozen: {written[0] / 1e9:.2f} GB are written first, {written[1] / written[0]:.3f} of it the second time"
-        )
+        first, second = written
+        print(f"90 % frozen: the first save writes {first / 1e9:.2f} GB, the second {second / first:.3f} of it")
 
 
 def read_plainly(path: Path, begin: int, memory: memoryview) -> None:
