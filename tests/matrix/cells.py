@@ -90,12 +90,12 @@ _NAMES = list(LAYOUTS)
 
 
 def _besides(variant: str, k: int) -> list[Cell]:
-    """Each writer with other patterns, each time under another reader: bf16 with all of them, the rest with two."""
-    every, found = list(PATTERNS), []
-    for i, writer in enumerate(_NAMES):
-        chosen = range(len(every)) if variant == "bf16" else ((i + k) % len(every), (i + k + 3) % len(every))
-        found += [Cell(writer, _NAMES[(i + 1 + k + 3 * p) % len(_NAMES)], every[p], variant) for p in chosen]
-    return found
+    """Each writer with each pattern, each time under another reader."""
+    return [
+        Cell(writer, _NAMES[(i + 1 + k + 3 * p) % len(_NAMES)], pattern, variant)
+        for i, writer in enumerate(_NAMES)
+        for p, pattern in enumerate(PATTERNS)
+    ]
 
 
 MATRIX = [Cell(writer, reader, pattern) for writer in LAYOUTS for pattern in PATTERNS for reader in LAYOUTS]
@@ -103,7 +103,7 @@ BESIDES = [cell for k, variant in enumerate(VARIANTS) for cell in _besides(varia
 # In the normal run: each layout reads and writes twice, each pattern is there; and each variant once.
 BESIDES_ONCE = [
     [cell for cell in BESIDES if cell.variant == variant][number]
-    for variant, number in zip(VARIANTS, (9, 4, 9, 15), strict=True)
+    for variant, number in zip(VARIANTS, (9, 14, 28, 47), strict=True)
 ]
 DIAGONAL = [
     Cell(writer, _NAMES[(i + 3 + k) % len(_NAMES)], list(PATTERNS)[(i + 3 * k) % len(PATTERNS)])
