@@ -45,12 +45,12 @@ from torch.distributed import checkpoint as dcp
 from benchmarks.table import show
 from configs.schema import KeepSection
 from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.convert import convert
-from trainer.checkpoint.convert_state import Kind
 from trainer.checkpoint.files import bytes_of
 from trainer.checkpoint.load import Checkpoint, Wanted
 from trainer.checkpoint.pieces import Group, Piece
 from trainer.checkpoint.store import CheckpointStore
+from trainer.convert.convert import convert
+from trainer.convert.state import Kind
 from trainer.folder import checkpoint_name
 
 KINDS = ("saving", "loading", "cold", "dcp", "converting", "frozen")

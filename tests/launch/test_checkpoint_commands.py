@@ -217,7 +217,7 @@ def test_ctrl_c_ends_verify(run: Path, capsys: pytest.CaptureFixture[str], monke
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launch.checkpoint_verify.as_completed", interrupted)
+    monkeypatch.setattr("launch.checkpoint.verify.as_completed", interrupted)
     code, told, error = say(capsys, "verify", run)
     assert (code, told, error) == (130, "", "\nstopped\n")
     assert not any(thread.name.startswith("ThreadPool") and thread.is_alive() for thread in threading.enumerate())
@@ -226,7 +226,7 @@ def test_ctrl_c_ends_verify(run: Path, capsys: pytest.CaptureFixture[str], monke
 def test_progress_on_a_log_and_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import checkpoint_text
+    from launch.checkpoint import text as checkpoint_text
 
     monkeypatch.setattr(checkpoint_text, "_LOG_EVERY_S", 0.0)
     monkeypatch.setattr(checkpoint_text, "_DRAW_EVERY_S", 0.0)
@@ -307,7 +307,7 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, told, _ = say(capsys, "prune", run, "--last", 1, "--every-steps", 20, "--yes")
     assert code == 0
     assert left(run) == ["step-00000020", "step-00000040"]
-    from launch.checkpoint_text import size_text
+    from launch.checkpoint.text import size_text
 
     assert f"{size_text(size - sum(unique().values()))} freed" in told
     assert say(capsys, "verify", run)[0] == 0

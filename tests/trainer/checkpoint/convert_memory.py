@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.convert import convert
-from trainer.checkpoint.convert_state import KINDS, Kind
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
+from trainer.convert.convert import convert
+from trainer.convert.state import KINDS, Kind
 
 
 def peak_bytes() -> int:

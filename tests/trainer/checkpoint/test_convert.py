@@ -18,15 +18,18 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from configs.errors import UserError
-from trainer.checkpoint import convert_dcp, convert_muster, convert_state, disk
+from trainer.checkpoint import disk
 from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.convert import convert, open_state
-from trainer.checkpoint.convert_state import Range, stream
 from trainer.checkpoint.files import FileReader
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
+from trainer.convert import dcp as convert_dcp
+from trainer.convert import muster as convert_muster
+from trainer.convert import state as convert_state
+from trainer.convert.convert import convert, open_state
+from trainer.convert.state import Range, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

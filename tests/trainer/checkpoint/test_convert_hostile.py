@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from configs.errors import UserError
 from launch.__main__ import main
-from trainer.checkpoint.convert import open_state
-from trainer.checkpoint.convert_state import Range, stream
-from trainer.checkpoint.unpickle import unpickle
+from trainer.convert.convert import open_state
+from trainer.convert.state import Range, stream
+from trainer.convert.unpickle import unpickle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.convert_state import Content, State, StateTensor
 from trainer.checkpoint.pieces import Group
+from trainer.convert.state import Content, State, StateTensor
 
 Path_ = tuple[str | int, ...]
 FACTS = "muster"  # the leaf under which our own targets keep a manifest's fields

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import UserError
-from launch.checkpoint_text import Progress, size_text
-from trainer.checkpoint.convert import convert
-from trainer.checkpoint.convert_state import Kind, State
+from launch.checkpoint.text import Progress, size_text
 from trainer.checkpoint.errors import BadCheckpoint
+from trainer.convert.convert import convert
+from trainer.convert.state import Kind, State
 
 
 def convert_checkpoint(source: Path, target: Path, to: Kind, kind: Kind | None, weights_only: bool) -> int:

@@ -12,13 +12,13 @@ from pathlib import Path
 import xxhash
 
 from configs.errors import UserError
-from launch.checkpoint_list import shelves
-from launch.checkpoint_text import Progress, size_text
-from trainer.checkpoint.convert import open_checkpoint
+from launch.checkpoint.list import shelves
+from launch.checkpoint.text import Progress, size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
 from trainer.checkpoint.inside import check_file, read_small
 from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST, MANIFEST_LIMIT_BYTES, decode, decode_checksums
+from trainer.convert.convert import open_checkpoint
 from trainer.folder import checkpoint_name, committed_steps
 
 _THREADS = 8

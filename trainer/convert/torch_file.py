@@ -12,10 +12,10 @@ from typing import Any
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
-from trainer.checkpoint.convert_archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
-from trainer.checkpoint.convert_names import is_content, leaves_of, nested, sort_leaves
-from trainer.checkpoint.convert_state import Content, Range, State, stream, take
-from trainer.checkpoint.unpickle import ArchivedTensor
+from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
+from trainer.convert.names import is_content, leaves_of, nested, sort_leaves
+from trainer.convert.state import Content, Range, State, stream, take
+from trainer.convert.unpickle import ArchivedTensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 

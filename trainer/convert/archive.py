@@ -25,7 +25,7 @@ import torch
 from configs.errors import UserError
 from trainer.checkpoint.files import STEP_BYTES, WRITE_BYTES, bytes_of
 from trainer.checkpoint.pieces import DTYPE_NAMES, Ints
-from trainer.checkpoint.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, unpickle
+from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, unpickle
 
 _OPEN_FILES = 64
 _SPAN_LIMIT_BYTES = 1 << 30

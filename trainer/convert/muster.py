@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
-from trainer.checkpoint.convert_state import STORAGE_FIELDS, Range, State, StateTensor, stream, take
 from trainer.checkpoint.files import BLOCK_BYTES, FileLayout, write_bytes, write_file
 from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest, digest, encode_checksums
 from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Ints, Piece
+from trainer.convert.state import STORAGE_FIELDS, Range, State, StateTensor, stream, take
 
 FILE_LIMIT_BYTES = 4 << 30
 

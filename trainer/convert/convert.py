@@ -18,13 +18,13 @@ from pathlib import Path
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
-from trainer.checkpoint.convert_dcp import METADATA, read_dcp, write_dcp
-from trainer.checkpoint.convert_muster import write_muster
-from trainer.checkpoint.convert_state import Kind, State, state_of
-from trainer.checkpoint.convert_torch import ZIP_MAGIC, read_torch, write_torch
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import FORMAT, MANIFEST
+from trainer.convert.dcp import METADATA, read_dcp, write_dcp
+from trainer.convert.muster import write_muster
+from trainer.convert.state import Kind, State, state_of
+from trainer.convert.torch_file import ZIP_MAGIC, read_torch, write_torch
 from trainer.folder import RunFolder, checkpoint_name, committed_steps
 
 

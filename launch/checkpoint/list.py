@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launch.checkpoint_text import age_text, layout_text, size_text, table
+from launch.checkpoint.text import age_text, layout_text, size_text, table
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest

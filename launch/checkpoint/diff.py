@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from launch.checkpoint_text import Progress, size_text, table
-from trainer.checkpoint.convert import open_state
-from trainer.checkpoint.convert_state import Range, State, StateTensor, stream
+from launch.checkpoint.text import Progress, size_text, table
 from trainer.checkpoint.errors import BadCheckpoint
+from trainer.convert.convert import open_state
+from trainer.convert.state import Range, State, StateTensor, stream
 
 _SHOWN = 20
 # What differs between any two saves of one run and says nothing about what was learned.

@@ -1,7 +1,7 @@
 """A folder of `torch.distributed.checkpoint`, as a source and as a target.
 
 A folder holds `.metadata`, a pickle of a few data classes, and `*.distcp` files, each a row of torch.save archives.
-Both are read without running anything. The target holds the nested dict of `convert_names.nested`, flattened as DCP
+Both are read without running anything. The target holds the nested dict of `names.nested`, flattened as DCP
 does it; tied tensors are two names of one place.
 """
 
@@ -22,12 +22,12 @@ import torch
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
-from trainer.checkpoint.convert_archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
-from trainer.checkpoint.convert_names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
-from trainer.checkpoint.convert_state import PART_BYTES, Content, Range, State, stream, take
 from trainer.checkpoint.files import bytes_of
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect, tiling_fault
-from trainer.checkpoint.unpickle import PICKLE_LIMIT_BYTES, ArchivedTensor, Record, record_type, unpickle
+from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
+from trainer.convert.names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
+from trainer.convert.state import PART_BYTES, Content, Range, State, stream, take
+from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, ArchivedTensor, Record, record_type, unpickle
 
 METADATA = ".metadata"
 FILE_LIMIT_BYTES = 4 << 30  # a new file begins beyond this

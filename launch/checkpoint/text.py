@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from trainer.checkpoint.convert import find_kind, open_checkpoint
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
+from trainer.convert.convert import find_kind, open_checkpoint
 
 _LOG_EVERY_S = 5.0
 _DRAW_EVERY_S = 0.1

@@ -99,41 +99,41 @@ def _existing(*paths: Path) -> None:
 
 def _list(options: argparse.Namespace) -> int:
     _existing(options.folder)
-    from launch.checkpoint_list import list_checkpoints
+    from launch.checkpoint.list import list_checkpoints
 
     return list_checkpoints(options.folder, options.json)
 
 
 def _show(options: argparse.Namespace) -> int:
     _existing(options.checkpoint)
-    from launch.checkpoint_show import show
+    from launch.checkpoint.show import show
 
     return show(options.checkpoint, options.patterns, options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
     _existing(options.folder)
-    from launch.checkpoint_verify import verify
+    from launch.checkpoint.verify import verify
 
     return verify(options.folder, options.threads)
 
 
 def _diff(options: argparse.Namespace) -> int:
     _existing(options.first, options.second)
-    from launch.checkpoint_diff import diff
+    from launch.checkpoint.diff import diff
 
     return diff(options.first, options.second, options.all, options.json)
 
 
 def _prune(options: argparse.Namespace) -> int:
     _existing(options.folder)
-    from launch.checkpoint_prune import prune
+    from launch.checkpoint.prune import prune
 
     return prune(options.folder, options.last, options.every_steps, options.bad, options.dry_run, options.yes)
 
 
 def _convert(options: argparse.Namespace) -> int:
     _existing(options.source)
-    from launch.checkpoint_convert import convert_checkpoint
+    from launch.checkpoint.convert import convert_checkpoint
 
     return convert_checkpoint(options.source, options.target, options.to, options.kind, options.take == "weights")
