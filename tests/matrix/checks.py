@@ -62,6 +62,8 @@ def differing(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Te
 def unequal(what: str, found: Any, expected: Any) -> list[str]:
     if found == expected:
         return []
+    if isinstance(found, set) and isinstance(expected, set):
+        return [f"{what}: without {sorted(expected - found)}, with {sorted(found - expected)} instead"]
     if isinstance(found, dict) and isinstance(expected, dict):
         keys = [k for k in sorted({*found, *expected}) if found.get(k) != expected.get(k)]
         return [f"{what}: {k} is {found.get(k)}, not {expected.get(k)}" for k in keys]
