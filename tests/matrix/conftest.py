@@ -12,7 +12,7 @@ from tests.matrix.harness import Matrix, Outcome
 OUTCOMES: dict[Cell, Outcome] = {}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # so that the ranks are gone when other tests run
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     made = Matrix(tmp_path_factory.mktemp("matrix"))
     yield made
