@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m launch run demo $(ARGS) || [ $$? -eq 3 ]  # 3: stopped as asked
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 schema: $(VENV)/.demo
 	@$(BIN)/python -m configs.reference

@@ -218,9 +218,10 @@ def test_ctrl_c_ends_verify(run: Path, capsys: pytest.CaptureFixture[str], monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("launch.checkpoint.verify.as_completed", interrupted)
+    before = set(threading.enumerate())
     code, told, error = say(capsys, "verify", run)
     assert (code, told, error) == (130, "", "\nstopped\n")
-    assert not any(thread.name.startswith("ThreadPool") and thread.is_alive() for thread in threading.enumerate())
+    assert not set(threading.enumerate()) - before
 
 
 def test_progress_on_a_log_and_on_a_terminal(

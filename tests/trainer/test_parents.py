@@ -19,7 +19,7 @@ PROGRAM = "from trainer.parents import die_with_parent; die_with_parent(); print
         ({"MUSTER_PARENT": str(os.getpid())}, True),
         ({"MUSTER_PARENT": "1"}, False),  # named one parent, finds itself the child of another
     ],
-    ids=str,
+    ids=["by hand", "torchrun", "its own", "another"],
 )
 def test_parent(environment: dict[str, str], alive: bool) -> None:
     env = {**os.environ, **environment}

@@ -146,6 +146,8 @@ def _read_blocks(task: tuple[FileReader, list[tuple[int, list[Span]]]]) -> int:
     reader, blocks = task
     window = np.empty(WINDOW_BYTES, dtype=np.uint8)
     done = 0
+    if blocks[-1][0] - blocks[0][0] < 2 * len(blocks):
+        reader.announce(blocks[0][0], blocks[-1][0])
     for index, spans in blocks:
         low, high = reader.block_range(index)
         reader.read_block(index, _parts(low, high, spans, window))

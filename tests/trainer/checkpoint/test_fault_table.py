@@ -282,7 +282,7 @@ def keep(root: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every cell that is asked for, by every rank."""
-    callspecs = [getattr(item, "callspec", None) for item in request.session.items]
+    callspecs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     names = [spec.params["cell"].name for spec in callspecs if spec is not None and "cell" in spec.params]
     folder = tmp_path_factory.mktemp("faults")
     config = tiny(folder, freeze__frozen=["embed.*"], checkpoint__every_steps=1, train__steps=2)
