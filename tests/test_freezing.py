@@ -186,6 +186,7 @@ def held(folder: Path) -> tuple[dict[str, torch.dtype], str]:
     except ValueError as error:
         said = str(error)
     formats = {piece.key: piece.tensor.dtype for piece in engine.pieces()}
+    world.barrier()  # rank 0 holds the store that the other's saver still connects to
     leave()
     return formats, said
 
