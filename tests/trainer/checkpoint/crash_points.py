@@ -372,11 +372,13 @@ def kill_everywhere(action: Action, folder: Path, every: int = 1) -> dict[str, A
     """A crash before each operation and after the last, and what a start finds then. (One process acts: right after an
     operation is right before the next.)"""
     root, state = prepared(action, folder)
-    counted = folder / "names"
-    assert forked(lambda: counted.write_text(json.dumps([row[0] for row in recorded(action, root, state)]))) == 0
-    names, found = json.loads(counted.read_text()), []
-    for point in range(len(names) + 1):
-        if point % every and names[max(0, point - 2) : point + 1] == ["write"] * 3:
+    counted = folder / "operations"
+    assert forked(lambda: counted.write_text(json.dumps([row[:2] for row in recorded(action, root, state)]))) == 0
+    operations, found = json.loads(counted.read_text()), []
+    names = [name for name, _ in operations]
+    for point in range(len(operations) + 1):
+        last = operations[max(0, point - 2) : point + 1]  # of one file: threads take turns, each with a file of its own
+        if point % every and len(last) == 3 and last == [["write", last[0][1]]] * 3:
             continue
         shutil.rmtree(folder / "run")
         copy_tree(folder / "before", folder / "run")
