@@ -1,6 +1,13 @@
-"""`--full` is for tests that take much longer than a normal run, each with a `make` target of its own."""
+"""`--full` is for tests that take much longer than a normal run, each with a `make` target of its own. Tests marked
+`alone` time something: while one runs, no other worker of pytest-xdist runs a test."""
 
 from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only with --full (make life, make faults, make matrix)")
+    config.addinivalue_line("markers", "alone: times something, so no other test runs beside it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -18,3 +26,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests share a room, which one that is `alone` has to itself. All go in by the same gate, which it keeps shut
+    while those inside leave: else there would always be one more."""
+    alone = item.get_closest_marker("alone") is not None
+    locks = item.config.cache.mkdir("locks")
+    with held(locks / "gate", fcntl.LOCK_EX) as gate, held(locks / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
+
+
+@contextmanager
+def held(path: Path, how: int) -> Iterator[int]:
+    """A lock between all that run tests of this checkout."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, how)
+        yield lock
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may still have it open
+        os.close(lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", COMMANDS)
 def test_starts_at_once_and_without_torch(name: str) -> None:
     words, code = COMMANDS[name]
@@ -34,7 +36,7 @@ def test_starts_at_once_and_without_torch(name: str) -> None:
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert (len(done.stderr.splitlines()) in (1, 2)) == (code == 2)
-    assert min(seconds) <= LIMIT_S  # what it needs; a machine that does other things too only adds to it
+    assert statistics.median(seconds) <= LIMIT_S
     modules = _modules(words)
     assert "configs.errors" in modules
     assert "torch" not in modules

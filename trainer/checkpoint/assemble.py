@@ -106,9 +106,8 @@ def assemble(
 def _enter(tensors: dict[str, dict[str, Any]], key: str, group: str, dtype: str, shape: Ints) -> dict[str, Any]:
     entry = tensors.setdefault(key, {"group": group, "dtype": dtype, "shape": shape, "pieces": []})
     if (entry["group"], entry["dtype"], entry["shape"]) != (group, dtype, shape):
-        raise SaveError(
-            f"ranks disagree about {key}: {entry['dtype']} {list(entry['shape'])} and {dtype} {list(shape)}"
-        )
+        known = f"{entry['group']} {entry['dtype']} {list(entry['shape'])}"
+        raise SaveError(f"ranks disagree about {key}: {known} and {group} {dtype} {list(shape)}")
     return entry
 
 

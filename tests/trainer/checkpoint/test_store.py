@@ -101,6 +101,34 @@ def test_frozen_tensors_are_linked_and_now_and_then_fresh(tmp_path: Path) -> Non
     assert save(fresh, 14).bytes_written == sizes[0], "a new attempt writes afresh"
 
 
+def test_what_trains_again_is_written_again(tmp_path: Path) -> None:
+    """A frozen tensor lies in a file until the store is told that it is held again; then its new values are written,
+    and when it freezes once more these are what is linked."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=KeepSection(last=50))
+    first = save(store, 1)
+    assert save(store, 2).bytes_written < first.bytes_written
+    trained = [whole("a", "model", torch.ones(3)), whole("f", "model", torch.arange(100.0) + 1)]
+
+    def results(step: int, pieces: list[Piece], trained_steps: dict[str, int]) -> SaveResult:
+        store.save(step, pieces, RunState(trained_steps=trained_steps))
+        (result,) = store.wait()
+        return result
+
+    unsaid = results(3, trained, {})
+    assert not unsaid.ok
+    assert unsaid.error is not None
+    assert "ranks disagree about f: model F32 [100] and frozen F32 [100]" in unsaid.error
+    store.adopt(None, {}, lineage=True, foreign=False)
+    assert results(4, trained, {}).ok
+    again = [whole("a", "model", torch.ones(3)), whole("f", "frozen", torch.arange(100.0) + 1)]
+    assert results(5, again, {"f": 4}).bytes_written > 400, "trained since: written, not linked"
+    assert results(6, again, {"f": 4}).bytes_written < 400
+    for step, values, trained_step in ((2, 0, 0), (4, 1, 4), (5, 1, 4), (6, 1, 4)):
+        checkpoint = Checkpoint(store.shelf.path(step))
+        assert torch.equal(checkpoint.read("f"), torch.arange(100.0) + values)
+        assert checkpoint.manifest.tensors["f"].trained_step == trained_step
+
+
 def test_where_links_are_impossible_the_file_is_written(tmp_path: Path, failing: list[str]) -> None:
     store = CheckpointStore(tmp_path / "checkpoints")
     first = save(store, 1)

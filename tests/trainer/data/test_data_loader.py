@@ -306,6 +306,7 @@ def test_validation_without_samples_is_refused(tmp_path: Path) -> None:
         validation_batches(p, config(source, train__validate_every_steps=3), 0, 1)
 
 
+@pytest.mark.alone
 def test_speed_far_into_a_run(tmp_path: Path) -> None:
     source = {"name": "stdlib", "path": "python:stdlib"}
     cfg = config(source, data__seq_len=256, train__global_batch=64, train__micro_batch=8, train__steps=10**9)
