@@ -35,12 +35,6 @@ def causal_flops_per_token(model: Decoder, seq_len: int) -> float:
     return _flops(model, pairs / seq_len)
 
 
-def forward_flops_per_token(model: Decoder, seq_len: int) -> float:
-    """Forward alone: 2 N + 4 L H Q T."""
-    weights = sum(map(parameter_count, (*model.blocks, model.norm, model.head)))
-    return 2.0 * weights + len(model.blocks) * _scores(model, seq_len)
-
-
 def _flops(model: Decoder, keys: float) -> float:
     """Walks the model as autograd does; keys: how many keys a query meets, on average.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trainer.begin import begin, load, origin_at, target_of, trainable_after
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore, SaveResult
 from trainer.console import Console, gib
 from trainer.data.loader import Loader, StepBatch, validation_batches
@@ -124,7 +126,8 @@ class Run:
             return
         self.saved_step = self.progress.step
         metric = self.progress.best_loss if best else None
-        self.store.save(self.progress.step, self.engine.pieces(), self._state(), metric)
+        pieces = self.engine.pieces()
+        self.store.save(self.progress.step, pieces, self._state(pieces), metric)
 
     def save_now(self) -> None:
         """Save this step, and return when it is committed. A save that fails is tried again as often as saves may fail
@@ -199,9 +202,9 @@ class Run:
         )
         self.world.from_first(lambda: self.store.shelf.check_space(int(total[0]), int(total[1])))
 
-    def _state(self) -> RunState:
+    def _state(self, pieces: Sequence[Piece]) -> RunState:
         layout = resolve(self.config.parallel, self.world.size)
-        with_state = {p.key.rpartition(".")[0] for p in self.engine.pieces() if p.group == "optim"}
+        with_state = {p.key.rpartition(".")[0] for p in pieces if p.group == "optim"}
         return RunState(
             position={"consumed_samples": self.progress.consumed_samples},
             loop=self.progress.state(),

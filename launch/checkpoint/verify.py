@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import xxhash
 
 from configs.errors import UserError
 from launch.checkpoint.list import shelves
 from launch.checkpoint.text import Progress, size_text
 from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
-from trainer.checkpoint.inside import check_file, read_small
-from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST, MANIFEST_LIMIT_BYTES, decode, decode_checksums
+from trainer.checkpoint.files import BLOCK_BYTES, FileReader
+from trainer.checkpoint.inside import check_file
+from trainer.checkpoint.load import file_path, read_manifest
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.threads import CORES, in_threads
 from trainer.convert.convert import open_checkpoint
 from trainer.folder import checkpoint_name, committed_steps
 
@@ -27,13 +26,10 @@ _BLOCKS_PER_TASK = 16
 
 @dataclass
 class _File:
-    """One file's bytes, whatever its names: linked files are read once. `bad` are blocks."""
+    """One file's bytes, whatever its names: linked files are read once. `bad` are faults by block."""
 
-    path: Path
-    size: int
-    hashes: str
-    bad: list[int] = field(default_factory=list)
-    error: str | None = None
+    reader: FileReader
+    bad: dict[int, BadCheckpoint] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,10 +44,10 @@ def verify(folder: Path, threads: int | None) -> int:
     """Returns the exit code."""
     files: dict[tuple[int, int, str], _File] = {}
     checkpoints = [_open(path, files) for path in _named(folder)]
-    total = sum(file.size for file in files.values())
+    total = sum(file.reader.size for file in files.values())
     progress = Progress("verified", total)
     try:
-        _read_all(list(files.values()), threads or min(_THREADS, os.cpu_count() or 1), progress)
+        _read_all(list(files.values()), threads or min(_THREADS, CORES), progress)
     finally:
         progress.close()
     found = 0
@@ -81,88 +77,65 @@ def _open(path: Path, files: dict[tuple[int, int, str], _File]) -> _Checkpoint:
     """What must be read of a checkpoint; its faults so far. Without a good manifest nothing more can be said."""
     opened = _Checkpoint(path)
     try:
-        manifest = decode(path / MANIFEST, read_small(path / MANIFEST, MANIFEST_LIMIT_BYTES))
-        sums = path / CHECKSUMS
-        hashes = decode_checksums(sums, read_small(sums, MANIFEST_LIMIT_BYTES), manifest, BLOCK_BYTES)
+        manifest, _, hashes = read_manifest(path)
     except BadCheckpoint as error:
         opened.faults.append(str(error))
         return opened
     opened.size = manifest.size_bytes
     for stored in manifest.files:
-        folder = path if stored.source is None else Path(manifest.sources[stored.source].path)
-        place, wanted = folder / stored.path, hashes[stored.name]
+        place, wanted = file_path(path, manifest, stored), hashes[stored.name]
         try:
             check_file(place, stored.size)
             status = os.stat(place, follow_symlinks=False)
+            reader = FileReader(str(place), stored.size, wanted)
         except BadCheckpoint as error:
             opened.faults.append(str(error))
             continue
-        if len(wanted) != HASH_DIGITS * blocks_in(stored.size):
-            opened.faults.append(f"{sums}: {len(wanted) // HASH_DIGITS} block hashes for {stored.path}")
-            continue
-        file = files.setdefault((status.st_dev, status.st_ino, wanted), _File(place, stored.size, wanted))
+        file = files.setdefault((status.st_dev, status.st_ino, wanted), _File(reader))
         opened.files.append((place, file))
     return opened
 
 
 def _read_all(files: list[_File], threads: int, progress: Progress) -> None:
-    """Check all files, each by as many threads as there are. Ctrl-C ends it within a block per thread."""
-    stop = threading.Event()
+    """Check all files, each by as many threads as there are. Ctrl-C ends it within a few blocks per thread."""
     tasks = [
         (file, first)
-        for file in sorted(files, key=lambda f: -f.size)
-        for first in range(0, blocks_in(file.size), _BLOCKS_PER_TASK)
+        for file in sorted(files, key=lambda f: -f.reader.size)
+        for first in range(0, file.reader.blocks, _BLOCKS_PER_TASK)
     ]
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(_read, file, first, stop, progress) for file, first in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with closing(in_threads(_check, tasks, threads)) as counts:
+        for count in counts:
+            progress(count)
+    for file in files:
+        file.reader.close()
 
 
-def _read(file: _File, first: int, stop: threading.Event, progress: Progress) -> None:
-    """Check a few blocks. A file that cannot be read is remembered as such."""
-    buffer = bytearray(BLOCK_BYTES)
-    try:
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+def _check(task: tuple[_File, int]) -> int:
+    """Check a few blocks, remembering the bad ones; how many bytes they have."""
+    file, first = task
+    buffer, count = memoryview(bytearray(BLOCK_BYTES)), 0
+    for index in range(first, min(first + _BLOCKS_PER_TASK, file.reader.blocks)):
+        low, high = file.reader.block_range(index)
         try:
-            for index in range(first, min(first + _BLOCKS_PER_TASK, blocks_in(file.size))):
-                if stop.is_set():
-                    return
-                length = min(BLOCK_BYTES, file.size - index * BLOCK_BYTES)
-                view = memoryview(buffer)[:length]
-                done = 0
-                while done < length and (got := os.preadv(descriptor, [view[done:]], index * BLOCK_BYTES + done)):
-                    done += got
-                if (
-                    xxhash.xxh3_64_hexdigest(view[:done])
-                    != file.hashes[index * HASH_DIGITS : (index + 1) * HASH_DIGITS]
-                ):
-                    file.bad.append(index)
-                progress(length)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        file.error = error.strerror or str(error)
+            file.reader.read_block(index, [buffer[: high - low]])
+        except BadCheckpoint as error:
+            file.bad[index] = error
+        count += high - low
+    return count
 
 
 def _faults(path: Path, file: _File) -> Iterator[str]:
-    """Bad blocks that follow each other are one range."""
-    if file.error:
-        yield f"{path}: cannot be read: {file.error}"
-    bad = sorted(file.bad)
+    """Bad blocks that follow each other, for the same reason, are one range."""
+    bad = sorted(file.bad.items())
     begin = 0
-    for i, index in enumerate(bad):
-        if i + 1 == len(bad) or bad[i + 1] != index + 1:
-            low, high = bad[begin] * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, file.size)
-            count = i - begin + 1
-            blocks = "a block's checksum is" if count == 1 else f"the checksums of {count} blocks are"
-            yield f"{path} (bytes {low} to {high}): {blocks} wrong"
-            begin = i + 1
+    for i, (index, error) in enumerate(bad):
+        if i + 1 < len(bad) and bad[i + 1][0] == index + 1 and bad[i + 1][1].reason == error.reason:
+            continue
+        low, high = file.reader.block_range(bad[begin][0])[0], file.reader.block_range(index)[1]
+        count = i - begin + 1
+        reason = error.reason if count == 1 else f"in each of {count} blocks: {error.reason}"
+        yield f"{path} (bytes {low} to {high}): {reason}"
+        begin = i + 1
 
 
 def _header_faults(path: Path) -> list[str]:

@@ -183,7 +183,7 @@ def test_verify_names_every_bad_block(run: Path, capsys: pytest.CaptureFixture[s
     assert code == 1
     bad = [line for line in told.splitlines() if line.startswith("bad: ")]
     assert len(bad) == 3, told
-    assert f"{frozen} (bytes 0 to {2 * BLOCK_BYTES}): the checksums of 2 blocks are wrong" in told
+    assert f"{frozen} (bytes 0 to {2 * BLOCK_BYTES}): in each of 2 blocks: the block's checksum is wrong" in told
     assert f"{file_of(run, 40, 'optim')} (bytes 0 to " in told
     assert "model/rank-00000.safetensors: the file is missing" in told
     assert told.count(": good,") == 2
@@ -217,7 +217,7 @@ def test_ctrl_c_ends_verify(run: Path, capsys: pytest.CaptureFixture[str], monke
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launch.checkpoint.verify.as_completed", interrupted)
+    monkeypatch.setattr("launch.checkpoint.verify.Progress.__call__", interrupted)
     before = set(threading.enumerate())
     code, told, error = say(capsys, "verify", run)
     assert (code, told, error) == (130, "", "\nstopped\n")

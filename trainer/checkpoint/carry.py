@@ -24,7 +24,8 @@ from trainer.checkpoint.files import BLOCK_BYTES, FileLayout, FileReader, write_
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import BoxPiece, FlatPiece, Manifest, Source, StoredFile
 from trainer.checkpoint.pieces import DTYPES, GROUPS, Group, Piece
-from trainer.checkpoint.share import WrittenFile, WrittenPiece, in_threads
+from trainer.checkpoint.share import WRITING_THREADS, WrittenFile, WrittenPiece
+from trainer.checkpoint.threads import in_threads
 
 _CARRIED = re.compile(r"^carried-\d{8,}-")
 
@@ -198,7 +199,7 @@ def _shared_out(jobs: Sequence[Job], world_size: int) -> list[list[Job]]:
 def carry_out(folder: str, jobs: Sequence[Job]) -> list[WrittenFile]:
     """Do this rank's jobs below `folder`, durable with their names. Raises BadCheckpoint when a block that is copied is
     bad, OSError when a file cannot be read or written."""
-    written = in_threads(partial(_do, folder), jobs)
+    written = list(in_threads(partial(_do, folder), jobs, WRITING_THREADS))
     for group in GROUPS:
         if any(job.file.path.startswith(group + "/") for job in jobs):
             disk.fsync_dir(os.path.join(folder, group))

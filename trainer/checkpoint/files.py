@@ -24,7 +24,7 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES, Piece
 
 BLOCK_BYTES = 4 << 20
-STEP_BYTES = 1 << 18  # read or written, and hashed, at a time: fits into the cache of any core
+STEP_BYTES = 1 << 20  # read, then hashed, at a time: within a core's cache, and not so little that threads queue
 WRITE_BYTES = 1 << 16  # written at a time; for longer aligned writes Linux may take larger pages, at 4 times the CPU
 HASH_DIGITS = 16
 HEADER_LIMIT_BYTES = 32 << 20  # of some 300,000 tensors in one file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,7 +25,7 @@ from trainer.checkpoint.manifest import (
     digest_in,
 )
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range
-from trainer.checkpoint.reading import READING_THREADS, Span, Target, read_spans, spans_of, verify_files
+from trainer.checkpoint.reading import READING_THREADS, Destination, Span, read_spans, spans_of, verify_files
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,31 @@ class Wanted:
     cast: bool = False
 
 
+def read_manifest(folder: Path) -> tuple[Manifest, str, dict[str, str]]:
+    """The manifest of a checkpoint, its digest, and the block hashes of each file. Raises BadCheckpoint when one of the
+    two files that hold them is damaged, UserError when it may not be read."""
+    text = read_small(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
+    manifest = decode(folder / MANIFEST, text)
+    table = folder / CHECKSUMS
+    hashes = decode_checksums(table, read_small(table, MANIFEST_LIMIT_BYTES), manifest, BLOCK_BYTES)
+    return manifest, digest_in(text), hashes
+
+
+def file_path(folder: Path, manifest: Manifest, file: StoredFile) -> Path:
+    """Where a file of the checkpoint `folder` lies: there, or in the source that it names."""
+    return (folder if file.source is None else Path(manifest.sources[file.source].path)) / file.path
+
+
 class Checkpoint:
     """An opened checkpoint. Opening checks the manifest, the checksum table, and that each file has its size."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises BadCheckpoint when it is damaged, UserError when it may not be read."""
         self.path = Path(path)
-        text = read_small(self.path / MANIFEST, MANIFEST_LIMIT_BYTES)
-        self.manifest: Manifest = decode(self.path / MANIFEST, text)
-        self.digest = digest_in(text)
-        sums_path = self.path / CHECKSUMS
-        hashes = decode_checksums(sums_path, read_small(sums_path, MANIFEST_LIMIT_BYTES), self.manifest, BLOCK_BYTES)
-        check_files((self.file_path(file), file.size) for file in self.manifest.files)
-        self.hashes = hashes
-        self._readers = [FileReader(str(self.file_path(f)), f.size, hashes[f.name]) for f in self.manifest.files]
-
-    def file_path(self, file: StoredFile) -> Path:
-        """Where a file lies: here, or in the source that it names."""
-        folder = self.path if file.source is None else Path(self.manifest.sources[file.source].path)
-        return folder / file.path
+        self.manifest, self.digest, self.hashes = read_manifest(self.path)
+        files = [(file_path(self.path, self.manifest, file), file) for file in self.manifest.files]
+        check_files((path, file.size) for path, file in files)
+        self._readers = [FileReader(str(path), file.size, self.hashes[file.name]) for path, file in files]
 
     @property
     def step(self) -> int:
@@ -99,9 +106,10 @@ class Checkpoint:
 
         `progress` is told, by the calling thread, how many bytes more were found good."""
         self.verify_headers()
-        for found_good in verify_files(self._readers, threads):
-            if progress is not None:
-                progress(found_good)
+        with closing(verify_files(self._readers, threads)) as checked:
+            for found_good in checked:
+                if progress is not None:
+                    progress(found_good)
         self.close()
 
     def close(self) -> None:
@@ -147,7 +155,7 @@ def spans_for(manifest: Manifest, wanted: Iterable[Wanted]) -> dict[int, list[Sp
         if one.out.numel() == 0:
             continue
         box = Box(tuple(one.offsets), tuple(one.sizes))
-        target = Target.of(box, one.out, manifest.dtype_of(one.key))
+        destination = Destination.of(box, one.out, manifest.dtype_of(one.key))
         for place in manifest.places(one.key, box.offsets, box.sizes):
-            spans.setdefault(place.file, []).extend(spans_of(place, target))
+            spans.setdefault(place.file, []).extend(spans_of(place, destination))
     return spans

@@ -1,19 +1,16 @@
 """Reading many boxes at once: by file and block, in file order, several blocks at a time.
 
 Every touched block is read once and checked whole. What lies as it is needed is read straight to where it goes. The
-rest of a block goes through a small window, out of which each destination takes its part: it is read, hashed and copied
-within a core's cache.
+rest of a block goes through a buffer, out of which each destination takes its part.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +18,11 @@ import torch
 from trainer.checkpoint.files import BLOCK_BYTES, FileReader, bytes_of
 from trainer.checkpoint.manifest import Place
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect
+from trainer.checkpoint.threads import CORES, in_threads
 
-READING_THREADS = 4
-WINDOW_BYTES = 1 << 20
+READING_THREADS = min(4, CORES)
 TASK_BLOCKS = 16  # consecutive blocks that one thread takes at a time
 
-T = TypeVar("T")
-R = TypeVar("R")
 # Same-size integers: bits are copied, never interpreted.
 _BITS = {
     1: (torch.uint8, np.uint8),
@@ -38,7 +33,7 @@ _BITS = {
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where a box of a tensor goes: `out` has the box's sizes, on any device, in any strides."""
 
     box: Box
@@ -48,7 +43,7 @@ class Target:
     direct: memoryview | None  # the row-major bytes of the box, where `out` is just that
 
     @classmethod
-    def of(cls, box: Box, out: torch.Tensor, dtype: torch.dtype) -> Target:
+    def of(cls, box: Box, out: torch.Tensor, dtype: torch.dtype) -> Destination:
         out = out.detach()
         if out.shape != box.sizes:
             out = out.view(box.sizes)
@@ -72,53 +67,53 @@ class Target:
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes [start, end) of a file, all or some of which are wanted by a target. They are part of the stored box
-    `place`. `direct` is where they go when all are wanted and go side by side."""
+    """The bytes [start, end) of a file, all or some of which are wanted at a destination. They are part of the stored
+    box `place`. `direct` is where they go when all are wanted and go side by side."""
 
     start: int
     end: int
     place: Place
-    target: Target
+    destination: Destination
     direct: memoryview | None
 
-    def put(self, low: int, window: np.ndarray) -> None:
-        """Take what is wanted from a window of the file that begins at the byte `low`."""
-        begin, end = max(self.start, low), min(self.end, low + len(window))
+    def put(self, low: int, content: np.ndarray) -> None:
+        """Take what is wanted from the bytes of the file that begin at the byte `low`."""
+        begin, end = max(self.start, low), min(self.end, low + len(content))
         if begin >= end:
             return
-        width, stored = self.target.dtype.itemsize, self.place.box
+        width, stored = self.destination.dtype.itemsize, self.place.box
         first = (begin - self.place.byte) // width
         for box in boxes_of_range(stored.sizes, first, (end - begin) // width):
             offsets = tuple(a + b for a, b in zip(stored.offsets, box.offsets, strict=True))
             at = begin - low + box.start * width
-            self.target.put(Box(offsets, box.sizes), window[at : at + box.numel * width])
+            self.destination.put(Box(offsets, box.sizes), content[at : at + box.numel * width])
 
 
-def spans_of(place: Place, target: Target) -> list[Span]:
-    """The parts of a stored box that a target wants, blocks of which it wants nothing left out."""
-    shared = intersect(place.box, target.box.offsets, target.box.sizes)
-    return [] if shared is None else _spans(place, target, *shared)
+def spans_of(place: Place, destination: Destination) -> list[Span]:
+    """The parts of a stored box that a destination wants, blocks of which it wants nothing left out."""
+    shared = intersect(place.box, destination.box.offsets, destination.box.sizes)
+    return [] if shared is None else _spans(place, destination, *shared)
 
 
-def _spans(place: Place, target: Target, offsets: Ints, sizes: Ints) -> list[Span]:
-    width, stored = target.dtype.itemsize, place.box
+def _spans(place: Place, destination: Destination, offsets: Ints, sizes: Ints) -> list[Span]:
+    width, stored = destination.dtype.itemsize, place.box
     is_run = _is_run(sizes, stored.sizes)
     wide = next((d for d, n in enumerate(sizes) if n > 1), None)
     if not is_run and wide is not None and prod(stored.sizes[wide + 1 :]) * width > BLOCK_BYTES:
         ones = [(*offsets[:wide], offsets[wide] + i, *offsets[wide + 1 :]) for i in range(sizes[wide])]
-        return [s for o in ones for s in _spans(place, target, o, (*sizes[:wide], 1, *sizes[wide + 1 :]))]
+        return [s for o in ones for s in _spans(place, destination, o, (*sizes[:wide], 1, *sizes[wide + 1 :]))]
     first = _flat_index(offsets, stored)
     last = _flat_index([o + n - 1 for o, n in zip(offsets, sizes, strict=True)], stored)
     start, end = place.byte + first * width, place.byte + (last + 1) * width
     direct = None
-    if target.direct is not None and is_run and _is_run(sizes, target.box.sizes):
-        begin = _flat_index(offsets, target.box) * width
-        direct = target.direct[begin : begin + end - start]
-    return [Span(start, end, place, target, direct)]
+    if destination.direct is not None and is_run and _is_run(sizes, destination.box.sizes):
+        begin = _flat_index(offsets, destination.box) * width
+        direct = destination.direct[begin : begin + end - start]
+    return [Span(start, end, place, destination, direct)]
 
 
 def read_spans(readers: Sequence[FileReader], spans: Mapping[int, list[Span]]) -> None:
-    """Fill all targets. `spans` by file. Raises BadCheckpoint for the first bad block."""
+    """Fill all destinations. `spans` by file. Raises BadCheckpoint for the first bad block."""
     tasks = []
     for file in sorted(spans):
         blocks: dict[int, list[Span]] = defaultdict(list)
@@ -131,32 +126,32 @@ def read_spans(readers: Sequence[FileReader], spans: Mapping[int, list[Span]]) -
         pass
 
 
-def verify_files(readers: Sequence[FileReader], threads: int) -> Iterator[int]:
-    """Check every block of every file; yields how many bytes more were found good."""
+def verify_files(readers: Sequence[FileReader], threads: int) -> Generator[int, None, None]:
+    """Check every block of every file; gives how many bytes more were found good."""
     tasks: list[tuple[FileReader, list[tuple[int, list[Span]]]]] = [
         (reader, [(index, []) for index in range(first, min(first + TASK_BLOCKS, reader.blocks))])
         for reader in readers
         for first in range(0, reader.blocks, TASK_BLOCKS)
     ]
-    yield from in_threads(_read_blocks, tasks, threads)
+    return in_threads(_read_blocks, tasks, threads)
 
 
 def _read_blocks(task: tuple[FileReader, list[tuple[int, list[Span]]]]) -> int:
     """Read some blocks of a file, each for the spans that touch it. Returns their bytes."""
     reader, blocks = task
-    window = np.empty(WINDOW_BYTES, dtype=np.uint8)
+    buffer = np.empty(BLOCK_BYTES, dtype=np.uint8)
     done = 0
     if blocks[-1][0] - blocks[0][0] < 2 * len(blocks):
         reader.announce(blocks[0][0], blocks[-1][0])
     for index, spans in blocks:
         low, high = reader.block_range(index)
-        reader.read_block(index, _parts(low, high, spans, window))
+        reader.read_block(index, _parts(low, high, spans, buffer))
         done += high - low
     return done
 
 
-def _parts(low: int, high: int, spans: Sequence[Span], window: np.ndarray) -> Iterator[memoryview]:
-    """What to read the block [low, high) into, part by part: where a span wants it, or the window, out of which the
+def _parts(low: int, high: int, spans: Sequence[Span], buffer: np.ndarray) -> Iterator[memoryview]:
+    """What to read the block [low, high) into, part by part: where a span wants it, or the buffer, out of which the
     spans take what they want before the next part is asked for."""
     inside = [(max(span.start, low), min(span.end, high)) for span in spans]
     apart = all(begin >= end for (_, end), (begin, _) in pairwise(inside))
@@ -168,31 +163,13 @@ def _parts(low: int, high: int, spans: Sequence[Span], window: np.ndarray) -> It
     loose = [span for span in spans if not apart or span.direct is None]
     position = low
     for begin, end, out in [*direct, (high, high, memoryview(b""))]:
-        while position < begin:
-            stop = min(begin, (position // WINDOW_BYTES + 1) * WINDOW_BYTES)
-            part = window[: stop - position]
+        if position < begin:
+            part = buffer[: begin - position]
             yield part.data
             for span in loose:
                 span.put(position, part)
-            position = stop
         yield out
         position = end
-
-
-def in_threads(work: Callable[[T], R], tasks: Sequence[T], threads: int) -> Iterator[R]:
-    """The results of all tasks, in their order, a few being worked on at a time. Raises the first task's error, once
-    none runs any more."""
-    threads = min(threads, len(tasks))
-    if threads <= 1:
-        yield from map(work, tasks)
-        return
-    with ThreadPoolExecutor(threads, "muster-reader") as pool:
-        futures = [pool.submit(work, task) for task in tasks]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _flat_index(at: Iterable[int], box: Box) -> int:

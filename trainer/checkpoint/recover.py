@@ -23,16 +23,8 @@ from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
 from trainer.checkpoint.inside import check_file, read_small
-from trainer.checkpoint.manifest import (
-    CHECKSUMS,
-    MANIFEST,
-    MANIFEST_LIMIT_BYTES,
-    Checksums,
-    Manifest,
-    StoredFile,
-    decode,
-    decode_checksums,
-)
+from trainer.checkpoint.load import file_path, read_manifest
+from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST_LIMIT_BYTES, Checksums, Manifest
 
 _OF_A_RUN = re.compile(r"^step-\d{8,}(\.bad-\d+)?$")
 _FILE = re.compile(r"^(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")
@@ -41,7 +33,7 @@ UNFINISHED = re.compile(r"^\..*\.mending$")  # the temporary name of a file that
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Expected:
     """What a file must be."""
 
     path: Path
@@ -66,15 +58,15 @@ class _File:
         found = os.fstat(self._fd) if self._opened() and self._fd is not None else None
         return (found.st_dev, found.st_ino) if found else None
 
-    def block(self, wanted: Wanted, index: int) -> bytes | None:
-        """The block of this number, or None unless it is what is wanted."""
+    def block(self, expected: Expected, index: int) -> bytes | None:
+        """The block of this number, or None unless it is what is expected."""
         if not self._opened() or self._fd is None:
             return None
         try:
-            content = os.pread(self._fd, wanted.length_of(index), index * BLOCK_BYTES)
+            content = os.pread(self._fd, expected.length_of(index), index * BLOCK_BYTES)
         except OSError:
             return None
-        return content if xxhash.xxh3_64_hexdigest(content) == wanted.hash_of(index) else None
+        return content if xxhash.xxh3_64_hexdigest(content) == expected.hash_of(index) else None
 
     def _opened(self) -> bool:
         if self._fd is None:
@@ -98,29 +90,23 @@ def recover(folder: Path, root: Path, found_bad: Collection[Path], say: Callable
     cannot be made whole, or when the manifest or the checksums are themselves bad, and UserError when a good copy is
     there but cannot be written.
     """
-    manifest = decode(folder / MANIFEST, read_small(folder / MANIFEST, MANIFEST_LIMIT_BYTES))
-    table = folder / CHECKSUMS
-    hashes = decode_checksums(table, read_small(table, MANIFEST_LIMIT_BYTES), manifest, BLOCK_BYTES)
+    manifest, _, hashes = read_manifest(folder)
     mended = []
     for file in manifest.files:
-        wanted = Wanted(_place(folder, manifest, file), file.size, hashes[file.name])
-        reason = _suspicion(wanted, found_bad)
-        if reason and _mend(wanted, reason, _folders(folder, root, manifest), root, say):
+        expected = Expected(file_path(folder, manifest, file), file.size, hashes[file.name])
+        reason = _suspicion(expected, found_bad)
+        if reason and _mend(expected, reason, _folders(folder, root, manifest), root, say):
             mended.append(file.name)
     return mended
 
 
-def _place(folder: Path, manifest: Manifest, file: StoredFile) -> Path:
-    return (folder if file.source is None else Path(manifest.sources[file.source].path)) / file.path
-
-
-def _suspicion(wanted: Wanted, found_bad: Collection[Path]) -> str | None:
+def _suspicion(expected: Expected, found_bad: Collection[Path]) -> str | None:
     """Why a file should be looked at, or None."""
     try:
-        check_file(wanted.path, wanted.size)
+        check_file(expected.path, expected.size)
     except BadCheckpoint as error:
         return error.reason
-    return _BAD_BLOCK if _real(wanted.path) in {_real(path) for path in found_bad} else None
+    return _BAD_BLOCK if _real(expected.path) in {_real(path) for path in found_bad} else None
 
 
 def _real(path: Path) -> Path:
@@ -135,24 +121,24 @@ def _folders(folder: Path, root: Path, manifest: Manifest) -> list[Path]:
     return [other for other in found if other != folder]
 
 
-def _mend(wanted: Wanted, reason: str, folders: Sequence[Path], root: Path, say: Callable[[str], None]) -> bool:
+def _mend(expected: Expected, reason: str, folders: Sequence[Path], root: Path, say: Callable[[str], None]) -> bool:
     """Write the file anew from its good blocks and those of copies. False when all of it turns out to be good."""
-    own = _File(wanted.path)
+    own = _File(expected.path)
     try:
-        bad = [index for index in range(blocks_in(wanted.size)) if own.block(wanted, index) is None]
+        bad = [index for index in range(blocks_in(expected.size)) if own.block(expected, index) is None]
         if not bad and reason == _BAD_BLOCK:
             return False
-        taken = _find(wanted, bad, own, folders)
-        if root not in wanted.path.parents:
-            raise BadCheckpoint(wanted.path, f"{reason}; the folder is not this run's, so it is left as it is")
-        _rewrite(wanted, [taken.get(index, own) for index in range(blocks_in(wanted.size))])
+        taken = _find(expected, bad, own, folders)
+        if root not in expected.path.parents:
+            raise BadCheckpoint(expected.path, f"{reason}; the folder is not this run's, so it is left as it is")
+        _rewrite(expected, [taken.get(index, own) for index in range(blocks_in(expected.size))])
     finally:
         own.close()
     sources = sorted({str(_of(file.path)) for file in taken.values()})
     say(
-        f"{wanted.path.relative_to(root)} was bad ({reason}) and is whole again: "
+        f"{expected.path.relative_to(root)} was bad ({reason}) and is whole again: "
         + (
-            f"{len(bad)} of {blocks_in(wanted.size)} blocks from {', '.join(sources)}"
+            f"{len(bad)} of {blocks_in(expected.size)} blocks from {', '.join(sources)}"
             if bad
             else "all its blocks were good"
         )
@@ -164,15 +150,15 @@ def _of(path: Path) -> str:
     return path.parent.parent.name
 
 
-def _find(wanted: Wanted, bad: Sequence[int], own: _File, folders: Sequence[Path]) -> dict[int, _File]:
+def _find(expected: Expected, bad: Sequence[int], own: _File, folders: Sequence[Path]) -> dict[int, _File]:
     """For each bad block a file that has it good. Raises BadCheckpoint when one has none."""
     found: dict[int, _File] = {}
-    for path in _copies(wanted, bad, folders):
+    for path in _copies(expected, bad, folders):
         other = _File(path)
         if other.identity() is None or other.identity() == own.identity():
             continue  # another name of the same bytes is no copy
         for index in bad:
-            if index not in found and other.block(wanted, index) is not None:
+            if index not in found and other.block(expected, index) is not None:
                 found[index] = other
         other.close()
         if len(found) == len(bad):
@@ -181,23 +167,23 @@ def _find(wanted: Wanted, bad: Sequence[int], own: _File, folders: Sequence[Path
     if missing is not None:
         low = missing * BLOCK_BYTES
         raise BadCheckpoint(
-            wanted.path, "the block is bad, and no other copy of it is good", (low, low + wanted.length_of(missing))
+            expected.path, "the block is bad, and no other copy of it is good", (low, low + expected.length_of(missing))
         )
     return found
 
 
-def _copies(wanted: Wanted, bad: Sequence[int], folders: Sequence[Path]) -> Iterator[Path]:
+def _copies(expected: Expected, bad: Sequence[int], folders: Sequence[Path]) -> Iterator[Path]:
     """Files that may hold a bad block: by the checksums of their folder, or, when these cannot be read, by size."""
     for folder in folders:
         try:
             table = read_small(folder / CHECKSUMS, MANIFEST_LIMIT_BYTES)
             known = Checksums.model_validate_json(table).xxh3_64
         except (BadCheckpoint, UserError, ValidationError):
-            yield from sorted(p for p in folder.glob("*/*.safetensors") if _size_of(p) == wanted.size)
+            yield from sorted(p for p in folder.glob("*/*.safetensors") if _size_of(p) == expected.size)
             continue
         for name, hashes in known.items():
-            same = len(hashes) == len(wanted.hashes) and any(
-                hashes[i * HASH_DIGITS : (i + 1) * HASH_DIGITS] == wanted.hash_of(i) for i in bad
+            same = len(hashes) == len(expected.hashes) and any(
+                hashes[i * HASH_DIGITS : (i + 1) * HASH_DIGITS] == expected.hash_of(i) for i in bad
             )
             if same and _FILE.match(name):
                 yield folder / name
@@ -210,9 +196,9 @@ def _size_of(path: Path) -> int:
         return -1
 
 
-def _rewrite(wanted: Wanted, blocks: Sequence[_File]) -> None:
+def _rewrite(expected: Expected, blocks: Sequence[_File]) -> None:
     """The file under a temporary name, each block from where it is good, then renamed over what is there."""
-    path = wanted.path
+    path = expected.path
     temporary = str(path.with_name(f".{path.name}.mending"))
     try:
         if not path.parent.exists():
@@ -222,7 +208,7 @@ def _rewrite(wanted: Wanted, blocks: Sequence[_File]) -> None:
             os.stat(temporary)
             disk.unlink(temporary)
         try:
-            _write(temporary, wanted, blocks)
+            _write(temporary, expected, blocks)
             disk.rename(temporary, str(path))
         except BaseException:
             with suppress(OSError):
@@ -236,11 +222,11 @@ def _rewrite(wanted: Wanted, blocks: Sequence[_File]) -> None:
         ) from error
 
 
-def _write(temporary: str, wanted: Wanted, blocks: Sequence[_File]) -> None:
+def _write(temporary: str, expected: Expected, blocks: Sequence[_File]) -> None:
     file = disk.NewFile(temporary)
     try:
         for index, source in enumerate(blocks):
-            content = source.block(wanted, index)
+            content = source.block(expected, index)
             if content is None:
                 raise BadCheckpoint(source.path, "the block changed while it was copied")
             file.write(memoryview(content))

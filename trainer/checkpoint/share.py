@@ -6,19 +6,17 @@ A rank writes one or several files per group, each bounded, by a few threads. Wh
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from sys import intern
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from trainer.checkpoint import disk
 from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.files import FileLayout, host_blocks, in_file_order, write_file
 from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Ints, Piece
-
-T = TypeVar("T")
+from trainer.checkpoint.threads import in_threads
 
 FILE_BYTES = 2 << 30  # of tensors in one file, at most (a single element aside)
 WRITING_THREADS = 4  # files that a rank writes at a time
@@ -140,7 +138,7 @@ def write_files(folder: str, files: Sequence[PlannedFile], copies: Mapping[str, 
         hashes = write_file(os.path.join(folder, file.path), layout, blocks)
         return report_of(file, hashes)
 
-    written = in_threads(write, files)
+    written = list(in_threads(write, files, WRITING_THREADS))
     for group in dict.fromkeys(file.group for file in files):
         disk.fsync_dir(os.path.join(folder, group))
     return written
@@ -149,20 +147,6 @@ def write_files(folder: str, files: Sequence[PlannedFile], copies: Mapping[str, 
 def report_of(file: PlannedFile, hashes: str) -> WrittenFile:
     """What is told about a file once it is written."""
     return WrittenFile(file.path, file.layout.size, len(file.layout.header), hashes, True, _describe(file.layout))
-
-
-def in_threads(write: Callable[[T], WrittenFile], files: Sequence[T]) -> list[WrittenFile]:
-    """In the order given, and in this thread, when there is one thread or one file."""
-    threads = min(WRITING_THREADS, len(files))
-    if threads <= 1:
-        return [write(file) for file in files]
-    with ThreadPoolExecutor(threads, "muster-writer") as pool:
-        results = [pool.submit(write, file) for file in files]
-        try:
-            return [result.result() for result in results]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _describe(layout: FileLayout) -> list[WrittenPiece]:

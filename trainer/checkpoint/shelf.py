@@ -130,8 +130,8 @@ class Shelf:
         self._say(f"checkpoint {checkpoint_name(step)} is bad and was set aside as {target.name}: {reason}")
         return target
 
-    def remember(self, step: int, metric: float | None) -> None:
-        """Note that a checkpoint was just committed: what was known of that step is not so any more."""
+    def forget(self, step: int) -> None:
+        """A checkpoint was just committed: what was known of that step is not so any more."""
         self._facts.pop(step, None)
 
     def prune(self, tag: str) -> list[int]:

@@ -330,7 +330,7 @@ class CheckpointStore:
     def _after_commit(self, job: _Job) -> None:
         """Pruning; what goes wrong in it does not undo the commit."""
         self._carry_on(job)
-        self.shelf.remember(job.step, job.metric)
+        self.shelf.forget(job.step)
         try:
             self.shelf.prune(f"{self._attempt:03d}")
         except OSError as error:

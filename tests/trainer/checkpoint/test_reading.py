@@ -16,7 +16,7 @@ from trainer.checkpoint import files, reading
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES
-from trainer.checkpoint.load import Checkpoint, Wanted
+from trainer.checkpoint.load import Checkpoint, Wanted, file_path
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
 
@@ -137,7 +137,7 @@ def blocks_touched(checkpoint: Checkpoint, boxes: list[Wanted]) -> Counter[tuple
             cut = tuple(slice(o, o + n) for o, n in zip(place.box.offsets, place.box.sizes, strict=True))
             elements = marked[cut].reshape(-1).nonzero().view(-1)
             file = checkpoint.manifest.files[place.file]
-            inode = checkpoint.file_path(file).stat().st_ino
+            inode = file_path(checkpoint.path, checkpoint.manifest, file).stat().st_ino
             for block in ((place.byte + elements * width) // BLOCK_BYTES).unique().tolist():
                 found[inode, block] = min(BLOCK_BYTES, file.size - block * BLOCK_BYTES)
     return found
