@@ -8,8 +8,10 @@ of the same number and size.
 
     saving    the whole save, staging to commit; other: `write` of the same tensors into files that are fsynced
     loading   opening, reading and checking; other: `readinto` of the files into the same memory; warm page cache.
-              Layouts: as written; written as 4 ranks' rows and read whole, by 3 ranks, by 2 ranks as columns
-    cold      as loading, the files out of the page cache; other: O_DIRECT into the same memory, 8 MiB at a time
+              Layouts: as written; written as 4 ranks' rows and read whole, by 3 ranks, by 2 ranks as columns. For
+              columns files lie otherwise than tensors do: there also one `pread` per run into the same tensors
+    cold      as loading, the files out of the page cache; other: O_DIRECT into the same memory, 8 MiB at a time; for
+              columns, where each of two readers wants a part of every page, also once by each
     dcp       other: torch.distributed.checkpoint, FileSystemWriter (which fsyncs) and FileSystemReader (warm)
 
     converting    from Muster to Muster, torch.save and DCP; other: `cp` of the checkpoint, then fsync of each file
@@ -47,7 +49,7 @@ from configs.schema import KeepSection
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.files import bytes_of
 from trainer.checkpoint.load import Checkpoint, Wanted
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.pieces import Group, Piece, intersect
 from trainer.checkpoint.store import CheckpointStore
 from trainer.convert.convert import convert
 from trainer.convert.state import Kind
@@ -220,13 +222,20 @@ class Bench:
     def loading(self) -> None:
         for layout in self.layouts():
             self.compare(f"loading, {layout.name} / readinto", layout.load, lambda x=layout: self.read(x), _nothing)
-        same = self.layouts()[0]
+        same, columns = self.layouts()[0], self.layouts()[-1]
+        runs = runs_of(columns)
+        self.compare(f"loading, {columns.name} / pread of each run", columns.load, lambda: read_runs(runs), _nothing)
+        self.check(columns)
         self.compare(f"loading, {same.name} / readinto by 4 threads", same.load, lambda: self.read(same, 4), _nothing)
 
     def cold(self) -> None:
         for layout in self.layouts():
             direct = lambda x=layout: self.read(x, direct=True)  # noqa: E731
             self.compare(f"cold loading, {layout.name} / O_DIRECT", layout.load, direct, lambda x=layout: forget(x))
+        columns = self.layouts()[-1]
+        twice = lambda: [self.read(columns, direct=True) for _ in columns.readers]  # noqa: E731
+        what = f"cold loading, {columns.name} / O_DIRECT by each reader"
+        self.compare(what, columns.load, twice, lambda: forget(columns))
 
     def layouts(self) -> list[Layout]:
         """Written once, and each read and looked at once."""
@@ -339,6 +348,38 @@ class Bench:
         Checkpoint(store.shelf.path(3)).verify()
         first, second = written
         print(f"90 % frozen: the first save writes {first / 1e9:.2f} GB, the second {second / first:.3f} of it")
+
+
+def runs_of(layout: Layout) -> dict[Path, list[tuple[memoryview, int]]]:
+    """By file, where each run of wanted bytes goes, and its first byte in the file. For boxes of matrices and vectors
+    that lie in files by rows."""
+    manifest = Checkpoint(layout.path).manifest
+    runs: dict[Path, list[tuple[memoryview, int]]] = {}
+    for wanted in itertools.chain(*layout.readers):
+        width, out = wanted.out.element_size(), bytes_of(wanted.out)
+        length = wanted.sizes[-1] * width
+        for place in manifest.places(wanted.key, wanted.offsets, wanted.sizes):
+            offsets, sizes = intersect(place.box, wanted.offsets, wanted.sizes) or ((), ())
+            column = (wanted.offsets[-1] - place.box.offsets[-1]) * width if len(sizes) > 1 else 0
+            path = layout.path / manifest.files[place.file].path
+            if len(sizes) == 1:
+                here, there = (offsets[0] - wanted.offsets[0]) * width, (offsets[0] - place.box.offsets[0]) * width
+                runs.setdefault(path, []).append((out[here : here + sizes[0] * width], place.byte + there))
+                continue
+            for row in range(offsets[0], offsets[0] + sizes[0]):
+                here = (row - wanted.offsets[0]) * length
+                there = (row - place.box.offsets[0]) * place.box.sizes[-1] * width + column
+                runs.setdefault(path, []).append((out[here : here + length], place.byte + there))
+    return runs
+
+
+def read_runs(runs: dict[Path, list[tuple[memoryview, int]]]) -> None:
+    """The same bytes into the same tensors, one `pread` for each run."""
+    for path, parts in runs.items():
+        fd = os.open(path, os.O_RDONLY)
+        for out, start in parts:
+            assert os.preadv(fd, [out], start) == len(out)
+        os.close(fd)
 
 
 def read_plainly(path: Path, begin: int, memory: memoryview) -> None:
