@@ -24,6 +24,7 @@ from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
 from trainer.events import Events, read_events, read_rows, tolerate_full_disk
 from trainer.folder import RunFolder
+from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
 from trainer.layout import resolve
 from trainer.lease import LEASE_VARIABLE, Lease
 from trainer.life import End
@@ -100,6 +101,7 @@ class Supervisor:
         self.config, self.folder, self.command, self.processes = config, folder, command, processes
         self.wish, self.console, self.lease = wish, console, lease
         self.request, self.user_error, self.failures = local / "request", local / "user_error", local / "failures"
+        self.heartbeats = Heartbeats.make(processes)
         self.events = Events(folder, node_name(), "launcher")
         self._failures_told = 0
         self._before = max(life.numbers(folder), default=-1)
@@ -156,6 +158,7 @@ class Supervisor:
             REQUEST_VARIABLE: str(self.request),
             USER_ERROR_VARIABLE: str(self.user_error),
             FAILURES_VARIABLE: str(self.failures),
+            HEARTBEATS_VARIABLE: self.heartbeats.path,
             # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),

@@ -14,6 +14,7 @@ from configs.schema import Config
 from trainer import life
 from trainer.console import Console
 from trainer.folder import RunFolder
+from trainer.heartbeat import Phase
 from trainer.lease import Lease, writable
 from trainer.life import Attempt, End
 from trainer.loop import train
@@ -38,6 +39,7 @@ def live(run: Run) -> End:
     try:
         cause = train(run)
         run.save_now()
+        run.world.heartbeat.enter(Phase.LEAVING)
     except RunFailed as failure:
         run.poll_saves(wait=True)
         run.console.say(f"FAILED: {failure}")
@@ -99,7 +101,8 @@ def run_attempt(config: Config, wish: StopWish, world: World, kind: type[Run]) -
             end = _attempt(run, changes)
             if world.first:
                 attempt.write_end(end)
-                run.events.write("ended", **{k: getattr(end, k) for k in ("reason", "step", "cause")})
+                facts = {k: getattr(end, k) for k in ("reason", "step", "cause")}
+                run.events.write("ended", phases_s=world.heartbeat.seconds(), **facts)
                 say_end(run, end)
             world.barrier()
         except UserError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.agreement import Agreement
 from trainer.health import Health
+from trainer.heartbeat import Phase
 from trainer.step import RunFailed, StepResult, train_step
 from trainer.stop import Cause, Kind
 from trainer.validation import validate
@@ -52,10 +53,11 @@ def train(run: Run) -> Cause | None:
     cause, _ = validate_if_due(run, agreement, cause)  # one that a stop left undone
     while cause is None and progress.step < config.train.steps and not stopped_early(run):
         run.follow_freeze_schedule()
+        run.world.heartbeat.enter(Phase.WAITING_FOR_DATA, progress.step + 1)
         began = time.perf_counter()
         batch = next(run.loader)
         run.record_samples(batch)
-        result = train_step(run.engine, batch, progress.step + 1, config, agreement)
+        result = train_step(run.engine, batch, progress.step + 1, config, agreement, run.step_phase)
         progress.step += 1
         progress.consumed_samples = batch.consumed_samples
         run.meter.add(time.perf_counter() - began, run.loader.wait_s, config.train.global_batch)
@@ -90,7 +92,8 @@ def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> tupl
     is_due = every > 0 and 0 < step != progress.validated_step and (due(step, every) or step == train.steps)
     if cause is not None or not is_due:
         return cause, False
-    values = validate(run, agreement)
+    with run.world.heartbeat.during(Phase.VALIDATING):
+        values = validate(run, agreement)
     better = values is not None and take_validation(run, values)
     return agreement.outcome(), better
 

@@ -95,9 +95,13 @@ class Meter:
         self.write({"step": step, **values})
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row to metrics.jsonl and TensorBoard. NaN is no JSON: such a number is written as null."""
+        """One row to metrics.jsonl and TensorBoard. NaN is no JSON: such a number is written as null.
+
+        `phases_s` are rank 0's seconds in each phase since its process began, so that a lost row loses no time.
+        """
         clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
-        append_row(self.folder.metrics, {"time_s": round(time.time(), 3), "attempt": self.attempt, **clean})
+        head = {"time_s": round(time.time(), 3), "attempt": self.attempt}
+        append_row(self.folder.metrics, {**head, **clean, "phases_s": self.world.heartbeat.seconds()})
         if self.config.run.tensorboard:
             scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
             with tolerate_full_disk():

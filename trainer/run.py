@@ -23,6 +23,7 @@ from trainer.data.prepared import Prepared
 from trainer.engines.fsdp import FsdpEngine
 from trainer.events import Events, append_row
 from trainer.folder import RunFolder, checkpoint_name
+from trainer.heartbeat import Phase
 from trainer.layout import resolve
 from trainer.life import Attempt
 from trainer.loop import Progress
@@ -41,7 +42,7 @@ class Run:
         self.began = time.monotonic()
         self.console = Console(world.rank)
         self.events = Events(folder, world.node, f"rank{world.rank:05d}")
-        self.events.attempt = attempt.number
+        self.events.attempt = world.heartbeat.attempt = attempt.number
         self.progress = Progress()
         self.task = LanguageModelling(config.task)
         self.store = CheckpointStore(
@@ -68,7 +69,8 @@ class Run:
         if world.first:
             self.wish.watch(self.folder.stop, config.train.time_limit_s, self.began)
         # Tokenising takes as long as it takes, longer than any collective may.
-        prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
+        with world.heartbeat.during(Phase.PREPARING):
+            prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
         self.prepared = Prepared.open(prepared)
         self.engine = FsdpEngine(config, world, self.task)
         world.from_first(self._last_look_before_loading)
@@ -109,6 +111,11 @@ class Run:
 
     # ---- what the loop calls ----------------------------------------------------------------------------------------
 
+    @property
+    def step_phase(self) -> Phase:
+        """What the coming step is: the first one compiles, if any does."""
+        return Phase.COMPILING if self.config.parallel.compile and not self._first_step_done else Phase.COMPUTING
+
     def after_first_step(self) -> None:
         if not self._first_step_done:
             self._first_step_done = True
@@ -126,12 +133,17 @@ class Run:
             return
         self.saved_step = self.progress.step
         metric = self.progress.best_loss if best else None
-        pieces = self.engine.pieces()
-        self.store.save(self.progress.step, pieces, self._state(pieces), metric)
+        with self.world.heartbeat.during(Phase.SAVING):
+            pieces = self.engine.pieces()
+            self.store.save(self.progress.step, pieces, self._state(pieces), metric)
 
     def save_now(self) -> None:
         """Save this step, and return when it is committed. A save that fails is tried again as often as saves may fail
         in a row. Raises RunFailed, on all ranks alike, when none succeeds."""
+        with self.world.heartbeat.during(Phase.SAVING):
+            self._save_now()
+
+    def _save_now(self) -> None:
         self.poll_saves(wait=True)  # else ranks that know of a failed save would save again, and the others would not
         while self.progress.step > 0 and self.saved_step != self.progress.step:
             self.save(best=False)
@@ -153,6 +165,7 @@ class Run:
         self._first_step_done = False
         self.save_now()
         path = self.folder.checkpoints / checkpoint_name(step)
+        self.world.heartbeat.enter(Phase.STARTING)
         self.origin = self.world.from_first(lambda: origin_at(self, Checkpoint(path), everything=True, continuing=True))
         faults = load(self, self.origin)
         if isinstance(faults, list):

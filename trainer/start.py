@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
+from trainer.heartbeat import Heartbeat
 from trainer.layout import resolve
 from trainer.stop import StopWish
 
@@ -23,6 +24,7 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     `kind` is the class that puts the run together, for those who check or measure one.
     """
     resolve(config.parallel, int(os.environ.get("WORLD_SIZE", 1)))  # refused before anything is touched
+    heartbeat = Heartbeat.of_this_rank()
 
     from trainer import world as worlds  # imports torch: only now that the config is known to be good
     from trainer.attempt import Recorded, run_attempt
@@ -31,7 +33,7 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     if config.precision.deterministic:
         worlds.be_deterministic()
     try:
-        world = worlds.start(config)
+        world = worlds.start(config, heartbeat)
         end = run_attempt(config, wish, world, kind or Run)
     except UserError as error:
         error.alone = not error.agreed

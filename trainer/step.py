@@ -10,6 +10,7 @@ from configs.schema import Config
 from trainer.agreement import Agreement
 from trainer.data.loader import StepBatch
 from trainer.engines.base import Engine
+from trainer.heartbeat import Phase
 from trainer.optim import lr_factor
 from trainer.seeds import seed_micro_batch
 
@@ -36,20 +37,32 @@ class StepResult:
     bad_loss: bool
 
 
-def train_step(engine: Engine, batch: StepBatch, step: int, config: Config, agreement: Agreement) -> StepResult:
+def train_step(
+    engine: Engine,
+    batch: StepBatch,
+    step: int,
+    config: Config,
+    agreement: Agreement,
+    computing: Phase = Phase.COMPUTING,
+) -> StepResult:
     """Make update number `step` (1-based) from this rank's share of the global batch.
 
     The loss is divided by the count of target tokens over all ranks and micro batches, so every target weighs the same
-    wherever it falls. Raises RunFailed when there is no target at all.
+    wherever it falls. `computing` is what the monitor is told that it does. Raises RunFailed when there is no target at
+    all.
     """
     # The one collective before the first forward; it carries the wish to stop as well.
+    heartbeat = agreement.world.heartbeat
+    heartbeat.enter(Phase.COMMUNICATING)
     targets = agreement.sum([batch.target_tokens])[0]
+    heartbeat.enter(computing)
     scale = (1.0 / targets).float()
     losses = []
     for i, micro_batch in enumerate(batch.micro_batches):
         seed_micro_batch(config.run.seed, step, i, agreement.world.rank)
         last = i == len(batch.micro_batches) - 1
         losses.append(engine.forward_backward(micro_batch.to(engine.device), scale, last))
+        heartbeat.beat()
     sums = torch.stack(losses).sum(0)
     factor = lr_factor(config.optim, step, config.train.steps)
     norm = engine.update(factor, config.train.clip_norm, guard=0.0 * sums.sum())

@@ -25,6 +25,7 @@ def validate(run: Run, agreement: Agreement) -> dict[str, float] | None:
         sums = torch.stack([run.engine.evaluate(m.to(run.world.device)) for m in micro_batches]).sum(0)
         agreed = agreement.sum(torch.cat([sums, sums.new_tensor([float(targets)])]))
         total = agreed if total is None else total + agreed
+        run.world.heartbeat.beat()
         if run.world.device.type == "cuda":
             torch.cuda.synchronize()
         if agreement.outcome() is not None and number < len(run.validation):

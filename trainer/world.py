@@ -6,7 +6,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 
 from configs.errors import UserError
 from configs.schema import Config
+from trainer.heartbeat import Heartbeat
 from trainer.names import node_name
 
 T = TypeVar("T")
@@ -25,7 +26,8 @@ T = TypeVar("T")
 class World:
     """Where this process stands. `kv` is the store that saver threads report through; None for one process.
 
-    `tensor` neighbouring ranks compute the same samples together; they count as one data rank.
+    `tensor` neighbouring ranks compute the same samples together; they count as one data rank. `heartbeat` tells the
+    node's monitor where this rank is.
     """
 
     rank: int
@@ -34,6 +36,7 @@ class World:
     device: torch.device
     kv: Store | None
     tensor: int = 1
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def first(self) -> bool:
@@ -137,7 +140,7 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def start(config: Config) -> World:
+def start(config: Config, heartbeat: Heartbeat | None = None) -> World:
     """Join the ranks that torchrun started, or be alone."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -156,4 +159,4 @@ def start(config: Config) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         group_store = PrefixStore("groups", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, node_name(), device, kv, config.parallel.tensor)
+    return World(rank, size, node_name(), device, kv, config.parallel.tensor, heartbeat or Heartbeat(rank))

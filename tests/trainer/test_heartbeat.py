@@ -1,0 +1,120 @@
+"""Heartbeats: written by a rank, read by another process, gone with the last that holds them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import tiny, train
+from trainer.events import read_events, read_rows
+from trainer.folder import RunFolder
+from trainer.heartbeat import HEARTBEATS_VARIABLE, RECORD_BYTES, Heartbeat, Heartbeats, Phase
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def joined(heartbeats: Heartbeats, rank: int, monkeypatch: pytest.MonkeyPatch) -> Heartbeat:
+    for name, value in (("RANK", rank + 4), ("LOCAL_RANK", rank), (HEARTBEATS_VARIABLE, heartbeats.path)):
+        monkeypatch.setenv(name, str(value))
+    return Heartbeat.of_this_rank()
+
+
+def test_each_rank_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeats = Heartbeats.make(3)
+    first, last = (joined(heartbeats, rank, monkeypatch) for rank in (0, 2))
+    last.attempt = 7
+    last.enter(Phase.WAITING_FOR_DATA, step=41)
+    zero, one, two = Heartbeats.open(heartbeats.path).read()
+    assert zero is not None
+    assert two is not None
+    assert one is None
+    assert (zero.pid, zero.rank, zero.attempt, zero.phase, zero.step) == (os.getpid(), 4, -1, Phase.STARTING, 0)
+    assert (two.rank, two.attempt, two.phase, two.step) == (6, 7, Phase.WAITING_FOR_DATA, 41)
+    assert (zero.beats, two.beats) == (1, 2)
+    assert first.seconds().keys() == {"starting"}
+
+
+def test_every_second_is_in_one_phase() -> None:
+    began = time.monotonic()
+    heartbeat = Heartbeat()
+    heartbeat.enter(Phase.COMPUTING, 1)
+    time.sleep(0.02)
+    with heartbeat.during(Phase.SAVING):
+        time.sleep(0.03)
+    assert heartbeat.phase is Phase.COMPUTING
+    seconds = heartbeat.seconds()
+    assert sum(seconds.values()) == pytest.approx(time.monotonic() - began, abs=0.005)
+    assert seconds["saving"] >= 0.03
+    assert seconds["computing"] >= 0.02
+
+
+def test_a_reader_never_sees_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer, another process, gives its step the value of its beats."""
+    heartbeats = Heartbeats.make(1)
+    code = (
+        "from trainer.heartbeat import *\nh = Heartbeat.of_this_rank()\n"
+        "while True:\n    h.enter(Phase.COMPUTING, h._beats + 1)"
+    )
+    env = {**os.environ, HEARTBEATS_VARIABLE: heartbeats.path}
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env)
+    try:
+        seen = set()
+        deadline = time.monotonic() + 20
+        while len(seen) < 2000 and time.monotonic() < deadline:
+            (beat,) = heartbeats.read()
+            if beat is not None and beat.phase is Phase.COMPUTING:
+                assert beat.step == beat.beats
+                seen.add(beat.beats)
+    finally:
+        writer.kill()
+        writer.wait()
+    assert len(seen) == 2000
+
+
+def test_nothing_is_left_when_its_maker_is_killed() -> None:
+    """The records have no name on any disk; a reader that holds them reads on."""
+    code = "from trainer.heartbeat import *\nimport time\nprint(Heartbeats.make(2).path, flush=True)\ntime.sleep(60)"
+    maker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert maker.stdout is not None
+    path = maker.stdout.readline().strip()
+    reader = Heartbeats.open(path)
+    shm = set(os.listdir("/dev/shm"))
+    maker.send_signal(signal.SIGKILL)
+    maker.wait()
+    maker.stdout.close()
+    assert not os.path.exists(path)
+    assert reader.read() == [None, None]
+    assert {name for name in os.listdir("/dev/shm") if "muster" in name} == {n for n in shm if "muster" in n} == set()
+
+
+def test_a_beat_costs_microseconds() -> None:
+    heartbeat = Heartbeat()
+    began = time.process_time()
+    for step in range(20_000):
+        heartbeat.enter(Phase.COMPUTING, step)
+    assert (time.process_time() - began) / 20_000 < 20e-6  # 2 here; a step makes five
+
+
+def test_a_run_says_how_long_each_phase_took(tmp_path: Path) -> None:
+    config = tiny(tmp_path, train__validate_every_steps=3)
+    assert train(config, 2) == [0, 0]
+    folder = RunFolder(Path(config["run"]["dir"]))
+    rows = read_rows(folder.metrics)
+    sums = [sum(row["phases_s"].values()) for row in rows]
+    assert sums == sorted(sums)
+    for earlier, later in itertools.pairwise(rows):
+        passed = sum(later["phases_s"].values()) - sum(earlier["phases_s"].values())
+        assert passed == pytest.approx(later["time_s"] - earlier["time_s"], abs=0.05)
+    (ended,) = [event for event in read_events(folder) if event["event"] == "ended"]
+    assert ended["phases_s"].keys() >= {"starting", "waiting_for_data", "computing", "saving", "validating"}
+
+
+def test_records_do_not_share_a_cache_line() -> None:
+    assert RECORD_BYTES % 64 == 0

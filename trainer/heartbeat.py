@@ -1,0 +1,174 @@
+"""Where each rank of a node stands, in memory that the node's monitor reads. No torch.
+
+One record per local rank, in a file that lives in memory (the launcher's memfd: it is gone with the last process that
+holds it, however that ends). Writing one costs microseconds and no system call, and never waits: there is no lock. A
+reader that meets a write sees a mixture, which its checksum tells.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+HEARTBEATS_VARIABLE = "MUSTER_HEARTBEATS"  # path of the node's records
+
+
+class Phase(enum.IntEnum):
+    """What a rank is at."""
+
+    STARTING = 0
+    PREPARING = 1  # data is being tokenised, which takes as long as it takes
+    COMPILING = 2  # the first step, when it compiles
+    WAITING_FOR_DATA = 3
+    COMMUNICATING = 4  # waiting for the other ranks, where the host can see it
+    COMPUTING = 5
+    SAVING = 6
+    VALIDATING = 7
+    LEAVING = 8
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+# pid, rank, attempt, phase, beats, step, time of the last beat, seconds in each phase until it was left; then a CRC-32
+_RECORD = struct.Struct(f"=IIiIQQd{len(Phase)}d")
+_CHECKSUM = struct.Struct("=I")
+_SIZE = _RECORD.size + _CHECKSUM.size
+RECORD_BYTES = 128  # two cache lines of its own, so that ranks do not slow each other down
+assert _SIZE <= RECORD_BYTES
+_TRIES = 100
+
+
+class Heartbeat:
+    """This rank's own record: `enter` says what it is at, `beat` that it is still moving.
+
+    Without a launcher nobody reads it, and the seconds of each phase are counted all the same.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.attempt, self.step, self.phase = rank, -1, 0, Phase.STARTING
+        self._record: memoryview = memoryview(bytearray(RECORD_BYTES))
+        self._beats = 0
+        self._pid = os.getpid()
+        self._since = time.monotonic()
+        self._seconds = [0.0] * len(Phase)
+
+    @classmethod
+    def of_this_rank(cls) -> Heartbeat:
+        """The record that the environment names; one that nobody reads without a launcher."""
+        heartbeat = cls(int(os.environ.get("RANK", 0)))
+        path = os.environ.get(HEARTBEATS_VARIABLE)
+        if path is not None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                records = mmap.mmap(descriptor, 0)  # kept for as long as this process lives
+            finally:
+                os.close(descriptor)
+            begin = int(os.environ.get("LOCAL_RANK", 0)) * RECORD_BYTES
+            heartbeat._record = memoryview(records)[begin : begin + RECORD_BYTES]
+        heartbeat.beat()
+        return heartbeat
+
+    def enter(self, phase: Phase, step: int | None = None) -> None:
+        """From now on this rank is at `phase`; a beat."""
+        now = time.monotonic()
+        self._seconds[self.phase] += now - self._since
+        self._since, self.phase = now, phase
+        if step is not None:
+            self.step = step
+        self._write(now)
+
+    def beat(self) -> None:
+        """This rank is still moving, within its phase."""
+        self._write(time.monotonic())
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Be at `phase` for a while, then at what was before."""
+        before = self.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def seconds(self) -> dict[str, float]:
+        """How long this process has been at each phase, up to now; those it was never at are left out."""
+        total = list(self._seconds)
+        total[self.phase] += time.monotonic() - self._since
+        return {phase.word: round(total[phase], 3) for phase in Phase if total[phase] > 0}
+
+    def _write(self, now: float) -> None:
+        self._beats += 1
+        head = (self._pid, self.rank, self.attempt, self.phase, self._beats, self.step, now)
+        data = _RECORD.pack(*head, *self._seconds)
+        self._record[:_SIZE] = data + _CHECKSUM.pack(zlib.crc32(data))  # in one go: pack_into would write zeros first
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank's record says. `time_s` is the last beat's by `time.monotonic`, alike in all processes of a node.
+    `seconds` are those of the phases it has left, by phase."""
+
+    pid: int
+    rank: int
+    attempt: int
+    phase: Phase
+    beats: int
+    step: int
+    time_s: float
+    seconds: tuple[float, ...]
+
+
+class Heartbeats:
+    """A node's records: made by its launcher, read by its monitor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._records = mmap.mmap(descriptor, 0)
+        self._last: list[Beat | None] = [None] * (len(self._records) // RECORD_BYTES)
+
+    @classmethod
+    def make(cls, ranks: int) -> Heartbeats:
+        """Empty records for as many local ranks, in memory that has no name on any disk."""
+        descriptor = os.memfd_create("muster-heartbeats")
+        os.ftruncate(descriptor, ranks * RECORD_BYTES)
+        return cls(descriptor)
+
+    @classmethod
+    def open(cls, path: str) -> Heartbeats:
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    @property
+    def path(self) -> str:
+        """Under which other processes of this user open it, while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def read(self) -> list[Beat | None]:
+        """Every local rank's record; None for one that has not begun."""
+        self._last = [self._read(number) or last for number, last in enumerate(self._last)]
+        return self._last
+
+    def _read(self, number: int) -> Beat | None:
+        """None also when it stays a mixture: its writer was stopped in the middle, and what it said last holds."""
+        begin = number * RECORD_BYTES
+        for _ in range(_TRIES):
+            data = self._records[begin : begin + _SIZE]
+            if zlib.crc32(data[: _RECORD.size]) == _CHECKSUM.unpack_from(data, _RECORD.size)[0] and any(data[:4]):
+                pid, rank, attempt, phase, beats, step, time_s, *seconds = _RECORD.unpack_from(data)
+                return Beat(pid, rank, attempt, Phase(phase), beats, step, time_s, tuple(seconds))
+            if not any(data):
+                return None  # not begun
+        return None
+
+    def close(self) -> None:
+        self._records.close()
+        os.close(self._descriptor)
