@@ -18,10 +18,11 @@ import torch
 from trainer.checkpoint.files import BLOCK_BYTES, FileReader, bytes_of
 from trainer.checkpoint.manifest import Place
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect
-from trainer.checkpoint.threads import CORES, in_threads
+from trainer.checkpoint.threads import in_threads
 
-READING_THREADS = min(4, CORES)
-TASK_BLOCKS = 16  # consecutive blocks that one thread takes at a time
+READING_THREADS = 4  # on fewer cores too: a disk is fastest when it has much to do at once
+TASK_BLOCKS = 8  # that one thread takes at a time
+TASKS_AHEAD = 8  # that the system is asked to fetch meanwhile
 
 # Same-size integers: bits are copied, never interpreted.
 _BITS = {
@@ -89,6 +90,9 @@ class Span:
             self.destination.put(Box(offsets, box.sizes), content[at : at + box.numel * width])
 
 
+_Task = tuple[FileReader, list[tuple[int, list[Span]]]]  # blocks of a file, and the spans that touch each
+
+
 def spans_of(place: Place, destination: Destination) -> list[Span]:
     """The parts of a stored box that a destination wants, blocks of which it wants nothing left out."""
     shared = intersect(place.box, destination.box.offsets, destination.box.sizes)
@@ -114,7 +118,7 @@ def _spans(place: Place, destination: Destination, offsets: Ints, sizes: Ints) -
 
 def read_spans(readers: Sequence[FileReader], spans: Mapping[int, list[Span]]) -> None:
     """Fill all destinations. `spans` by file. Raises BadCheckpoint for the first bad block."""
-    tasks = []
+    tasks: list[_Task] = []
     for file in sorted(spans):
         blocks: dict[int, list[Span]] = defaultdict(list)
         for span in sorted(spans[file], key=lambda s: s.start):
@@ -122,27 +126,45 @@ def read_spans(readers: Sequence[FileReader], spans: Mapping[int, list[Span]]) -
                 blocks[index].append(span)
         touched = sorted(blocks.items())
         tasks += [(readers[file], touched[i : i + TASK_BLOCKS]) for i in range(0, len(touched), TASK_BLOCKS)]
-    for _ in in_threads(_read_blocks, tasks, READING_THREADS):
+    for _ in _read_tasks(tasks, READING_THREADS):
         pass
 
 
 def verify_files(readers: Sequence[FileReader], threads: int) -> Generator[int, None, None]:
     """Check every block of every file; gives how many bytes more were found good."""
-    tasks: list[tuple[FileReader, list[tuple[int, list[Span]]]]] = [
+    tasks: list[_Task] = [
         (reader, [(index, []) for index in range(first, min(first + TASK_BLOCKS, reader.blocks))])
         for reader in readers
         for first in range(0, reader.blocks, TASK_BLOCKS)
     ]
-    return in_threads(_read_blocks, tasks, threads)
+    return _read_tasks(tasks, threads)
 
 
-def _read_blocks(task: tuple[FileReader, list[tuple[int, list[Span]]]]) -> int:
+def _read_tasks(tasks: Sequence[_Task], threads: int) -> Generator[int, None, None]:
+    """Read the blocks of all tasks; gives the bytes of each."""
+    for task in tasks[:TASKS_AHEAD]:
+        _announce(task)
+
+    def read(index: int) -> int:
+        if index + TASKS_AHEAD < len(tasks):
+            _announce(tasks[index + TASKS_AHEAD])
+        return _read_blocks(tasks[index])
+
+    return in_threads(read, range(len(tasks)), threads)
+
+
+def _announce(task: _Task) -> None:
+    """Blocks that lie far apart are left alone: what is between them is not wanted."""
+    reader, blocks = task
+    if blocks[-1][0] - blocks[0][0] < 2 * len(blocks):
+        reader.announce(blocks[0][0], blocks[-1][0])
+
+
+def _read_blocks(task: _Task) -> int:
     """Read some blocks of a file, each for the spans that touch it. Returns their bytes."""
     reader, blocks = task
     buffer = np.empty(BLOCK_BYTES, dtype=np.uint8)
     done = 0
-    if blocks[-1][0] - blocks[0][0] < 2 * len(blocks):
-        reader.announce(blocks[0][0], blocks[-1][0])
     for index, spans in blocks:
         low, high = reader.block_range(index)
         reader.read_block(index, _parts(low, high, spans, buffer))
