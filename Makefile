@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life faults matrix bench bench-checkpoint gpu tutorial picture
+.PHONY: help demo test schema clean life faults matrix bench bench-checkpoint gpu tutorial picture slurm-deps
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
 	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the picture of the README"
+	@echo "make slurm-deps   install a Slurm to rehearse on (apt; then: python -m slurm cluster up)"
 	@echo "make clean   remove the environment and every cache (runs stay)"
 
 demo: $(VENV)/.demo
@@ -77,3 +78,11 @@ tutorial: $(VENV)/.test
 
 picture: $(VENV)/.test
 	@$(BIN)/python benchmarks/picture.py
+
+# A real Slurm for `python -m slurm cluster up`, and a database for its accounting; no service of them is of use, or needed.
+slurm-deps:
+	@command -v apt-get >/dev/null || { echo "no apt-get here: install slurmctld, slurmd, Slurm's clients and munge"; exit 1; }
+	@sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); export DEBIAN_FRONTEND=noninteractive; \
+	    get() { $$sudo apt-get install -y -qq --no-install-recommends "$$@" >/dev/null; }; \
+	    $$sudo apt-get update -qq && get slurmctld slurmd slurm-client munge iproute2 && \
+	    { get slurmdbd mariadb-server-core || echo "no accounting: slurmdbd and mariadb-server-core were not found"; }

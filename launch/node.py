@@ -28,7 +28,7 @@ from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
 from trainer.layout import resolve
 from trainer.lease import LEASE_VARIABLE, Lease
 from trainer.life import End
-from trainer.names import node_name
+from trainer.names import PRETEND_VARIABLE, node_name
 from trainer.parents import PARENT_VARIABLE
 from trainer.preflight import check_folder
 from trainer.start import LAUNCHED_VARIABLE
@@ -40,7 +40,10 @@ _USER_ERROR_PATIENCE_S = 5.0
 
 
 def default_processes() -> int:
-    """One process per visible GPU; two where there is none."""
+    """One process per visible GPU, or per GPU that a rehearsal cluster pretends; two where there is none."""
+    pretended = os.environ.get(PRETEND_VARIABLE)
+    if pretended is not None:
+        return int(pretended) or 2
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip()]) or 2

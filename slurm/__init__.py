@@ -1,1 +1,1 @@
-"""Muster on Slurm: today the job scripts in `examples/`."""
+"""Muster on Slurm: a cluster to rehearse on, and the job scripts in `examples/`. Nothing here imports torch."""

@@ -20,6 +20,10 @@ COMMANDS = {
     "wrong unit": (["trainer", "demo", "train.time_limit_s=2h"], 2),
     "launch --help": (["launch", "--help"], 0),
     "launch run --help": (["launch", "run", "--help"], 0),
+    "slurm --help": (["slurm", "--help"], 0),
+    "slurm cluster --help": (["slurm", "cluster", "--help"], 0),
+    "slurm cluster status": (["slurm", "cluster", "status", "--dir", "/tmp/muster-no-cluster"], 1),
+    "slurm mistake": (["slurm", "cluster", "up", "--nodes", "0", "--dir", "/tmp/muster-no-cluster"], 2),
     "launch unknown key": (["launch", "run", "demo", "modle.dim=3"], 2),
 }
 

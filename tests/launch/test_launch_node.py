@@ -38,3 +38,11 @@ def test_the_first_to_fall(codes: tuple[int, ...], events: list[dict[str, Any]],
 def test_a_process_per_visible_gpu(visible: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert default_processes() == processes
+
+
+def test_a_process_per_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("MUSTER_PRETEND_GPUS", "3")
+    assert default_processes() == 3
+    monkeypatch.setenv("MUSTER_PRETEND_GPUS", "0")
+    assert default_processes() == 2

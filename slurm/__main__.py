@@ -1,0 +1,42 @@
+"""`python -m slurm VERB ...`."""
+
+from trainer.shadow import refuse_shadow
+
+refuse_shadow()  # before any import that a folder of the user's could answer
+
+import argparse  # noqa: E402
+import sys  # noqa: E402
+
+from configs.errors import UserError  # noqa: E402
+from trainer import life  # noqa: E402
+
+
+def cluster(arguments: list[str]) -> int:
+    """Start, stop or show a real Slurm cluster on this machine, to rehearse on."""
+    from slurm.cluster import main as cluster_main
+
+    return cluster_main(arguments)
+
+
+VERBS = {"cluster": cluster}
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    verbs = "\n".join(f"  {name:<12}{verb.__doc__}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm",
+        description=f"Muster on a Slurm cluster.\n\nverbs:\n{verbs}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB")
+    options = parser.parse_args(arguments[:1])
+    try:
+        return VERBS[options.verb](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return life.USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

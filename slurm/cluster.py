@@ -1,0 +1,384 @@
+"""A real Slurm cluster on this machine, to rehearse on: `python -m slurm cluster up|down|status`.
+
+Each node is a set of Linux namespaces: its own host name, address, process table and /etc/hosts, on shared files. Where
+namespaces are not allowed the nodes are plain daemons, told apart by their ports. GPUs are pretended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from configs.errors import UserError
+from slurm.cluster_config import MARK, MOST_NODES, Home, Settings, write_files
+from slurm.cluster_net import (
+    add_bridge,
+    add_node,
+    hosts_add,
+    hosts_remove,
+    namespaces_allowed,
+    node_command,
+    remove_all,
+)
+
+# program -> the Debian and Ubuntu package that has it
+_NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+_ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server-core"}
+_APT = "apt-get install --no-install-recommends"
+_MAX_SOCKET_PATH = 100  # of a unix socket, with some room
+_SLOTS = 32
+_DATABASE_FLAGS = ("--skip-networking", "--skip-grant-tables", "--skip-log-bin", "--innodb-buffer-pool-size=64M")
+
+
+def default_home() -> Home:
+    """Where a cluster lies unless told: one per user."""
+    return Home(Path(tempfile.gettempdir()) / f"muster-cluster-{os.getuid()}")
+
+
+def missing() -> str | None:
+    """Why no cluster can be started here, in one line; None if one can."""
+    packages = [package for program, package in _NEEDED.items() if not _which(program)]
+    if packages:
+        return f"Slurm is not installed here: {_APT} {' '.join(packages)}  (or: make slurm-deps)"
+    if os.getuid() != 0:
+        return "a cluster of one's own needs root: Slurm's daemons start jobs as other users"
+    return None
+
+
+def _which(program: str) -> str | None:
+    return shutil.which(program, path=_path())
+
+
+def _path() -> str:
+    return os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
+
+
+def no_accounting() -> str | None:
+    """Why a cluster here has no accounting; None if it can have one."""
+    packages = [package for program, package in _ACCOUNTING.items() if not _which(program)]
+    return f"no accounting (sacct): {_APT} {' '.join(packages)}" if packages else None
+
+
+class Cluster:
+    """A cluster in a folder of its own. Processes are its own when they carry the folder in their environment."""
+
+    def __init__(self, home: Home, settings: Settings) -> None:
+        self.home, self.settings = home, settings
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
+            "PATH": _path(),
+            "SLURM_CONF": str(home.conf),
+            "MYSQL_UNIX_PORT": str(home.database_socket),
+            MARK: str(home.root),
+        }
+
+    # ---- processes --------------------------------------------------------------------------------------------------
+
+    def alive(self, name: str) -> psutil.Process | None:
+        """The process that `_spawn` started under this name, if it is still that."""
+        try:
+            process = psutil.Process(int(self.home.pid_file(name).read_text()))
+            zombie = process.status() == psutil.STATUS_ZOMBIE
+            return process if not zombie and process.environ().get(MARK) == str(self.home.root) else None
+        except (OSError, ValueError, psutil.Error):
+            return None
+
+    def _spawn(self, name: str, *command: str) -> None:
+        """Start a daemon, detached; its output goes to log/NAME.out."""
+        with open(self.home.log(name), "ab") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=self.home.root,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.home.pid_file(name).write_text(str(process.pid))
+        _until(5.0, lambda: self.alive(name) is not None or process.poll() is not None)  # its environment shows late
+
+    def _stop(self, name: str, number: signal.Signals) -> None:
+        process = self.alive(name)
+        if process is not None:
+            for sign, patience_s in ((number, 30.0), (signal.SIGKILL, 10.0)):
+                process.send_signal(sign)
+                if _until(patience_s, lambda: self.alive(name) is None):
+                    break
+        self.home.pid_file(name).unlink(missing_ok=True)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A client, such as sinfo, that speaks to this cluster."""
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
+    # ---- up ---------------------------------------------------------------------------------------------------------
+
+    def up(self) -> None:
+        """Start what does not run: everything, or the nodes and daemons that died. Raises UserError with the log."""
+        self._start_munge()
+        if self.settings.accounting:
+            self._start_accounting()
+        if self.settings.isolated:
+            add_bridge(self.settings)
+        else:
+            hosts_add(self.settings)
+        if self.alive("slurmctld") is None:
+            self._spawn("slurmctld", "slurmctld", "-D")
+        for number in range(1, self.settings.nodes + 1):
+            self.start_node(number)
+        self._wait(
+            "slurmctld", 60.0, lambda: len(self.ready_nodes()) == self.settings.nodes, "the nodes did not come up"
+        )
+
+    def start_node(self, number: int) -> None:
+        """Start a node, unless it runs."""
+        name = f"node{number}"
+        if self.alive(name) is None:
+            if self.settings.isolated:
+                add_node(self.settings, number)
+            self._spawn(name, *node_command(self.home, self.settings, number))
+
+    def kill_node(self, number: int) -> None:
+        """Crash a node, and whatever runs on it: `up` brings it back."""
+        self._stop(f"node{number}", signal.SIGKILL)
+
+    def states(self) -> dict[str, str]:
+        """Node name -> state as Slurm sees it, e.g. idle, mixed, down*; empty when the controller does not answer."""
+        done = self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T")
+        return dict(line.split(None, 1) for line in done.stdout.splitlines() if " " in line)
+
+    def ready_nodes(self) -> list[str]:
+        return [name for name, state in self.states().items() if state in ("idle", "allocated", "mixed", "completing")]
+
+    def _wait(self, daemon: str, patience_s: float, ready: Callable[[], bool], what: str) -> None:
+        """Until `ready`; gives up at once when the daemon has died."""
+        if not _until(patience_s, lambda: ready() or self.alive(daemon) is None) or self.alive(daemon) is None:
+            raise UserError(f"{what}; see {self.home.root / 'log'} (to clear away: python -m slurm cluster down)")
+
+    def _start_munge(self) -> None:
+        home = self.home
+        if self.alive("munged") is not None:
+            return
+        key = home.root / "munge.key"
+        if not key.exists():
+            key.touch(mode=0o600)
+            key.write_bytes(os.urandom(128))
+        for stale in (home.root / "run").glob("munge.sock*"):
+            stale.unlink()
+        files = {"key-file": key, "socket": home.munge_socket, "pid-file": home.root / "run/munged.daemon.pid"}
+        files |= {"seed-file": home.root / "munge.seed", "log-file": home.root / "log/munged.log"}
+        flags = [f"--{flag}={path}" for flag, path in files.items()]
+        self._spawn("munged", "munged", "--foreground", "--force", *flags)
+        self._wait("munged", 10.0, home.munge_socket.exists, "munged did not start")
+
+    def _start_accounting(self) -> None:
+        home = self.home
+        if self.alive("slurmdbd") is not None:
+            return
+        data = home.root / "mysql"
+        if self.alive("mariadbd") is None:
+            if not (data / "mysql").is_dir():
+                install = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}"]
+                done = self.run(*install, "--auth-root-authentication-method=normal", "--skip-test-db")
+                home.log("mariadb-install").write_text(done.stdout + done.stderr)
+            flags = [*_DATABASE_FLAGS, "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0"]
+            flags += [f"--datadir={data}", f"--socket={home.database_socket}"]
+            pid_file = f"--pid-file={home.root}/run/mariadbd.daemon.pid"
+            self._spawn("mariadbd", "mariadbd", "--no-defaults", "--user=root", pid_file, *flags)
+            self._wait("mariadbd", 60.0, lambda: _listens(home.database_socket), "mariadbd did not start")
+        self._spawn("slurmdbd", "slurmdbd", "-D")
+        listed = lambda: self.run("sacctmgr", "-n", "list", "cluster").returncode == 0  # noqa: E731
+        self._wait("slurmdbd", 60.0, listed, "slurmdbd did not start")
+        if not self.run("sacctmgr", "-n", "list", "cluster", "rehearsal").stdout.strip():
+            self.run("sacctmgr", "-i", "-Q", "add", "cluster", "rehearsal")
+
+    # ---- down -------------------------------------------------------------------------------------------------------
+
+    def down(self) -> None:
+        """End every process of the cluster, and take away what it added to this machine, its folder too."""
+        for name in self.settings.names:
+            self._stop(name, signal.SIGKILL)
+        for daemon in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
+            self._stop(daemon, signal.SIGKILL)
+        self._kill_rest()
+        if self.settings.isolated:
+            remove_all(self.settings)
+        else:
+            hosts_remove(self.settings)
+        shutil.rmtree(self.home.root)
+
+    def _kill_rest(self) -> None:
+        """Jobs on plain nodes outlive their slurmd. A node's and its jobs' processes all carry the mark."""
+        left = [p for p in psutil.process_iter() if p.pid != os.getpid() and self._is_ours(p)]
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(left, timeout=5)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(MARK) == str(self.home.root)
+        except psutil.Error:
+            return False
+
+
+def _until(patience_s: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def find(home: Home) -> Cluster | None:
+    """The cluster of this folder, running or not; None when there is none."""
+    settings = home.settings()
+    return Cluster(home, settings) if settings is not None else None
+
+
+def start(home: Home, nodes: int, gpus: int, plain: bool = False, **changes: int | bool) -> Cluster:
+    """Start a cluster, or what is missing of the one that is there. Raises UserError when that cannot be done here."""
+    cluster = find(home)
+    if cluster is None:
+        _check(home, nodes, gpus)
+    why = missing()
+    if why is not None:
+        raise UserError(why)
+    if cluster is None:
+        isolated = not plain and namespaces_allowed()
+        if not isolated and nodes > MOST_NODES:
+            raise UserError(f"--nodes {nodes}: at most {MOST_NODES} plain nodes")
+        settings = Settings(
+            nodes=nodes,
+            gpus=gpus,
+            cpus=max(8, 2 * gpus),  # pretended as well: Slurm counts them, nothing binds to them
+            memory_mib=16000,
+            isolated=isolated,
+            accounting=no_accounting() is None,
+            slot=_free_slot(),
+            host=socket.gethostname().split(".")[0],
+            **changes,  # type: ignore[arg-type]
+        )
+        home.root.mkdir(parents=True, exist_ok=True)
+        home.write_settings(settings)
+        write_files(home, settings)
+        cluster = Cluster(home, settings)
+    elif (cluster.settings.nodes, cluster.settings.gpus) != (nodes, gpus):
+        s = cluster.settings
+        raise UserError(
+            f"{home.root} holds a cluster of {s.nodes} node(s) with {s.gpus} GPU(s) each: "
+            f"python -m slurm cluster down, then up again"
+        )
+    cluster.up()
+    return cluster
+
+
+def _check(home: Home, nodes: int, gpus: int) -> None:
+    if not 1 <= nodes <= 250:
+        raise UserError(f"--nodes {nodes}: 1 to 250 nodes")
+    if not 0 <= gpus <= 64:
+        raise UserError(f"--gpus {gpus}: 0 to 64 GPUs a node")
+    if len(str(home.munge_socket)) > _MAX_SOCKET_PATH or " " in str(home.root):
+        raise UserError(f"--dir {home.root}: a shorter path without spaces is needed")
+    if home.root.exists() and (not home.root.is_dir() or any(home.root.iterdir())):
+        raise UserError(f"--dir {home.root}: is there already, and holds no cluster")
+
+
+def _free_slot() -> int:
+    """A range of ports and addresses that no other cluster of this machine uses."""
+    for slot in range(_SLOTS):
+        probe = Settings(1, 0, 1, 1, True, False, slot, "")
+        taken = Path(f"/sys/class/net/{probe.bridge}").exists()
+        if not taken and all(_free(port) for port in (probe.port, probe.database_port, probe.port + 3)):
+            return slot
+    raise UserError(f"{_SLOTS} clusters run here already")
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+# ---- what a person types ---------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m slurm cluster", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="up|down|status")
+    up = verbs.add_parser("up", help="start it, or bring back nodes and daemons that died")
+    up.add_argument("--nodes", type=int, default=2, metavar="N", help="how many nodes; default: 2")
+    up.add_argument("--gpus", type=int, default=4, metavar="N", help="GPUs a node pretends to have; default: 4")
+    up.add_argument("--plain", action="store_true", help="nodes as plain daemons, without namespaces")
+    down = verbs.add_parser("down", help="stop it and remove all it left on this machine")
+    status = verbs.add_parser("status", help="what runs; exit code 1 unless all of it does")
+    for verb in (up, down, status):
+        verb.add_argument("--dir", type=Path, metavar="DIR", help=f"its folder; default: {default_home().root}")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    home = Home(options.dir.absolute()) if options.dir is not None else default_home()
+    if options.verb == "up":
+        began = time.monotonic()
+        cluster = start(home, options.nodes, options.gpus, options.plain)
+        _tell(cluster)
+        print(f"up in {time.monotonic() - began:.1f} s. Now:   . {home.env}")
+        print("to stop:         python -m slurm cluster down")
+        return 0
+    found = find(home)
+    if found is None:
+        print(f"no cluster in {home.root}")
+        return 0 if options.verb == "down" else 1
+    if options.verb == "down":
+        found.down()
+        print(f"{home.root} is gone")
+        return 0
+    return _tell(found)
+
+
+def _tell(cluster: Cluster) -> int:
+    """Print what runs; 1 unless all of it does."""
+    s = cluster.settings
+    kind = "namespaces, each with its own name, address and processes" if s.isolated else "plain daemons"
+    print(f"{s.nodes} node(s) as {kind}; {s.gpus} pretended GPU(s) on each")
+    daemons = ["munged", "slurmctld", *(["mariadbd", "slurmdbd"] if s.accounting else [])]
+    dead = [name for name in daemons if cluster.alive(name) is None]
+    states = cluster.states()
+    for name in s.names:
+        running = cluster.alive(name) is not None
+        print(f"  {name:<8}{states.get(name, 'unknown'):<14}{'' if running else 'its daemon is dead'}".rstrip())
+    for name in dead:
+        print(f"  {name} is dead: python -m slurm cluster up brings it back")
+    if not s.accounting:
+        print(f"  {no_accounting() or 'no accounting: the cluster was started without'}")
+    return 0 if not dead and len(cluster.ready_nodes()) == s.nodes else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""Nodes as Linux namespaces on a bridge of their own; where that is not allowed, names in /etc/hosts."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from configs.errors import UserError
+from slurm.cluster_config import Home, Settings
+
+_HOSTS = Path("/etc/hosts")
+_NAMESPACES = ("--net", "--uts", "--pid", "--mount", "--fork")
+
+
+def namespaces_allowed() -> bool:
+    """Whether this machine lets us make what an isolated node is made of. Leaves nothing behind."""
+    if not all(shutil.which(program) for program in ("ip", "unshare", "nsenter")):
+        return False
+    probe = "mustertest"
+    if not _try("unshare", *_NAMESPACES, "--mount-proc", "true") or not _try(
+        "ip", "link", "add", probe, "type", "bridge"
+    ):
+        return False
+    return _try("ip", "link", "del", probe)
+
+
+def add_bridge(settings: Settings) -> None:
+    """The network of a cluster, with the controller's address on it; nothing if it is there."""
+    if not Path(f"/sys/class/net/{settings.bridge}").exists():
+        _ip("link", "add", settings.bridge, "type", "bridge")
+        _ip("addr", "add", f"{settings.address(0)}/24", "dev", settings.bridge)
+        _ip("link", "set", settings.bridge, "up")
+
+
+def add_node(settings: Settings, number: int) -> None:
+    """A network namespace with one cable to the bridge; that of a dead node is replaced."""
+    space, link = settings.namespace(number), settings.link(number)
+    _remove_node(settings, number)
+    _ip("netns", "add", space)
+    _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
+    _ip("link", "set", link, "master", settings.bridge, "up")
+    _ip("-n", space, "link", "set", "lo", "up")
+    _ip("-n", space, "addr", "add", f"{settings.address(number)}/24", "dev", "eth0")
+    _ip("-n", space, "link", "set", "eth0", "up")
+
+
+def node_command(home: Home, settings: Settings, number: int) -> list[str]:
+    """What a node runs: slurmd, as plain daemon or with namespaces around it."""
+    name = f"node{number}"
+    slurmd = ["slurmd", "-D", "-d", str(home.stepd), "-N", name]
+    if not settings.isolated:
+        return slurmd
+    # The shell stays as process 1 of the node and reaps orphans; when it dies, the whole node dies.
+    hosts = shlex.quote(str(home.root / "hosts"))
+    script = f"hostname {name}; mount --bind {hosts} /etc/hosts; {shlex.join(slurmd)} & wait"
+    enter = ["nsenter", f"--net=/run/netns/{settings.namespace(number)}"]
+    return [*enter, "unshare", *_NAMESPACES[1:], "--kill-child", "--mount-proc", "bash", "-c", script]
+
+
+def remove_all(settings: Settings) -> None:
+    """Take the network away again."""
+    for number in range(1, settings.nodes + 1):
+        _remove_node(settings, number)
+    _try("ip", "link", "del", settings.bridge)
+
+
+def _remove_node(settings: Settings, number: int) -> None:
+    _try("ip", "netns", "del", settings.namespace(number))
+    _try("ip", "link", "del", settings.link(number))
+
+
+def hosts_add(settings: Settings) -> None:
+    """Jobs look up the names of nodes; plain nodes have none of their own."""
+    mark = _mark(settings)
+    if mark not in _HOSTS.read_text():
+        with open(_HOSTS, "a") as file:
+            file.write("".join(f"127.0.0.1 {name} {mark}\n" for name in settings.names))
+
+
+def hosts_remove(settings: Settings) -> None:
+    """Written in place: /etc/hosts may be a mount point."""
+    lines = _HOSTS.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.rstrip("\n").endswith(_mark(settings))]
+    if kept != lines:
+        _HOSTS.write_text("".join(kept))
+
+
+def _mark(settings: Settings) -> str:
+    return f"# muster cluster {settings.slot}"
+
+
+def _try(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"ip {' '.join(words)}: {done.stderr.strip()}; python -m slurm cluster up --plain does without")
