@@ -1,4 +1,8 @@
-"""One node's share of a run: torchrun under a supervisor that takes the signals and leaves no process behind."""
+"""One node's share of a run: torchrun under a supervisor that takes the signals and leaves no process behind.
+
+With several nodes there is a supervisor on each. They meet in the run folder: the first one holds its lease, and
+decides how an attempt ended where the ranks could not say.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,23 @@ from trainer.stop import REQUEST_VARIABLE, Kind, StopWish, write_request
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1
 _USER_ERROR_PATIENCE_S = 5.0
+_FIRST_NODE_PATIENCE_S = 120.0  # for its lease; all nodes start at about the same time
+_END_PATIENCE_S = 20.0  # for an end that another node writes, on a filesystem that caches
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How many nodes a run has, and which of them this is. The first one holds the run folder and decides."""
+
+    count: int = 1
+    index: int = 0
+    first: str = ""  # its name, at which the others meet it
+    port: int = 0
+    start: str = ""  # names this very start, apart from others on the same port
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
 
 
 def default_processes() -> int:
@@ -58,28 +80,37 @@ def default_processes() -> int:
     return count or 2
 
 
-def run_node(argument: str | None, overrides: list[str], processes: int | None) -> int:
-    """Run a config on this node until it is decided; returns the exit code. Raises UserError before anything starts."""
+def run_node(argument: str | None, overrides: list[str], processes: int | None, nodes: Nodes | None = None) -> int:
+    """Run a config on this node, one of `nodes`, until it is decided; returns the exit code.
+
+    Raises UserError before anything starts.
+    """
+    nodes = nodes or Nodes()
     config = load(argument, overrides)
     processes = processes or default_processes()
-    resolve(config.parallel, processes)
+    resolve(config.parallel, processes * nodes.count)
     folder = RunFolder(Path(config.run_dir))
-    check_folder(config, folder)
+    if nodes.is_first:
+        check_folder(config, folder)
     wish = StopWish()
     wish.listen()
     console = Console(rank=0)
     existed = folder.root.exists()
-    lease = Lease.take(folder, node_name(), max(life.numbers(folder), default=-1) + 1, console.say)
+    if nodes.is_first:
+        lease = Lease.take(folder, node_name(), max(life.numbers(folder), default=-1) + 1, console.say)
+    else:
+        lease = Lease.of_first_node(folder, nodes.first, node_name(), _FIRST_NODE_PATIENCE_S)
     local = Path(tempfile.mkdtemp(prefix="muster-"))
     try:
         command = [*([argument] if argument else []), *overrides]
-        supervisor = Supervisor(config, folder, command, processes, wish, console, lease, local)
+        supervisor = Supervisor(config, folder, command, processes, wish, console, lease, local, nodes)
         return supervisor.run()
     finally:
-        lease.release()
         shutil.rmtree(local, ignore_errors=True)
-        if not existed:
-            _remove_if_empty(folder.root)
+        if nodes.is_first:
+            lease.release()
+            if not existed:
+                _remove_if_empty(folder.root)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -100,8 +131,10 @@ class Supervisor:
         console: Console,
         lease: Lease,
         local: Path,
+        nodes: Nodes,
     ) -> None:
         self.config, self.folder, self.command, self.processes = config, folder, command, processes
+        self.nodes = nodes
         self.wish, self.console, self.lease = wish, console, lease
         self.request, self.user_error, self.failures = local / "request", local / "user_error", local / "failures"
         self.heartbeats = Heartbeats.make(processes)
@@ -116,9 +149,11 @@ class Supervisor:
         for _ in range(self.config.run.max_restarts + 1):
             before = max(life.numbers(self.folder), default=-1)
             status = self._one_agent()
-            if self.user_error.exists():
-                return life.USER_ERROR
-            end = self._decide(before, status)
+            if self.user_error.exists() or (status == 0 and self._no_attempt_since(before)):
+                return life.USER_ERROR  # the second: said by rank 0, on another node
+            end = self._decide(before, status) if self.nodes.is_first else self._hear(before, status)
+            if self.nodes.count > 1:
+                break  # the others have lost this agent, and cannot meet a new one
             if end.reason != "failed" or status >= 0 or self.wish.cause is not None:
                 break
         return end.exit_code
@@ -148,7 +183,16 @@ class Supervisor:
         return status
 
     def _agent_command(self) -> list[str]:
-        torchrun = ["--standalone", f"--nproc-per-node={self.processes}"]
+        nodes = self.nodes
+        torchrun = [f"--nproc-per-node={self.processes}"]
+        if nodes.count == 1:
+            torchrun += ["--standalone"]
+        else:
+            # Said, not guessed from names: a node that took itself for the first would be a world of its own.
+            meet = {"is_host": int(nodes.is_first), "join_timeout": int(self.config.parallel.load_timeout_s)}
+            torchrun += [f"--nnodes={nodes.count}", "--rdzv-backend=c10d", f"--rdzv-id={nodes.start}"]
+            torchrun += [f"--rdzv-endpoint={nodes.first}:{nodes.port}", f"--local-addr={node_name()}"]
+            torchrun += ["--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in meet.items())]
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
         return [sys.executable, "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
 
@@ -192,6 +236,20 @@ class Supervisor:
                 attempt.write_end(end)
             return end
         return attempt.end
+
+    def _no_attempt_since(self, before: int) -> bool:
+        """Whether the workers of several nodes ended well without having begun."""
+        return self.nodes.count > 1 and max(life.numbers(self.folder), default=-1) <= before
+
+    def _hear(self, before: int, status: int) -> End:
+        """What the first node, or rank 0, says that the newest attempt came to."""
+        deadline = time.monotonic() + _END_PATIENCE_S
+        while time.monotonic() < deadline:
+            attempt = life.newest(self.folder)
+            if attempt is not None and attempt.number > before and attempt.end is not None:
+                return attempt.end
+            time.sleep(_POLL_S)
+        return End("failed", 0, None, requeue=True, cause=_cause(status))
 
     def _unwritten_end(self, status: int) -> End:
         """What an attempt came to that could not say so itself: stopped by force as asked, or failed."""

@@ -18,7 +18,14 @@ def cluster(arguments: list[str]) -> int:
     return cluster_main(arguments)
 
 
-VERBS = {"cluster": cluster}
+def job(arguments: list[str]) -> int:
+    """What runs on each node of a job: srun --ntasks-per-node=1 python -m slurm job CONFIG."""
+    from slurm.job import main as job_main
+
+    return job_main(arguments)
+
+
+VERBS = {"cluster": cluster, "job": job}
 
 
 def main(arguments: list[str]) -> int:

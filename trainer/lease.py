@@ -35,6 +35,7 @@ def _self_description(node: str, attempt: int) -> dict[str, Any]:
         "pid_namespace": _pid_namespace(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "life": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "step": os.environ.get("SLURM_STEP_ID"),
         "attempt": attempt,
         "time_s": time.time(),
     }
@@ -93,6 +94,25 @@ class Lease:
                 json.dump(mine, file)
                 file.write("\n")
         return cls(folder.lease, mine["token"])
+
+    @classmethod
+    def of_first_node(cls, folder: RunFolder, first: str, node: str, patience_s: float) -> Lease:
+        """The lease that the first node of this very job step took, for the others; it is not theirs to release.
+
+        Also the proof that this node sees the same run folder. Raises UserError when it does not come.
+        """
+        step = {key: os.environ.get(f"SLURM_{name}") for key, name in (("job", "JOB_ID"), ("step", "STEP_ID"))}
+        step["life"] = os.environ.get("SLURM_RESTART_COUNT", "0")
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            holder = read_json(folder.lease) or {}
+            if holder and all(holder.get(key) == value for key, value in step.items()):
+                return cls(folder.lease, holder["token"])
+            time.sleep(0.1)
+        raise UserError(
+            f"{node}: {first} has not taken {folder.root} within {patience_s:g} s; "
+            f"run.dir must be a folder that every node sees"
+        )
 
     @classmethod
     def inherited(cls, folder: RunFolder) -> Lease | None:

@@ -1,0 +1,78 @@
+"""What runs on each node of a job, once: `srun --ntasks-per-node=1 python -m slurm job CONFIG [key=value ...]`.
+
+The ranks of all nodes meet on the first node, at its name and a port made from the job's id. Nothing here falls back to
+localhost: nodes that could not find each other would each train a world of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from configs.errors import UserError
+from launch.node import Nodes, run_node
+from trainer.arguments import config_parser, take
+from trainer.names import node_name
+
+_FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = config_parser("python -m slurm job", __doc__)
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes a node; default: one per GPU, 2 without GPUs")
+    options = take(parser, arguments)
+    if options.nproc is not None and options.nproc < 1:
+        raise UserError(f"--nproc {options.nproc}: at least 1 process is needed")
+    nodes = nodes_of_step(os.environ)
+    _find_names(nodes)
+    _keep_caches_local()
+    return run_node(options.config, options.overrides, options.nproc, nodes)
+
+
+def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
+    """The nodes that srun started this task on. Raises UserError when it is not one task on each."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")
+    told = [environment.get(name) for name in (*names, "SLURM_NODEID")]
+    if None in told:
+        raise UserError("slurm job runs inside a job: srun --ntasks-per-node=1 python -m slurm job CONFIG")
+    job, step, node_list, count, tasks, index = (word or "" for word in told)
+    if tasks != count:
+        raise UserError(f"{tasks} tasks on {count} node(s): slurm job wants one a node: srun --ntasks-per-node=1")
+    # By the job's id, so that jobs that share a node do not meet; in an array each task has its own.
+    port = _FIRST_PORT + int(job) % _PORTS
+    start = f"{job}.{step}.{environment.get('SLURM_RESTART_COUNT', '0')}"
+    return Nodes(int(count), int(index), _first_host(node_list), port, start)
+
+
+def _first_host(node_list: str) -> str:
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, timeout=60, check=True
+        )
+        return done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise UserError(f"{node_name()}: scontrol cannot tell the nodes {node_list} apart: {error}") from error
+
+
+def _find_names(nodes: Nodes) -> None:
+    """Names that do not resolve cost the rendezvous minutes, and then it does not say which."""
+    if nodes.count == 1:
+        return
+    here = node_name()
+    for name in dict.fromkeys((nodes.first, here)):
+        try:
+            socket.getaddrinfo(name, nodes.port)
+        except OSError as error:
+            raise UserError(f"{here}: the name of node {name} does not resolve here ({error})") from error
+
+
+def _keep_caches_local() -> None:
+    """Compiled code is written by each node for itself: home directories are shared, and slow under a whole job."""
+    place = Path(tempfile.gettempdir()) / f"muster-cache-{os.getuid()}"
+    for variable, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(variable, str(place / folder))
