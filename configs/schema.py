@@ -11,23 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-def result(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
-    """A field that changes the numbers a run produces; part of the fingerprint."""
-    return Field(default, description=doc, json_schema_extra={"changes": "result"}, **constraints)
-
-
-def speed(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
-    """A field that changes only speed, memory, or what is written where."""
-    return Field(default, description=doc, json_schema_extra={"changes": "speed"}, **constraints)
-
-
-class Section(BaseModel):
-    """Unknown keys are refused, values are never coerced between types, a built config does not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+from configs.section import Section as Section
+from configs.section import result, speed
+from configs.slurm_section import SlurmSection
 
 
 class RunSection(Section):
@@ -296,6 +284,7 @@ class Config(Section):
     parallel: ParallelSection = speed(ParallelSection(), "layout")
     freeze: FreezeSection = result(FreezeSection(), "which parameters train")
     checkpoint: CheckpointSection = speed(CheckpointSection(), "saving")
+    slurm: SlurmSection = speed(SlurmSection(), "what to ask a Slurm cluster for")
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -25,7 +25,14 @@ def job(arguments: list[str]) -> int:
     return job_main(arguments)
 
 
-VERBS = {"cluster": cluster, "job": job}
+def submit(arguments: list[str]) -> int:
+    """Submit a run; --dry-run prints the batch script."""
+    from slurm.submit import main as submit_main
+
+    return submit_main(arguments)
+
+
+VERBS = {"submit": submit, "cluster": cluster, "job": job}
 
 
 def main(arguments: list[str]) -> int:

@@ -23,6 +23,8 @@ COMMANDS = {
     "slurm --help": (["slurm", "--help"], 0),
     "slurm cluster --help": (["slurm", "cluster", "--help"], 0),
     "slurm cluster status": (["slurm", "cluster", "status", "--dir", "/tmp/muster-no-cluster"], 1),
+    "slurm submit --help": (["slurm", "submit", "--help"], 0),
+    "slurm unknown key": (["slurm", "submit", "demo", "--nodes", "2", "modle.dim=3"], 2),
     "slurm mistake": (["slurm", "cluster", "up", "--nodes", "0", "--dir", "/tmp/muster-no-cluster"], 2),
     "launch unknown key": (["launch", "run", "demo", "modle.dim=3"], 2),
 }

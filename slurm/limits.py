@@ -1,0 +1,110 @@
+"""What the cluster here has, and whether a request fits it: asked of Slurm before anything is submitted."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+from dataclasses import dataclass
+
+from configs.errors import UserError
+from configs.slurm_section import SlurmSection
+from slurm.request import minutes
+
+
+@dataclass(frozen=True)
+class Partition:
+    """`None` where there is no limit. `gpus`: the most on one of its nodes."""
+
+    name: str
+    default: bool
+    up: bool
+    nodes: int
+    most_nodes: int | None
+    most_minutes: float | None
+    gpus: int
+
+
+class NoSlurm(UserError):
+    """This is no place to submit from."""
+
+
+def ask(*command: str, script: str | None = None) -> str:
+    """What one of Slurm's commands says. Raises UserError with its own words."""
+    try:
+        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        words = [line for line in done.stderr.splitlines() if line.strip()]
+        told = words[-1].strip().removeprefix(f"{command[0]}: ") if words else f"exit code {done.returncode}"
+        raise UserError(f"{command[0]}: {told}")
+    return done.stdout
+
+
+def partitions() -> list[Partition]:
+    """All of this cluster's. Raises NoSlurm where no cluster answers."""
+    try:
+        shown = ask("scontrol", "--oneliner", "show", "partition")
+    except UserError as error:
+        raise NoSlurm(f"no Slurm answers here ({error}); submit from a login node") from error
+    gpus: dict[str, int] = {}
+    for line in ask("sinfo", "-h", "-o", "%R %G").splitlines():
+        name, _, gres = line.partition(" ")
+        gpus[name] = max(gpus.get(name, 0), gpus_of(gres))
+    return [partition_of(line, gpus) for line in shown.splitlines() if line.strip()]
+
+
+def gpus_of(gres: str) -> int:
+    """GPUs in a list such as `gpu:a100:8(S:0-1),nvme:1`."""
+    return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,()]+)*?:(\d+)(?=[(,]|$)", gres.strip()))
+
+
+def partition_of(line: str, gpus: dict[str, int]) -> Partition:
+    """One line of `scontrol --oneliner show partition`."""
+    facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    name, most = facts["PartitionName"], facts.get("MaxNodes", "UNLIMITED")
+    return Partition(
+        name,
+        facts.get("Default") == "YES",
+        facts.get("State", "UP") == "UP",
+        int(facts.get("TotalNodes", 0)),
+        int(most) if most.isdigit() else None,
+        minutes(facts.get("MaxTime", "UNLIMITED")),
+        gpus.get(name, 0),
+    )
+
+
+def check(request: SlurmSection, known: list[Partition]) -> None:
+    """Raises UserError when no node or queue here could ever run this."""
+    names = [p.name for p in known]
+    if request.partition is None:
+        chosen = [p for p in known if p.default]
+        if not chosen:
+            raise UserError(f"this cluster has no default partition: name one: --partition {'|'.join(names)}")
+    else:
+        wanted = request.partition.split(",")  # Slurm takes the one that starts first
+        for name in wanted:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise UserError(f"there is no partition {name!r} here; {hint}(partitions: {', '.join(names)})")
+        chosen = [p for p in known if p.name in wanted]
+    problems = [problem for p in chosen if (problem := _problem(request, p))]
+    if len(problems) == len(chosen):
+        raise UserError(problems[0])
+
+
+def _problem(request: SlurmSection, p: Partition) -> str | None:
+    limit = minutes(request.time) if request.time is not None else None
+    if not p.up:
+        return f"partition {p.name} is not up"
+    if request.nodes > p.nodes:
+        return f"{request.nodes} nodes: partition {p.name} has {p.nodes}"
+    if p.most_nodes is not None and request.nodes > p.most_nodes:
+        return f"{request.nodes} nodes: partition {p.name} gives at most {p.most_nodes} to a job"
+    if (request.gpus_per_node or 0) > p.gpus:
+        return f"{request.gpus_per_node} GPUs per node: the nodes of partition {p.name} have at most {p.gpus}"
+    if request.time is not None and p.most_minutes is not None and (limit is None or limit > p.most_minutes):
+        return f"time {request.time}: partition {p.name} allows {p.most_minutes:g} minutes"
+    return None

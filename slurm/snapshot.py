@@ -1,0 +1,46 @@
+"""A copy of the code and the config in the run folder: a job that waited or was requeued runs what was submitted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from configs.errors import UserError
+
+PACKAGES = ("configs", "models", "trainer", "launch", "slurm")
+_ROOT = Path(__file__).resolve().parent.parent
+_KEPT = {".py", ".yaml", ".json", ".sbatch"}
+
+
+def files() -> list[Path]:
+    """Every file of our packages, relative to where they lie."""
+    found = (path for package in PACKAGES for path in (_ROOT / package).rglob("*"))
+    return sorted(path.relative_to(_ROOT) for path in found if path.suffix in _KEPT and path.is_file())
+
+
+def place(folder: Path, config: str) -> Path:
+    """Where the snapshot of this code and config lies, or would lie. Equal ones share a folder."""
+    digest = hashlib.sha256(config.encode())
+    for path in files():
+        digest.update(f"\0{path}\0".encode())
+        digest.update((_ROOT / path).read_bytes())
+    return folder / f"snapshot-{digest.hexdigest()[:12]}"
+
+
+def take(target: Path, config: str, with_code: bool) -> None:
+    """Write it, whole or not at all. Raises UserError when there is no room."""
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        (partial / "config.yaml").write_text(config, encoding="utf-8")
+        for path in files() if with_code else ():
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(_ROOT / path, partial / path)
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"run.dir: cannot write to {target.parent}: {error.strerror or error}") from error

@@ -1,0 +1,245 @@
+"""`python -m slurm submit CONFIG --nodes N`: checks, a snapshot, a batch script by submitit, and what to type next."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import io
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.load import dump, load
+from configs.schema import Config
+from configs.slurm_section import SlurmSection
+from slurm import limits, snapshot
+from slurm.request import add_flags, minutes, request_of
+from trainer import life
+from trainer.arguments import config_parser, take
+from trainer.events import read_events
+from trainer.folder import RunFolder, read_json, write_json
+from trainer.layout import resolve
+from trainer.preflight import check_folder
+
+_POLL_S = 2.0
+_WITHOUT_GPUS = 2  # processes on a node, as `launch run` has it
+_BY_NAME = (
+    *("partition", "account", "qos", "time", "cpus_per_task", "mem", "constraint", "exclude", "nodelist"),
+    *("dependency", "mail_type", "mail_user", "comment"),
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = config_parser("python -m slurm submit", "Submit a run to a Slurm cluster.")
+    add_flags(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check, print the exact batch script, and end")
+    parser.add_argument("--wait", action="store_true", help="follow the job; the exit code is the run's outcome")
+    options = take(parser, arguments)
+    config = load(options.config, options.overrides)
+    job = Submission(config, request_of(config, options.overrides, options))
+    job.check()
+    try:
+        limits.check(job.request, limits.partitions())
+        limits.ask("sbatch", "--test-only", script=job.script())  # what else Slurm has against it: account, features
+    except limits.NoSlurm as error:
+        if not options.dry_run:
+            raise
+        print(f"not held against a cluster: {error}", file=sys.stderr)
+    if options.dry_run:
+        print(job.script(), end="")
+        return 0
+    number = job.submit()
+    _say_next(number, job)
+    return job.follow(number) if options.wait else 0
+
+
+class Submission:
+    """A config and a request, and the batch script that they make."""
+
+    def __init__(self, config: Config, request: SlurmSection) -> None:
+        run_dir = str(Path(config.run_dir).absolute())  # a job may begin elsewhere
+        kept = request.model_dump(exclude_unset=True)
+        plain = config.model_dump(by_alias=True)
+        plain["run"]["dir"], plain["slurm"] = run_dir, kept
+        self.config = Config.model_validate(plain)
+        self.request, self.folder = request, RunFolder(Path(run_dir))
+        self.place = self.folder.root / "slurm"
+        self.text = dump(self.config)
+        self.snapshot = snapshot.place(self.place, self.text)
+        self._before = -1
+
+    def check(self) -> None:
+        """Everything that can be known before the queue. Raises UserError; touches nothing."""
+        r = self.request
+        if r.gpus_per_node is None:
+            raise UserError("how many GPUs has a node? --gpus-per-node 8 (or slurm.gpus_per_node; 0: ranks on the CPU)")
+        resolve(self.config.parallel, r.nodes * (r.gpus_per_node or _WITHOUT_GPUS))
+        check_folder(self.config, self.folder)
+        if r.time is not None:
+            limit = minutes(r.time)
+            if limit is not None and limit * 60 <= r.warning_s:
+                raise UserError(f"time {r.time}: the warning comes slurm.warning_s={r.warning_s} before, so at once")
+        self._check_saves()
+
+    def _check_saves(self) -> None:
+        """The warning has to leave time for a save as slow as the slowest that this folder has seen."""
+        saved = [e["seconds"] for e in read_events(self.folder) if e["event"] == "saved"]
+        if saved and max(saved) > self.request.warning_s:
+            raise UserError(
+                f"a save into {self.folder.root} took {max(saved):.0f} s, and the warning comes "
+                f"slurm.warning_s={self.request.warning_s} before the end: give it {max(saved) * 2:.0f}"
+            )
+
+    def parameters(self) -> dict[str, Any]:
+        """What submitit calls them."""
+        r = self.request
+        more = dict(r.sbatch)
+        if r.reservation is not None:
+            more["reservation"] = r.reservation
+        found = {name: value for name in _BY_NAME if (value := getattr(r, name)) is not None}
+        if r.gpus_per_node:
+            found["gpus_per_node"] = r.gpus_per_node
+        return found | {
+            "job_name": self.config.run.name,
+            "nodes": r.nodes,
+            "ntasks_per_node": 1,
+            "signal_delay_s": r.warning_s,
+            "stderr_to_stdout": True,
+            "wckey": None,  # submitit's own would be refused where the site checks them
+            "setup": self._setup(),
+            "srun_args": self._srun(),
+            "additional_parameters": more or None,
+        }
+
+    def _setup(self) -> list[str]:
+        lines = list(self.request.setup)
+        if self.request.snapshot:
+            # SAFEPATH: the folder where the job begins may hold another Muster, such as the working tree.
+            lines += [f"export PYTHONPATH={shlex.quote(str(self.snapshot))} PYTHONSAFEPATH=1"]
+        return lines
+
+    def _srun(self) -> list[str]:
+        r = self.request
+        words = ["--kill-on-bad-exit=1"]  # one node alone would wait for the others
+        if r.cpus_per_task is not None:
+            words += [f"--cpus-per-task={r.cpus_per_task}"]
+        if r.container is not None:
+            words += [f"--container-image={r.container}"]
+        return words + r.srun
+
+    def command(self) -> str:
+        r = self.request
+        python = r.python or ("python" if r.container else sys.executable)
+        words = [python, "-m", "slurm", "job", str(self.snapshot / "config.yaml")]
+        if not r.gpus_per_node:
+            words += ["--nproc", str(_WITHOUT_GPUS)]
+        return shlex.join(words)
+
+    def script(self) -> str:
+        """The batch script, to the letter."""
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        text: str = _make_sbatch_string(self.command(), self.place, **self.parameters())
+        return text
+
+    def submit(self) -> str:
+        """The job's number. Raises UserError when another job has the folder, or Slurm does not want this one."""
+        self._before = max(life.numbers(self.folder), default=-1)
+        with _only_one(self.place):
+            holder = read_json(self.place / "job.json")
+            if holder is not None and state(holder["job"]) is not None:
+                other = holder["job"]
+                raise UserError(f"{self.folder.root}: job {other} has it; end it first: scancel --signal=USR2 {other}")
+            snapshot.take(self.snapshot, self.text, self.request.snapshot)
+            number = self._sbatch()
+            write_json(self.place / "job.json", {"job": number, "time_s": time.time(), "user": getpass.getuser()})
+        return number
+
+    def _sbatch(self) -> str:
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        from submitit.slurm.slurm import SlurmExecutor
+
+        executor = SlurmExecutor(self.place)
+        executor.update_parameters(**self.parameters())
+        try:
+            # Not submit(): that would pickle a function by its place in the working tree.
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints an error, and raises it as well
+                return str(executor._submit_command(self.command()).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            words = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+            raise UserError(words[-1].strip()) from error
+
+    def follow(self, number: str) -> int:
+        """Show the job's output until it is over; the run's outcome. Ctrl-C leaves the job running."""
+        shown = 0
+        try:
+            while state(number) is not None:
+                shown = _show(self.log(number), shown)
+                time.sleep(_POLL_S)
+            _show(self.log(number), shown)
+        except KeyboardInterrupt:
+            print(f"\njob {number} goes on without being watched")
+            return life.STOPPED
+        attempt = life.newest(self.folder)
+        if attempt is not None and attempt.number > self._before and attempt.end is not None:
+            return attempt.end.exit_code
+        told = limits.ask("scontrol", "--oneliner", "show", "job", number)
+        return life.USER_ERROR if "ExitCode=2:0" in told else life.FAILED
+
+    def log(self, number: str) -> Path:
+        """Where the job's output goes."""
+        return self.place / f"{number}_0_log.out"
+
+
+@contextlib.contextmanager
+def _only_one(place: Path) -> Iterator[None]:
+    """Two submissions of one run at the same time come one after the other."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(place, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {place.parent}: {error.strerror or error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def state(number: str) -> str | None:
+    """PENDING, RUNNING and so on; None once the job is over. Asks squeue alone: right without accounting, too."""
+    try:
+        told = limits.ask("squeue", "-h", "-j", number, "-o", "%T").split()
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE")
+    return told[0] if told and told[0] not in over else None
+
+
+def _say_next(number: str, job: Submission) -> None:
+    print(f"job      {number}")
+    print(f"folder   {job.folder.root}")
+    print(f"watch    squeue -j {number}; tail -F {job.log(number)}")
+    print(f"stop     scancel --signal=USR2 {number}    (saves and ends)")
+
+
+def _show(log: Path, shown: int) -> int:
+    """Print what is new in the log; where it ends now."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(shown)
+            new = file.read()
+    except OSError:
+        return shown  # not there yet
+    sys.stdout.write(new.decode(errors="replace"))
+    sys.stdout.flush()
+    return shown + len(new)
