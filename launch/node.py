@@ -246,8 +246,11 @@ class Supervisor:
         deadline = time.monotonic() + _END_PATIENCE_S
         while time.monotonic() < deadline:
             attempt = life.newest(self.folder)
-            if attempt is not None and attempt.number > before and attempt.end is not None:
-                return attempt.end
+            if attempt is not None and attempt.number > before and (end := attempt.end) is not None:
+                # The first node to leave ends the step on all: let that be the one that still has a lease to release.
+                while self.lease.is_held() and time.monotonic() < deadline:
+                    time.sleep(_POLL_S)
+                return end
             time.sleep(_POLL_S)
         return End("failed", 0, None, requeue=True, cause=_cause(status))
 

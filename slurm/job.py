@@ -29,9 +29,13 @@ def main(arguments: list[str]) -> int:
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc {options.nproc}: at least 1 process is needed")
     nodes = nodes_of_step(os.environ)
-    _find_names(nodes)
-    _keep_caches_local()
-    return run_node(options.config, options.overrides, options.nproc, nodes)
+    try:
+        _find_names(nodes)
+        _keep_caches_local()
+        return run_node(options.config, options.overrides, options.nproc, nodes)
+    except UserError as error:
+        here = f"{node_name()}: "  # of many nodes: which one
+        raise UserError(str(error) if str(error).startswith(here) else f"{here}{error}") from error
 
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
@@ -56,7 +60,7 @@ def _first_host(node_list: str) -> str:
         )
         return done.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise UserError(f"{node_name()}: scontrol cannot tell the nodes {node_list} apart: {error}") from error
+        raise UserError(f"scontrol cannot tell the nodes {node_list} apart: {error}") from error
 
 
 def _find_names(nodes: Nodes) -> None:

@@ -122,7 +122,8 @@ class Submission:
         lines = list(self.request.setup)
         if self.request.snapshot:
             # SAFEPATH: the folder where the job begins may hold another Muster, such as the working tree.
-            lines += [f"export PYTHONPATH={shlex.quote(str(self.snapshot))} PYTHONSAFEPATH=1"]
+            path = shlex.quote(str(self.snapshot)) + "${PYTHONPATH:+:$PYTHONPATH}"
+            lines += [f"export PYTHONPATH={path} PYTHONSAFEPATH=1"]
         return lines
 
     def _srun(self) -> list[str]:
@@ -180,7 +181,7 @@ class Submission:
         """Show the job's output until it is over; the run's outcome. Ctrl-C leaves the job running."""
         shown = 0
         try:
-            while state(number) is not None:
+            while _lives(number):
                 shown = _show(self.log(number), shown)
                 time.sleep(_POLL_S)
             _show(self.log(number), shown)
@@ -190,7 +191,10 @@ class Submission:
         attempt = life.newest(self.folder)
         if attempt is not None and attempt.number > self._before and attempt.end is not None:
             return attempt.end.exit_code
-        told = limits.ask("scontrol", "--oneliner", "show", "job", number)
+        try:
+            told = limits.ask("scontrol", "--oneliner", "show", "job", number)
+        except UserError:  # forgotten already
+            return life.FAILED
         return life.USER_ERROR if "ExitCode=2:0" in told else life.FAILED
 
     def log(self, number: str) -> Path:
@@ -203,11 +207,12 @@ def _only_one(place: Path) -> Iterator[None]:
     """Two submissions of one run at the same time come one after the other."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(place, os.O_RDONLY)
+        descriptor = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no file opened for reading
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {place.parent}: {error.strerror or error}") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a filesystem without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -223,6 +228,14 @@ def state(number: str) -> str | None:
         raise
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE")
     return told[0] if told and told[0] not in over else None
+
+
+def _lives(number: str) -> bool:
+    """While nobody answers, a job goes on: the controller may be down, the nodes are not."""
+    try:
+        return state(number) is not None
+    except UserError:
+        return True
 
 
 def _say_next(number: str, job: Submission) -> None:

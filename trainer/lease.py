@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from configs.errors import UserError
 from trainer.folder import RunFolder, read_json
 
 LEASE_VARIABLE = "MUSTER_LEASE"  # the launcher's token, for its workers
+_JOB_LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
 
 
 def _self_description(node: str, attempt: int) -> dict[str, Any]:
@@ -56,7 +58,27 @@ def _pid_namespace() -> str:
 
 
 def _alive(holder: dict[str, Any], node: str) -> bool | None:
-    """Whether the holder still runs; None when that cannot be known from here."""
+    """Whether the holder still runs; None when that cannot be known: its pid says nothing, and nor does Slurm."""
+    known = _alive_here(holder, node)
+    return _job_alive(holder.get("job")) if known is None else known
+
+
+def _job_alive(job: str | None) -> bool | None:
+    """Whether Slurm still has the holder's job, which may also wait to be started again."""
+    if not job or job == os.environ.get("SLURM_JOB_ID"):
+        return None
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return False if "Invalid job id" in done.stderr else None  # forgotten, or nobody answers
+    return any(state in _JOB_LIVES for state in done.stdout.split())
+
+
+def _alive_here(holder: dict[str, Any], node: str) -> bool | None:
+    """By its job's life and its pid."""
     same_job = bool(holder.get("job")) and holder["job"] == os.environ.get("SLURM_JOB_ID")
     if same_job and holder.get("life") != os.environ.get("SLURM_RESTART_COUNT", "0"):
         return False  # an earlier life of this very job: Slurm requeues it only once that has ended
@@ -127,8 +149,12 @@ class Lease:
 
     def release(self) -> None:
         """Give the folder back. A lease that was taken over meanwhile is left alone."""
-        if (read_json(self.path) or {}).get("token") == self.token:
+        if self.is_held():
             self.path.unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Whether it stands, as this one."""
+        return bool((read_json(self.path) or {}).get("token") == self.token)
 
 
 def _refuse_living(folder: RunFolder, holder: dict[str, Any], node: str) -> None:
