@@ -149,11 +149,11 @@ class Supervisor:
         for _ in range(self.config.run.max_restarts + 1):
             before = max(life.numbers(self.folder), default=-1)
             status = self._one_agent()
-            if self.user_error.exists() or (status == 0 and self._no_attempt_since(before)):
-                return life.USER_ERROR  # the second: said by rank 0, on another node
-            end = self._decide(before, status) if self.nodes.is_first else self._hear(before, status)
+            if self.user_error.exists():
+                return life.USER_ERROR
             if self.nodes.count > 1:
-                break  # the others have lost this agent, and cannot meet a new one
+                return self._outcome_of_many(before, status)
+            end = self._decide(before, status)
             if end.reason != "failed" or status >= 0 or self.wish.cause is not None:
                 break
         return end.exit_code
@@ -237,22 +237,29 @@ class Supervisor:
             return end
         return attempt.end
 
-    def _no_attempt_since(self, before: int) -> bool:
-        """Whether the workers of several nodes ended well without having begun."""
-        return self.nodes.count > 1 and max(life.numbers(self.folder), default=-1) <= before
+    def _outcome_of_many(self, before: int, status: int) -> int:
+        """This node's exit code when there are others, who have lost its agent and cannot meet a new one."""
+        if status < 0 or (status and self.nodes.is_first):
+            return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
+        end = self._hear(before)
+        if end is not None:
+            return end.exit_code
+        if status == 0 and max(life.numbers(self.folder), default=-1) <= before:
+            return life.USER_ERROR  # rank 0 was on another node, and has said it there
+        return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
 
-    def _hear(self, before: int, status: int) -> End:
-        """What the first node, or rank 0, says that the newest attempt came to."""
+    def _hear(self, before: int) -> End | None:
+        """What rank 0 or the first node wrote down as the end; another node's files may take a while to be seen."""
         deadline = time.monotonic() + _END_PATIENCE_S
         while time.monotonic() < deadline:
             attempt = life.newest(self.folder)
             if attempt is not None and attempt.number > before and (end := attempt.end) is not None:
-                # The first node to leave ends the step on all: let that be the one that still has a lease to release.
-                while self.lease.is_held() and time.monotonic() < deadline:
+                # The first node to leave ends the step on all: let that be the one that has a lease to release.
+                while not self.nodes.is_first and self.lease.is_held() and time.monotonic() < deadline:
                     time.sleep(_POLL_S)
                 return end
             time.sleep(_POLL_S)
-        return End("failed", 0, None, requeue=True, cause=_cause(status))
+        return None
 
     def _unwritten_end(self, status: int) -> End:
         """What an attempt came to that could not say so itself: stopped by force as asked, or failed."""

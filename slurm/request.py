@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from configs.errors import UserError
+from configs.parse import Place, Problem, parse
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 
@@ -56,14 +56,16 @@ def request_of(config: Config, overrides: list[str], options: argparse.Namespace
 
 def _read_file(path: Path) -> dict[str, Any]:
     """The cluster's file, checked by itself so that its mistakes are told as its own."""
+    problems: list[Problem] = []
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        node = parse(path.read_text(encoding="utf-8"), lambda line: Place(str(path), line), problems)
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    if problems:
+        raise UserError(str(problems[0]))
+    data = node.plain() if node is not None else {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected lines of `key: value`, as below `slurm:` in a config")
     try:

@@ -75,12 +75,17 @@ class Submission:
         self.snapshot = snapshot.place(self.place, self.text)
         self._before = -1
 
+    @property
+    def processes(self) -> int:
+        """On each node."""
+        return self.request.gpus_per_node or _WITHOUT_GPUS
+
     def check(self) -> None:
         """Everything that can be known before the queue. Raises UserError; touches nothing."""
         r = self.request
         if r.gpus_per_node is None:
             raise UserError("how many GPUs has a node? --gpus-per-node 8 (or slurm.gpus_per_node; 0: ranks on the CPU)")
-        resolve(self.config.parallel, r.nodes * (r.gpus_per_node or _WITHOUT_GPUS))
+        resolve(self.config.parallel, r.nodes * self.processes)
         check_folder(self.config, self.folder)
         if r.time is not None:
             limit = minutes(r.time)
@@ -90,7 +95,7 @@ class Submission:
 
     def _check_saves(self) -> None:
         """The warning has to leave time for a save as slow as the slowest that this folder has seen."""
-        saved = [e["seconds"] for e in read_events(self.folder) if e["event"] == "saved"]
+        saved = [e.get("seconds", 0.0) for e in read_events(self.folder) if e["event"] == "saved"]
         if saved and max(saved) > self.request.warning_s:
             raise UserError(
                 f"a save into {self.folder.root} took {max(saved):.0f} s, and the warning comes "
@@ -128,7 +133,8 @@ class Submission:
 
     def _srun(self) -> list[str]:
         r = self.request
-        words = ["--kill-on-bad-exit=1"]  # one node alone would wait for the others
+        # One node alone would wait for the others. One log holds what all of them say: submitit's would be a file each.
+        words = ["--kill-on-bad-exit=1", "--output=all"]
         if r.cpus_per_task is not None:
             words += [f"--cpus-per-task={r.cpus_per_task}"]
         if r.container is not None:
@@ -138,10 +144,8 @@ class Submission:
     def command(self) -> str:
         r = self.request
         python = r.python or ("python" if r.container else sys.executable)
-        words = [python, "-m", "slurm", "job", str(self.snapshot / "config.yaml")]
-        if not r.gpus_per_node:
-            words += ["--nproc", str(_WITHOUT_GPUS)]
-        return shlex.join(words)
+        config = str(self.snapshot / "config.yaml")
+        return shlex.join([python, "-m", "slurm", "job", config, "--nproc", str(self.processes)])
 
     def script(self) -> str:
         """The batch script, to the letter."""

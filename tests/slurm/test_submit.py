@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.slurm_section import SlurmSection
 from slurm.cluster import Cluster
 from slurm.limits import Partition, check, gpus_of, partition_of
-from slurm.request import minutes
+from slurm.request import _read_file, cluster_file, minutes
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, environment
 from trainer.events import Events, read_rows
@@ -59,8 +59,22 @@ def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Pa
     (snapshot,) = (tmp_path / "run/slurm").glob("snapshot-*")
     assert start["command"][0] == str(snapshot / "trainer/__main__.py")
     assert (tmp_path / f"run/slurm/{told['job']}_submission.sh").read_text() == printed.stdout
-    again = submit(config, *SMALL, "--wait", "trian.steps=3", cluster=cluster)
-    assert again.returncode == 2
+    assert not list((tmp_path / "run/slurm").glob("*_1_log.out"))  # one log of all nodes
+
+
+def test_another_node_than_the_first_says_its_name(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    # srun tells tasks about nodes by name; here the second is told a name that nobody knows.
+    done = submit(config, *SMALL, "--wait", f"slurm.srun=[--task-prolog={_misnamed(tmp_path)}]", cluster=cluster)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: gone.invalid: the name of node gone.invalid does not resolve here" in done.stdout
+
+
+def _misnamed(folder: Path) -> Path:
+    prolog = folder / "prolog"
+    prolog.write_text('#!/bin/sh\n[ "$SLURM_NODEID" = 0 ] || echo export SLURMD_NODENAME=gone.invalid\n')
+    prolog.chmod(0o755)
+    return prolog
 
 
 def test_wait_returns_what_the_run_came_to(cluster: Cluster, tmp_path: Path) -> None:
@@ -227,3 +241,29 @@ def test_limits_of_a_partition() -> None:
     check(SlurmSection(nodes=9, partition="a,b"), [found, wide])  # one of the two will do
     with pytest.raises(UserError, match="no default partition"):
         check(SlurmSection(), [wide])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("partition: [gpu\n", ":2: "),
+        ("- gpu\n", "expected lines of `key: value`"),
+        ("time: 30\n", "time: Input should be a valid string"),
+        ("nodes: 0\n", "nodes: Input should be greater"),
+    ],
+)
+def test_mistakes_in_a_clusters_file_are_told_as_its_own(
+    text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    cluster_file().parent.mkdir()
+    cluster_file().write_text(text)
+    with pytest.raises(UserError, match=f"{cluster_file()}:") as raised:
+        _read_file(cluster_file())
+    assert told in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_times_need_no_quotes_in_a_clusters_file(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("time: 12:00:00\n")
+    assert _read_file(tmp_path / "cluster.yaml") == {"time": "12:00:00"}
