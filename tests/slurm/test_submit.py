@@ -64,9 +64,9 @@ def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Pa
 
 def test_another_node_than_the_first_says_its_name(cluster: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    # srun tells tasks about nodes by name; here the second is told a name that nobody knows.
+    # A task knows its node by name; here the second is told a name that nobody knows.
     done = submit(config, *SMALL, "--wait", f"slurm.srun=[--task-prolog={_misnamed(tmp_path)}]", cluster=cluster)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode in (1, 2), done.stdout + done.stderr  # srun may count the killed first node instead
     assert "error: gone.invalid: the name of node gone.invalid does not resolve here" in done.stdout
 
 
