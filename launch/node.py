@@ -241,11 +241,11 @@ class Supervisor:
         """This node's exit code when there are others, who have lost its agent and cannot meet a new one."""
         if status < 0 or (status and self.nodes.is_first):
             return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
+        if status == 0 and max(life.numbers(self.folder), default=-1) <= before:
+            return life.USER_ERROR  # at once: rank 0 was on another node and has said it, and its end kills this one
         end = self._hear(before)
         if end is not None:
             return end.exit_code
-        if status == 0 and max(life.numbers(self.folder), default=-1) <= before:
-            return life.USER_ERROR  # rank 0 was on another node, and has said it there
         return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
 
     def _hear(self, before: int) -> End | None:

@@ -60,7 +60,8 @@ def test_the_warning_stops_all_nodes_after_one_step(cluster: Cluster, tmp_path: 
     assert wait_for_end(cluster, job, output) == "FAILED"  # with 75, which asks to be started again
     assert "ExitCode=75:0" in call(cluster, "scontrol", "show", "job", job)
     end = read_json(tmp_path / "run/attempts/000/end.json")
-    assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", "warning", True)
+    assert (end["reason"], end["requeue"]) == ("stopped", True)
+    assert end["cause"] in ("warning", "another_rank")  # rank 0 may hear of it from the other node first
     assert end["checkpoint"] == f"step-{end['step']:08d}"
     passed_on = [e for e in read_events(RunFolder(tmp_path / "run")) if e["event"] == "stop_passed_on"]
     assert len(passed_on) == 2  # a supervisor on each node
