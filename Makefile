@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life faults matrix bench bench-checkpoint gpu tutorial picture slurm-deps
+.PHONY: help demo test schema clean life slurm faults matrix bench bench-checkpoint gpu tutorial picture slurm-deps
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
 	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the picture of the README"
+	@echo "make slurm   every fault of a Slurm job, on a cluster of this machine"
 	@echo "make slurm-deps   install a Slurm to rehearse on (apt; then: python -m slurm cluster up)"
 	@echo "make clean   remove the environment and every cache (runs stay)"
 
@@ -23,7 +24,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m launch run demo $(ARGS) || [ $$? -eq 3 ]  # 3: stopped as asked
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 schema: $(VENV)/.demo
 	@$(BIN)/python -m configs.reference
@@ -53,6 +54,9 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 # Longer than `make test`; each is run by hand before its result is claimed.
 life: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/life --full $(ARGS)
+
+slurm: $(VENV)/.test
+	@MUSTER_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm --full $(ARGS)
 
 faults: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/trainer/checkpoint tests/fuzz --full $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ def namespaces_allowed() -> bool:
     """Whether this machine lets us make what an isolated node is made of. Leaves nothing behind."""
     if not all(shutil.which(program) for program in ("ip", "unshare", "nsenter")):
         return False
-    probe = "mustertest"
+    probe = f"mst-{os.getpid()}"  # several may ask at once
     if not _try("unshare", *_NAMESPACES, "--mount-proc", "true") or not _try(
         "ip", "link", "add", probe, "type", "bridge"
     ):

@@ -1,0 +1,31 @@
+"""Starts a cluster for a test session and takes it down again when the session ends, however it ends.
+
+Its standard input is a pipe whose other end only the session holds: the kernel closes that with the session, also after
+SIGKILL, a timeout or Ctrl-C. Prints the cluster's folder once it is up, or why it is not.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from configs.errors import UserError
+from slurm import cluster as clusters
+from slurm.cluster_config import Home
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole session
+    with tempfile.TemporaryDirectory(prefix="muster-test-cluster-") as folder:
+        home = Home(Path(folder) / "c")
+        try:
+            clusters.start(home, nodes=2, gpus=4)
+            print(home.root, flush=True)
+            sys.stdin.read()
+        except UserError as error:
+            print(error, flush=True)
+        finally:
+            left = clusters.find(home)
+            if left is not None:
+                left.down()
