@@ -194,7 +194,7 @@ def values(annotation: Any, limits: list[Any]) -> st.SearchStrategy[Any]:
     if annotation is bool:
         return st.booleans()
     if annotation is int:
-        return st.integers(min_value=bounds.get("ge", 0), max_value=2**40)
+        return st.integers(min_value=bounds.get("ge", 0), max_value=bounds.get("le", 2**40))
     if annotation is float:
         low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
         return st.floats(
