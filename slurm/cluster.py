@@ -36,7 +36,7 @@ from slurm.cluster_net import (
 _NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 _ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server-core"}
 _APT = "apt-get install --no-install-recommends"
-_MAX_SOCKET_PATH = 100  # of a unix socket, with some room
+_MAX_SOCKET_PATH = 107  # of a unix socket
 _SLOTS = 32
 _DATABASE_FLAGS = ("--skip-networking", "--skip-grant-tables", "--skip-log-bin", "--innodb-buffer-pool-size=64M")
 
@@ -297,7 +297,8 @@ def _check(home: Home, nodes: int, gpus: int) -> None:
         raise UserError(f"--nodes {nodes}: 1 to 250 nodes")
     if not 0 <= gpus <= 64:
         raise UserError(f"--gpus {gpus}: 0 to 64 GPUs a node")
-    if len(str(home.munge_socket)) > _MAX_SOCKET_PATH or " " in str(home.root):
+    longest = home.root / f"spool/node{nodes}/node{nodes}_{10**8}.{2**32}"  # Slurm's, for a step of a job
+    if len(str(longest)) > _MAX_SOCKET_PATH or " " in str(home.root):
         raise UserError(f"--dir {home.root}: a shorter path without spaces is needed")
     if home.root.exists() and (not home.root.is_dir() or any(home.root.iterdir())):
         raise UserError(f"--dir {home.root}: is there already, and holds no cluster")
