@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -363,14 +364,9 @@ def killed_at(action: Action, root: Path, state: Any, point: int, points: int) -
     action.act(root, state)
 
 
-def kill_mostly(action: Action, folder: Path) -> dict[str, Any]:
-    """As `kill_everywhere`, but of the writes of one file only every ninth."""
-    return kill_everywhere(action, folder, every=9)
-
-
 def kill_everywhere(action: Action, folder: Path, every: int = 1) -> dict[str, Any]:
     """A crash before each operation and after the last, and what a start finds then. (One process acts: right after an
-    operation is right before the next.)"""
+    operation is right before the next.) Of the writes in the middle of a file, only one in `every`."""
     root, state = prepared(action, folder)
     counted = folder / "operations"
     assert forked(lambda: counted.write_text(json.dumps([row[:2] for row in recorded(action, root, state)]))) == 0
@@ -390,7 +386,9 @@ def kill_everywhere(action: Action, folder: Path, every: int = 1) -> dict[str, A
 
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    run = {"names": names_of, "kill": kill_mostly, "kill-all": kill_everywhere, "record": record}[what]
+    run = {"names": names_of, "kill": partial(kill_everywhere, every=9), "kill-all": kill_everywhere, "record": record}[
+        what
+    ]
     results = {}
     for name, action in ACTIONS.items():
         (folder / name / "run").mkdir(parents=True)
