@@ -10,7 +10,7 @@ help:
 	@echo "make test    set up, then check style, types, imports and run the tests"
 	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema.py"
 	@echo "make life    every phase of a run with every cause of stopping and killing (25 minutes)"
-	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (5 minutes)"
+	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (3 minutes)"
 	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen (10 minutes)"
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
