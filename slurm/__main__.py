@@ -32,7 +32,42 @@ def submit(arguments: list[str]) -> int:
     return submit_main(arguments)
 
 
-VERBS = {"submit": submit, "cluster": cluster, "job": job}
+def status(arguments: list[str]) -> int:
+    """How runs are: a table of all, or all lives of one."""
+    from slurm.status import main as status_main
+
+    return status_main(arguments)
+
+
+def watch(arguments: list[str]) -> int:
+    """The same table, live."""
+    from slurm.watch import main as watch_main
+
+    return watch_main(arguments)
+
+
+def logs(arguments: list[str]) -> int:
+    """What a run printed; -f follows it."""
+    from slurm.logs import main as logs_main
+
+    return logs_main(arguments)
+
+
+def stop(arguments: list[str]) -> int:
+    """Let a run save and end."""
+    from slurm.stop import stop_main
+
+    return stop_main(arguments)
+
+
+def cancel(arguments: list[str]) -> int:
+    """Take a job out of the queue, or end it now."""
+    from slurm.stop import cancel_main
+
+    return cancel_main(arguments)
+
+
+VERBS = {f.__name__: f for f in (submit, status, watch, logs, stop, cancel, cluster, job)}
 
 
 def main(arguments: list[str]) -> int:

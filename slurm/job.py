@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc {options.nproc}: at least 1 process is needed")
     nodes = nodes_of_step(os.environ)
+    os.environ["TERM"] = "dumb"  # srun --unbuffered gives a terminal, and the output is a file all the same
     try:
         _find_names(nodes)
         _keep_caches_local()

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import dump, load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
-from slurm import limits, snapshot
+from slurm import limits, queue, snapshot
 from slurm.request import add_flags, minutes, request_of
 from trainer import life
 from trainer.arguments import config_parser, take
@@ -161,7 +161,7 @@ class Submission:
             holder = read_json(self.place / "job.json")
             if holder is not None and state(holder["job"]) is not None:
                 other = holder["job"]
-                raise UserError(f"{self.folder.root}: job {other} has it; end it first: scancel --signal=USR2 {other}")
+                raise UserError(f"{self.folder.root}: job {other} has it; end it first: python -m slurm stop {other}")
             snapshot.take(self.snapshot, self.text, self.request.snapshot)
             number = self._sbatch()
             write_json(self.place / "job.json", {"job": number, "time_s": time.time(), "user": getpass.getuser()})
@@ -223,15 +223,12 @@ def _only_one(place: Path) -> Iterator[None]:
 
 
 def state(number: str) -> str | None:
-    """PENDING, RUNNING and so on; None once the job is over. Asks squeue alone: right without accounting, too."""
-    try:
-        told = limits.ask("squeue", "-h", "-j", number, "-o", "%T").split()
-    except UserError as error:
-        if "Invalid job id" in str(error):
-            return None
-        raise
-    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE")
-    return told[0] if told and told[0] not in over else None
+    """PENDING, RUNNING and so on; None once the job is over. Raises UserError while Slurm does not answer."""
+    answer = queue.of([number])
+    if answer.silent is not None:
+        raise UserError(answer.silent)
+    job = answer.jobs.get(number)
+    return job.state if job is not None else None
 
 
 def _lives(number: str) -> bool:
@@ -245,8 +242,8 @@ def _lives(number: str) -> bool:
 def _say_next(number: str, job: Submission) -> None:
     print(f"job      {number}")
     print(f"folder   {job.folder.root}")
-    print(f"watch    squeue -j {number}; tail -F {job.log(number)}")
-    print(f"stop     scancel --signal=USR2 {number}    (saves and ends)")
+    print(f"look     python -m slurm status {number}    (or watch, or logs -f)")
+    print(f"stop     python -m slurm stop {number}    (saves and ends)")
 
 
 def _show(log: Path, shown: int) -> int:

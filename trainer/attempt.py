@@ -135,7 +135,9 @@ def _attempt(run: Run, changes: Changes) -> End:
         for change in changes:
             run.events.write(**change)
         write_config(config, folder)
-        attempt.write_start(run.progress.step, {"hosts": hosts, "world_size": world.size})
+        attempt.write_start(
+            run.progress.step, {"hosts": hosts, "world_size": world.size, "last_step": config.train.steps}
+        )
         run.events.write("started", step=run.progress.step, origin=str(run.origin), world_size=world.size)
         say_start(run)
     return live(run)

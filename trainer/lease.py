@@ -59,7 +59,7 @@ def _pid_namespace() -> str:
 
 def _alive(holder: dict[str, Any], node: str) -> bool | None:
     """Whether the holder still runs; None when that cannot be known: its pid says nothing, and nor does Slurm."""
-    known = _alive_here(holder, node)
+    known = alive_here(holder, node)
     return _job_alive(holder.get("job")) if known is None else known
 
 
@@ -77,7 +77,7 @@ def _job_alive(job: str | None) -> bool | None:
     return any(state in _JOB_LIVES for state in done.stdout.split())
 
 
-def _alive_here(holder: dict[str, Any], node: str) -> bool | None:
+def alive_here(holder: dict[str, Any], node: str) -> bool | None:
     """By its job's life and its pid."""
     same_job = bool(holder.get("job")) and holder["job"] == os.environ.get("SLURM_JOB_ID")
     if same_job and holder.get("life") != os.environ.get("SLURM_RESTART_COUNT", "0"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import UserError
-from launch.checkpoint.text import Progress, size_text
+from launch.checkpoint.text import Progress
+from launch.text import size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.convert.convert import convert
 from trainer.convert.state import Kind, State

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from launch.checkpoint.text import Progress, size_text, table
+from launch.checkpoint.text import Progress
+from launch.text import size_text, table
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.convert.convert import open_state
 from trainer.convert.state import Range, State, StateTensor, stream

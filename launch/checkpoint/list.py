@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launch.checkpoint.text import age_text, layout_text, size_text, table
+from launch.checkpoint.text import layout_text
+from launch.text import age_text, size_text, table
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest

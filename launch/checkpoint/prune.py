@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from configs.errors import UserError
 from configs.schema import KeepSection
-from launch.checkpoint.text import size_text
+from launch.text import size_text
 from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint

@@ -11,7 +11,8 @@ from typing import Any
 
 from configs.errors import UserError
 from launch.checkpoint.list import trained_share
-from launch.checkpoint.text import age_text, layout_text, open_named, size_text, table
+from launch.checkpoint.text import layout_text, open_named
+from launch.text import age_text, size_text, table
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.pieces import DTYPES

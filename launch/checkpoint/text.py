@@ -5,50 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.text import size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.convert.convert import find_kind, open_checkpoint
 
 _LOG_EVERY_S = 5.0
 _DRAW_EVERY_S = 0.1
-
-
-def size_text(count: int) -> str:
-    """Bytes in decimal units, three digits."""
-    size = float(count)
-    if size < 1000:
-        return f"{count} B"
-    units = iter(("kB", "MB", "GB", "TB"))
-    unit = next(units)
-    size /= 1000
-    while size >= 999.5 and unit != "TB":
-        size, unit = size / 1000, next(units)
-    return f"{size:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f} {unit}"
-
-
-def age_text(seconds: float) -> str:
-    """One unit is enough to tell checkpoints apart."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: str = "") -> list[str]:
-    """Lines of aligned columns; those whose header's first letter stands in `right` go to the right."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    to_right = [name in right.split(",") for name in header]
-    lines = []
-    for row in cells:
-        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return lines
 
 
 def layout_text(layout: dict[str, Any]) -> str:

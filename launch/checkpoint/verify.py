@@ -10,7 +10,8 @@ from pathlib import Path
 
 from configs.errors import UserError
 from launch.checkpoint.list import shelves
-from launch.checkpoint.text import Progress, size_text
+from launch.checkpoint.text import Progress
+from launch.text import size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_file

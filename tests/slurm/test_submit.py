@@ -51,7 +51,7 @@ def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Pa
     told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:4])
     assert told["folder"] == str(tmp_path / "run")
     assert told["job"].isdigit()
-    assert f"scancel --signal=USR2 {told['job']}" in told["stop"]
+    assert f"python -m slurm stop {told['job']}" in told["stop"]
     assert "finished at step 6" in done.stdout
     assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 6
     start = read_json(tmp_path / "run/attempts/000/start.json")

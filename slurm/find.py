@@ -1,0 +1,50 @@
+"""Which run a person means: by its folder, or by the number of its job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.errors import UserError
+from launch import run_folder
+from slurm import queue
+
+_RUNS = Path("runs")  # where a config without run.dir has its runs
+
+
+def folders_named(words: Sequence[str]) -> list[Path]:
+    """Run folders, in the order of the words and each once. Raises UserError for a word that names none."""
+    found = [folder for word in words for folder in _of_job(word) or _below(word)]
+    return list({folder.resolve(): folder for folder in found}.values())
+
+
+def folder_named(word: str) -> Path:
+    """The one run folder of this word. Raises UserError."""
+    found = folders_named([word])
+    if len(found) > 1:
+        raise UserError(f"{word}: holds {len(found)} runs; name one, such as {found[0]}")
+    return found[0]
+
+
+def is_job(word: str) -> bool:
+    """A number that is no folder."""
+    return queue.NUMBER.fullmatch(word) is not None and not Path(word).exists()
+
+
+def _below(word: str) -> list[Path]:
+    found = run_folder.runs_in(Path(word))
+    if not found:
+        raise UserError(f"{word}: neither a run folder nor a folder of runs")
+    return found
+
+
+def _of_job(word: str) -> list[Path]:
+    if not is_job(word):
+        return []
+    for folder in run_folder.runs_in(_RUNS) if _RUNS.is_dir() else []:
+        if word in run_folder.view(folder).jobs or any((folder / "slurm").glob(f"{word}_*")):
+            return [folder]
+    found = queue.folder_of(word)
+    if found is None or not found.is_dir():
+        raise UserError(f"job {word}: its run folder is not known here; name the folder")
+    return [found]

@@ -1,0 +1,143 @@
+"""`python -m slurm logs RUN|JOB`: what a run printed: its job's output, or the log of one rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from configs.errors import UserError
+from launch import run_folder
+from slurm import queue
+from slurm.find import folder_named, is_job
+from slurm.state import lives
+from trainer import life
+from trainer.folder import RunFolder
+from trainer.life import Attempt
+
+_POLL_S = 0.5
+_ASK_EVERY_S, _ASK_SOON_S = 15.0, 2.0  # whether it still lives: a question to Slurm
+_LAST_LINES = 20  # that a follower begins with
+_CHUNK_BYTES = 1 << 20
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m slurm logs", description=__doc__)
+    parser.add_argument("run", metavar="RUN|JOB", help="its folder, or the number of its job")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as it is written, until the run ends")
+    parser.add_argument("--rank", type=int, metavar="N", help="the log of this rank")
+    parser.add_argument("--attempt", type=int, metavar="N", help="of this attempt; default: the newest")
+    options = parser.parse_args(arguments)
+    log = Log(options.run, options.rank, options.attempt)
+    try:
+        return log.follow() if options.follow else log.print_all()
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 0
+
+
+class Log:
+    """The file that a person means: one job's output, or a rank's log. Of the newest attempt, it becomes another."""
+
+    def __init__(self, word: str, rank: int | None, attempt: int | None) -> None:
+        self.folder = folder_named(word)
+        self.jobs = [word] if is_job(word) else run_folder.view(self.folder).jobs
+        self.rank, self.attempt = rank, attempt
+        self._output = self._find_output() if rank is None and attempt is None else None
+
+    def path(self) -> Path:
+        """Where it lies now. Raises UserError when there is none."""
+        return self._output or self._of_rank(self.rank or 0)
+
+    def _find_output(self) -> Path | None:
+        """The output of the job, which holds what all of its nodes and lives said."""
+        for number in self.jobs:
+            submitted = self.folder / "slurm" / f"{number}_0_log.out"
+            if submitted.exists():
+                return submitted
+            told = queue.output_of(number)
+            if told is not None and told.exists():
+                return told
+        return None
+
+    def _of_rank(self, rank: int) -> Path:
+        folder = RunFolder(self.folder)
+        known = life.numbers(folder)
+        if not known:
+            raise UserError(f"{self.folder}: no attempt has begun yet")
+        if self.attempt is not None and self.attempt not in known:
+            raise UserError(f"{self.folder}: there is no attempt {self.attempt} (there are {known[0]} to {known[-1]})")
+        place = Attempt(folder, known[-1] if self.attempt is None else self.attempt).path
+        path = place / f"rank-{rank:05d}.log"
+        if not path.exists():
+            ranks = len(list(place.glob("rank-*.log")))
+            raise UserError(f"{place}: no log of rank {rank} (there are {ranks})")
+        return path
+
+    def print_all(self) -> int:
+        with open(self.path(), "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                _write(chunk)
+        return 0
+
+    def follow(self) -> int:
+        """Print the end of the log and what comes, until the run is over. A new attempt's log takes over."""
+        path, asked_s, over = self.path(), time.monotonic(), False
+        shown = _some_lines_before_end(path)
+        while True:
+            shown = _print_from(path, shown)
+            newer = self._newer(path)
+            if newer != path:
+                print(f"==> {newer} <==", flush=True)
+                path, shown = newer, 0
+            elif over:
+                return 0
+            else:
+                if time.monotonic() - asked_s > self._patience_s():
+                    asked_s, over = time.monotonic(), not self._lives()  # and once more round, for its last words
+                time.sleep(_POLL_S)
+
+    def _newer(self, path: Path) -> Path:
+        try:
+            return self.path() if self.attempt is None else path
+        except UserError:  # an attempt that has no log yet
+            return path
+
+    def _patience_s(self) -> float:
+        """Until Slurm is asked again whether the job lives: the folder shows most ends sooner."""
+        holder = run_folder.view(self.folder).holder
+        return _ASK_SOON_S if holder is None or holder.alive is False else _ASK_EVERY_S
+
+    def _lives(self) -> bool:
+        view = run_folder.view(self.folder)
+        answer = queue.of(self.jobs)
+        return (answer.silent is not None and bool(self.jobs)) or lives(view, answer)
+
+
+def _some_lines_before_end(path: Path) -> int:
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = max(end - _CHUNK_BYTES // 16, 0)
+        file.seek(start)
+        text = file.read(end - start)
+    lines = text.splitlines(keepends=True)
+    return end - sum(len(line) for line in lines[-_LAST_LINES:])
+
+
+def _print_from(path: Path, shown: int) -> int:
+    with open(path, "rb") as file:
+        file.seek(shown)
+        while chunk := file.read(_CHUNK_BYTES):
+            _write(chunk)
+            shown += len(chunk)
+    return shown
+
+
+def _write(chunk: bytes) -> None:
+    sys.stdout.buffer.write(chunk)
+    sys.stdout.flush()

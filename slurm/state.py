@@ -1,0 +1,80 @@
+"""How a run is, in a word: from its folder and from what Slurm says of its job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from launch.run_folder import RunView, amount, whole
+from launch.text import age_text
+from slurm.queue import Job, Life, Queue
+
+_SILENT_S = 300.0  # without a row; and ten steps
+
+
+def job_of(view: RunView, answer: Queue) -> Job | None:
+    """The job in the queue that has this run."""
+    return next((answer.jobs[number] for number in view.jobs if number in answer.jobs), None)
+
+
+def unexplained(view: RunView, answer: Queue) -> str | None:
+    """The job whose end the folder does not tell: it died, or never came to an attempt."""
+    if not view.jobs or job_of(view, answer) is not None:
+        return None
+    number, newest = view.submitted or view.jobs[0], view.newest
+    told = newest is not None and newest.reason is not None and newest.job in (number, None)
+    return None if told else number
+
+
+def lives(view: RunView, answer: Queue) -> bool:
+    """Whether it is in the queue or, as far as can be known here, a process of it runs."""
+    if job_of(view, answer) is not None:
+        return True
+    holder = view.holder
+    return holder is not None and bool(holder.alive) and (holder.job is None or answer.silent is not None)
+
+
+def may_live(view: RunView, answer: Queue) -> bool:
+    """Whether another node has it of which nothing can be known from here."""
+    holder = view.holder
+    return holder is not None and holder.alive is None and (holder.job is None or answer.silent is not None)
+
+
+def state_of(view: RunView, answer: Queue, past: Sequence[Life]) -> str:
+    """The state; `past`: the lives of the job that is `unexplained`."""
+    job = job_of(view, answer)
+    if job is not None and job.state != "RUNNING":
+        reason = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("None", "") else ""
+        return job.state.lower() + reason
+    return _running(view) if lives(view, answer) else _over(view, answer, past)
+
+
+def _running(view: RunView) -> str:
+    newest, holder, row = view.newest, view.holder, view.row
+    if view.stop_asked:
+        return "stopping"
+    if newest is not None and newest.reason is not None and not newest.requeue and newest.reason != "failed":
+        begun_anew = holder is not None and (holder.attempt or 0) > newest.number
+        return "starting" if begun_anew else "ending"
+    if newest is None or holder is None or (holder.attempt or 0) > newest.number:
+        return "starting"
+    if newest.reason is not None:
+        return "restarting" if newest.reason == "failed" else "ending"
+    if whole(row, "attempt") != newest.number:
+        return "starting"
+    silent_s = time.time() - (amount(row, "time_s") or time.time())
+    if silent_s > max(_SILENT_S, 10 * (amount(row, "step_s") or 0.0)):
+        return f"no step for {age_text(silent_s)}"
+    return "running"
+
+
+def _over(view: RunView, answer: Queue, past: Sequence[Life]) -> str:
+    newest, holder = view.newest, view.holder
+    if holder is not None and may_live(view, answer):
+        return f"held by {holder.node or 'another node'}"
+    if past:
+        code = past[-1].exit_code.partition(":")[0]
+        return past[-1].state.lower() + (f" (exit code {code})" if code not in ("0", "") else "")
+    if newest is not None and newest.reason is not None:
+        return newest.reason + (f" ({newest.cause})" if newest.cause else "")
+    return "died" if newest is not None else "never began"

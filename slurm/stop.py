@@ -1,0 +1,75 @@
+"""`python -m slurm stop` and `cancel`: end a run as a person wishes, with its work saved or at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from configs.errors import UserError
+from launch import run_folder
+from slurm import queue
+from slurm.find import folder_named, is_job
+from slurm.limits import ask
+from slurm.state import job_of, lives, may_live, state_of
+
+
+def stop_main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm stop", description="Let a run save after its step and end; it is not started again."
+    )
+    parser.add_argument("run", metavar="RUN|JOB", help="its folder, or the number of its job")
+    word = parser.parse_args(arguments).run
+    folder = folder_named(word)
+    view = run_folder.view(folder)
+    answer = queue.of(view.jobs)
+    job = job_of(view, answer)
+    if not lives(view, answer) and not may_live(view, answer):
+        state = state_of(view, answer, [])
+        raise UserError(f"{folder} does not run ({state}); a STOP in it would end its next start")
+    try:
+        view.folder.stop.touch()
+    except OSError as error:
+        raise UserError(f"{view.folder.stop}: {error.strerror}") from error
+    if job is not None and job.state == "PENDING":
+        print(f"job {job.number} waits ({job.reason}), and ends as soon as it starts;")
+        print(f"to take it out of the queue now: python -m slurm cancel {job.number}")
+    else:
+        print(f"{folder}: saves and ends after this step; to see it: python -m slurm logs -f {word}")
+    return 0
+
+
+def cancel_main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm cancel",
+        description="Take a job out of the queue, or end it now: it saves only if it can within KillWait.",
+    )
+    parser.add_argument("run", metavar="RUN|JOB", help="its folder, or the number of its job")
+    word = parser.parse_args(arguments).run
+    number = _in_queue(word) if is_job(word) else _job_in(folder_named(word))
+    ask("scancel", number)
+    print(f"job {number} is cancelled")
+    return 0
+
+
+def _in_queue(number: str) -> str:
+    answer = queue.of([number])
+    if answer.silent is not None:
+        raise UserError(f"Slurm does not answer: {answer.silent}")
+    if number not in answer.jobs:
+        raise UserError(f"job {number} is not in the queue")
+    return number
+
+
+def _job_in(folder: Path) -> str:
+    view = run_folder.view(folder)
+    answer = queue.of(view.jobs)
+    job = job_of(view, answer)
+    if job is not None:
+        return job.number
+    if answer.silent is not None:
+        raise UserError(f"Slurm does not answer: {answer.silent}")
+    if lives(view, answer):
+        raise UserError(f"{folder} runs without a job of Slurm's; to end it: python -m slurm stop {folder}")
+    raise UserError(f"{folder} has no job in the queue ({state_of(view, answer, [])})")

@@ -1,0 +1,61 @@
+"""Run folders as runs leave them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.folder import RunFolder, checkpoint_name
+from trainer.life import End
+
+
+def write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data) + "\n")
+
+
+def attempt(
+    root: Path, number: int, end: End | None, job: str | None = None, start_step: int = 0, **facts: Any
+) -> Path:
+    """A start of two hosts, and its end if it has one."""
+    place = RunFolder(root).attempts / f"{number:03d}"
+    place.mkdir(parents=True)
+    environment = {"SLURM_JOB_ID": job} if job is not None else {}
+    start = {"time_s": time.time() - 100, "start_step": start_step, "last_step": 1000, "hosts": ["node1", "node2"]}
+    write(place / "start.json", start | {"environment": environment} | facts)
+    if end is not None:
+        write(place / "end.json", asdict(end) | {"time_s": time.time()})
+    (place / "rank-00000.log").write_text(f"rank 0 of attempt {number}\n")
+    return place
+
+
+def rows(root: Path, steps: range, number: int = 0, age_s: float = 1.0, **facts: Any) -> None:
+    """Rows of metrics.jsonl, the last of them `age_s` old."""
+    root.mkdir(parents=True, exist_ok=True)
+    told = {"step_s": 2.0, "tokens_per_s": 81234.5, "lr": 1e-3, "grad_norm": 1.0, "mfu": None, **facts}
+    with open(RunFolder(root).metrics, "a", encoding="utf-8") as file:
+        for step in steps:
+            time_s = time.time() - age_s - 2.0 * (steps[-1] - step)
+            file.write(json.dumps({"time_s": time_s, "attempt": number, "step": step, "loss": 3 - step / 1000, **told}))
+            file.write("\n")
+
+
+def checkpoint(root: Path, step: int, age_s: float = 60.0) -> None:
+    place = RunFolder(root).checkpoints / checkpoint_name(step)
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text("{}")
+    os.utime(place / "manifest.json", (time.time() - age_s,) * 2)
+
+
+def lease(root: Path, job: str | None = None, attempt: int = 0, **facts: Any) -> None:
+    """Of a launcher on another node."""
+    told = {"token": "t", "node": "node1", "pid": 7, "started_s": 1.0, "boot_id": "b", "pid_namespace": "p"}
+    write(RunFolder(root).lease, told | {"job": job, "life": "0", "step": "0", "attempt": attempt} | facts)
+
+
+def submitted(root: Path, job: str) -> None:
+    (root / "slurm").mkdir(parents=True, exist_ok=True)
+    write(root / "slurm/job.json", {"job": job, "time_s": time.time(), "user": "me"})

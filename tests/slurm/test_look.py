@@ -1,0 +1,77 @@
+"""A job on the rehearsal cluster, looked at and stopped as a person does it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from slurm.cluster import Cluster
+from tests.distributed import write_config
+from tests.slurm.jobs import ROOT, call, environment, wait_for
+from tests.slurm.stand_ins import commands
+from trainer.events import read_rows
+from trainer.folder import RunFolder, read_json
+
+
+def slurm(cluster: Cluster, cwd: Path, *words: str, **own: str) -> str:
+    """What our verb prints, typed in `cwd`."""
+    env = environment(cluster, PYTHONPATH=str(ROOT), **own)
+    command = [sys.executable, "-m", "slurm", *words]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_job_is_looked_at_followed_and_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_config(tmp_path, train__steps=100000, checkpoint__every_steps=0)
+    run, here = RunFolder(tmp_path / "run"), tmp_path / "elsewhere"
+    here.mkdir()
+    request = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--time=30"]
+    job = slurm(cluster, here, "submit", str(config), *request).split()[1]
+    env = environment(cluster, PYTHONPATH=str(ROOT))
+    wait_for("rows", lambda: len(read_rows(run.metrics)) > 3)
+
+    row = slurm(cluster, here, "status").splitlines()[1].split()
+    assert row[:4] == [str(run.root), job, "running", "2"]
+    step, of = row[4].split("/")
+    assert (4 <= int(step) <= len(read_rows(run.metrics)), of) == (True, "100000")
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "slurm", "logs", "-f", job], env=env, cwd=here, stdout=subprocess.PIPE, text=True
+    )
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "slurm", "watch", "--every=0.5", str(run.root)],
+        env=env,
+        cwd=here,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert "saves and ends after this step" in slurm(cluster, here, "stop", job)
+    followed, watched = follower.communicate(timeout=60)[0], watcher.communicate(timeout=60)[0]
+    assert (follower.returncode, watcher.returncode) == (0, 0)
+    end = read_json(run.attempts / "000/end.json")
+    assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", "stop_file", False)
+    assert f"stopped at step {end['step']} (stop_file)" in followed
+    assert "\x1b" not in followed  # one plain line a step, though srun gives the ranks a terminal
+    assert " stopped (stop_file)  " in watched.splitlines()[-2]
+
+    for told in (slurm(cluster, here, "status", job), slurm(cluster, here, "status", str(run.root))):
+        _, attempts, lives = (part.splitlines() for part in told.split("\n\n"))
+        assert attempts[1].split()[0] == "0"
+        assert attempts[1].split()[-6:] == ["node2", "0", "to", str(end["step"]), "stopped", "stop_file"]
+        assert lives[1].split()[:2] == [job, "failed"]  # Slurm's word for exit code 3
+    without = commands(tmp_path / "bin", sacct="!Slurm accounting storage is disabled")["PATH"]
+    told = slurm(cluster, here, "status", job, PATH=f"{without}:{env['PATH']}")
+    assert " stopped (stop_file)  " in told
+    assert "earlier lives of the job are not known (sacct: Slurm accounting storage is disabled)" in told
+
+
+def test_a_waiting_job_is_taken_out_of_the_queue(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    later = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "slurm.sbatch={begin: now+1hour}"]
+    job = slurm(cluster, tmp_path, "submit", str(config), *later).split()[1]
+    row = slurm(cluster, tmp_path, "status", job).splitlines()[1]
+    assert row.split()[1:4] == [job, "pending", "(BeginTime)"]
+    assert slurm(cluster, tmp_path, "cancel", str(tmp_path / "run")) == f"job {job} is cancelled\n"
+    wait_for("an empty queue", lambda: call(cluster, "squeue", "-h", "-j", job) == "", 30)
+    assert " cancelled  " in slurm(cluster, tmp_path, "status", "run").splitlines()[1]

@@ -1,0 +1,341 @@
+"""`python -m slurm status` and `watch`, on made-up run folders and stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from slurm import queue
+from tests import made_up
+from tests.slurm.jobs import ROOT
+from tests.slurm.stand_ins import SLURM, commands, in_queue, verb
+from trainer.lease import _self_description
+from trainer.life import End
+
+STOPPED = End("stopped", 40, "step-00000040", True, "warning")
+FINISHED = End("finished", 1000, "step-00001000", False)
+STOPPED_BY_HAND = End("stopped", 50, "step-00000050", False, "stop_file")
+RANK_DIED = End("failed", 40, "step-00000040", True, "SIGKILL")
+HEADER = ["run", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "job left", "restarts", "checkpoint"]
+
+
+def table(told: str) -> list[dict[str, str]]:
+    """The rows of the first table."""
+    lines = told.split("\n\n")[0].splitlines()[1:]
+    cells = [[word.strip() for word in line.split("  ") if word.strip()] for line in lines]
+    return [dict(zip(HEADER, row, strict=True)) for row in cells if len(row) == len(HEADER)]
+
+
+def one(told: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert told.returncode == 0, told.stderr
+    (row,) = table(told.stdout)
+    return row
+
+
+def waiting(run: Path) -> None:
+    made_up.submitted(run, "7")
+
+
+def training(run: Path) -> None:
+    made_up.attempt(run, 0, None, job="7")
+    made_up.rows(run, range(1, 41))
+    made_up.lease(run, "7")
+
+
+def silent(run: Path) -> None:
+    made_up.attempt(run, 0, None, job="7")
+    made_up.rows(run, range(1, 41), age_s=900.0)
+    made_up.lease(run, "7")
+
+
+def begun(run: Path) -> None:
+    made_up.attempt(run, 0, None, job="7")
+    made_up.lease(run, "7")
+
+
+def requeued(run: Path) -> None:
+    made_up.attempt(run, 0, STOPPED, job="7")
+    made_up.rows(run, range(1, 41))
+    made_up.checkpoint(run, 40)
+
+
+def a_life_later(run: Path) -> None:
+    requeued(run)
+    made_up.lease(run, "7", attempt=1)
+
+
+def resumed(run: Path) -> None:
+    a_life_later(run)
+    made_up.attempt(run, 1, None, job="7", start_step=40)
+
+
+def in_place(run: Path) -> None:
+    made_up.attempt(run, 0, RANK_DIED, job="7")
+    made_up.rows(run, range(1, 41))
+    made_up.lease(run, "7")
+
+
+def asked_to_stop(run: Path) -> None:
+    training(run)
+    (run / "STOP").touch()
+
+
+def over(run: Path) -> None:
+    made_up.attempt(run, 0, FINISHED, job="7")
+    made_up.rows(run, range(990, 1001))
+
+
+def over_by_hand(run: Path) -> None:
+    made_up.attempt(run, 0, STOPPED_BY_HAND, job="7")
+
+
+def newly_submitted(run: Path) -> None:
+    over_by_hand(run)
+    made_up.submitted(run, "8")
+
+
+QUEUED, RUNNING = in_queue("7", "PENDING", "Priority"), in_queue("7")
+LOST = "7|NODE_FAIL|1795350417|1795350516|node[1-2]|1:0\n"
+REFUSED = "8|FAILED|1795350417|1795350516|node1|2:0\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "answers", "state"),
+    [
+        (waiting, {"squeue": QUEUED}, "pending (Priority)"),
+        (waiting, {"squeue": RUNNING}, "starting"),
+        (begun, {"squeue": RUNNING}, "starting"),
+        (training, {"squeue": RUNNING}, "running"),
+        (silent, {"squeue": RUNNING}, "no step for 15 min"),
+        (asked_to_stop, {"squeue": RUNNING}, "stopping"),
+        (in_place, {"squeue": RUNNING}, "restarting"),
+        (training, {"squeue": in_queue("7", "COMPLETING")}, "completing"),
+        (requeued, {"squeue": in_queue("7", "PENDING", "BeginTime")}, "pending (BeginTime)"),
+        (requeued, {"squeue": RUNNING}, "starting"),
+        (a_life_later, {"squeue": RUNNING}, "starting"),
+        (resumed, {"squeue": RUNNING}, "starting"),
+        (over, {}, "finished"),
+        (over_by_hand, {}, "stopped (stop_file)"),
+        (requeued, {}, "stopped (warning)"),
+        (newly_submitted, {"sacct": REFUSED}, "failed (exit code 2)"),
+        (training, {"sacct": LOST}, "node_fail (exit code 1)"),
+        (training, {}, "died"),
+        (waiting, {}, "never began"),
+        (training, {"squeue": "!squeue: error: Unable to contact slurm controller"}, "held by node1"),
+    ],
+)
+def test_the_state(make: Callable[[Path], None], answers: dict[str, str], state: str, tmp_path: Path) -> None:
+    make(tmp_path / "runs/r")
+    assert one(verb(tmp_path, "status", **(SLURM | answers)))["state"] == state
+
+
+def test_a_row(tmp_path: Path) -> None:
+    run = tmp_path / "runs/r"
+    made_up.attempt(run, 0, STOPPED, job="7")
+    made_up.attempt(run, 1, None, job="7", start_step=40)
+    made_up.rows(run, range(1, 61))
+    made_up.rows(run, range(41, 51), number=1)
+    made_up.checkpoint(run, 40, age_s=185)
+    made_up.lease(run, "7", attempt=1)
+    row = one(verb(tmp_path, "status", **SLURM | {"squeue": RUNNING}))
+    assert row == {
+        "run": "runs/r",
+        "job": "7",
+        "state": "running",
+        "nodes": "2",
+        "step": "50/1000",
+        "loss": "2.9500",
+        "tokens/s": "81.2 k",
+        "left": "31:40",  # 950 steps of 2 s
+        "job left": "10:00",
+        "restarts": "1: warning",
+        "checkpoint": "40, 3 min ago",
+    }
+
+
+def test_one_run_with_all_its_lives(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    made_up.attempt(run, 0, STOPPED, job="7")
+    made_up.attempt(run, 1, None, job="7", start_step=40)  # its node died, and it could say no end
+    made_up.attempt(run, 2, None, job="7", start_step=40, hosts=[f"n{i}" for i in range(8)])
+    made_up.lease(run, "7", attempt=2)
+    lives = "".join(
+        f"7|{state}|1795350417|{end}|node[1-2]|0:0\n"
+        for state, end in (("REQUEUED", 1795350516), ("NODE_FAIL", 1795350600), ("RUNNING", "Unknown"))
+    )
+    done = verb(tmp_path, "status", "r", **SLURM | {"squeue": RUNNING, "sacct": lives})
+    attempts, jobs = (part.splitlines()[1:] for part in done.stdout.split("\n\n")[1:])
+    assert [line.split()[-2:] for line in attempts] == [["stopped", "warning"], ["died", "-"], ["-", "-"]]
+    assert "n0, n1, n2, n3 and 4 more" in attempts[2]
+    assert [line.split()[1] for line in jobs] == ["requeued", "node_fail", "running"]
+
+
+# ---- without Slurm, without accounting, others' jobs -----------------------------------------------------------------
+
+
+def test_a_run_of_this_machine_needs_no_slurm(tmp_path: Path) -> None:
+    run = tmp_path / "runs/r"
+    made_up.attempt(run, 0, None)
+    made_up.rows(run, range(1, 41))
+    made_up.lease(run, **(_self_description("here", 0) | {"job": None}))
+    done = verb(tmp_path, "status")
+    assert one(done)["state"] == "running"
+    assert len(done.stdout.splitlines()) == 2  # no word on Slurm
+    (run / "LEASE").unlink()
+    assert one(verb(tmp_path, "status"))["state"] == "died"
+
+
+def test_jobs_without_slurm_are_told_apart_from_the_dead(tmp_path: Path) -> None:
+    training(tmp_path / "runs/r")
+    done = verb(tmp_path, "status")
+    assert one(done)["state"] == "held by node1"
+    assert "Slurm was not heard" in done.stdout.splitlines()[-1]
+
+
+def test_without_accounting_the_controller_is_asked(tmp_path: Path) -> None:
+    training(tmp_path / "runs/r")
+    job = "JobId=7 JobName=a b JobState=NODE_FAIL ExitCode=0:0 StartTime=2026-11-22T12:26:57 NodeList=n1\n"
+    answers = SLURM | {"sacct": "!Slurm accounting storage is disabled", "scontrol": job}
+    done = verb(tmp_path, "status", **answers)
+    assert one(done)["state"] == "node_fail"
+    assert "no accounting (sacct: Slurm accounting storage is disabled)" in done.stdout
+
+
+def test_a_shared_folder_holds_jobs_of_others(tmp_path: Path) -> None:
+    training(tmp_path / "runs/r")
+    with patch("slurm.queue.mine", return_value=queue.Queue()):
+        done = verb(tmp_path, "status", **SLURM | {"squeue": RUNNING})
+    assert one(done)["state"] == "running"
+
+
+def test_a_job_of_mine_is_found_wherever_its_folder_lies(tmp_path: Path) -> None:
+    training(tmp_path / "far" / "r")
+    here = tmp_path / "here"
+    here.mkdir()
+    line = in_queue("7", folder=tmp_path / "far" / "r")
+    assert one(verb(here, "status", **SLURM | {"squeue": line}))["run"] == str(tmp_path / "far" / "r")
+    by_number = SLURM | {"squeue": line, "scontrol": f"JobId=7 StdOut={tmp_path}/far/r/slurm/7_0_log.out Power=\n"}
+    assert one(verb(here, "status", "7", **by_number))["state"] == "running"
+
+
+# ---- mistakes and odd folders ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nothing"], "nothing: No such file or directory"),
+        (["empty"], "empty: neither a run folder nor a folder of runs"),
+        (["12"], "job 12: its run folder is not known here; name the folder"),
+        (["file"], "file: Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("name", ["status", "watch", "logs", "stop", "cancel"])
+def test_a_mistake_is_one_line(name: str, words: list[str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    done = verb(tmp_path, name, *words, **SLURM)
+    if name == "cancel" and words == ["12"]:
+        told = "job 12 is not in the queue"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+
+
+def test_a_folder_of_another_version(tmp_path: Path) -> None:
+    run = tmp_path / "runs/r"
+    made_up.attempt(run, 0, None, job="7", hosts={"node1": 8}, last_step="all", environment=["SLURM_JOB_ID=7"])
+    made_up.rows(run, range(1, 5), loss={"total": 3.0}, lm_loss=3.0)
+    made_up.write(run / "attempts/000/end.json", {"outcome": "finished", "version": 2})
+    row = one(verb(tmp_path, "status", **SLURM))
+    assert (row["state"], row["nodes"], row["step"], row["loss"], row["restarts"]) == ("died", "-", "0", "-", "0")
+
+
+def test_a_clock_that_is_ahead_is_told(tmp_path: Path) -> None:
+    training(tmp_path / "runs/r")
+    made_up.rows(tmp_path / "runs/r", range(41, 44), age_s=-300.0)
+    done = verb(tmp_path, "status", **SLURM | {"squeue": RUNNING})
+    assert one(done)["step"] == "43/1000"
+    assert done.stdout.splitlines()[-1] == "a node's clock is 5 min ahead of the one here: ages are off by that"
+
+
+def test_one_run_that_may_not_be_read_hides_no_other(tmp_path: Path) -> None:
+    training(tmp_path / "runs/r")
+    (tmp_path / "runs/s/attempts/000").mkdir(parents=True)
+    (tmp_path / "runs/s/attempts/000/start.json").mkdir()
+    done = verb(tmp_path, "status", **SLURM | {"squeue": RUNNING})
+    assert done.returncode == 0
+    assert [row["state"] for row in table(done.stdout)] == [
+        "running",
+        "runs/s/attempts/000/start.json: Is a directory",
+    ]
+
+
+def test_nothing_to_show(tmp_path: Path) -> None:
+    done = verb(tmp_path, "status", **SLURM | {"squeue": ""})
+    assert (done.returncode, done.stdout) == (0, "no run below runs/, and no job of yours in the queue\n")
+    assert verb(tmp_path, "watch", **SLURM | {"squeue": ""}).returncode == 0
+
+
+# ---- live, and many --------------------------------------------------------------------------------------------------
+
+
+def test_watch_ends_when_no_run_lives(tmp_path: Path) -> None:
+    training(tmp_path / "runs/r")
+    bin_ = tmp_path / "bin"
+    commands(bin_, **SLURM)
+    (bin_ / "squeue").write_text(f'#!/bin/sh\n[ -e {tmp_path}/over ] || echo "{RUNNING}"\n')
+    env = {"PATH": str(bin_), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "slurm", "watch", "--every", "0.2"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(4)]
+        assert lines[2].split()[1:3] == ["7", "running"]
+        made_up.write(tmp_path / "runs/r/attempts/000/end.json", {"reason": "finished", "step": 1000})
+        (tmp_path / "over").touch()
+        rest, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert rest.splitlines()[-2].split()[1:3] == ["7", "finished"]
+
+
+def test_a_thousand_runs_in_two_seconds(tmp_path: Path) -> None:
+    """The median of three looks; a third of the runs lives, a third needs accounting, a third is over."""
+    living: list[str] = []
+    accounting: list[str] = []
+    kinds: dict[int, Path] = {}
+    for number, kind in enumerate(("over", "alive", "lost")):
+        run = kinds[number] = tmp_path / kind
+        made_up.attempt(run, 0, STOPPED)
+        made_up.attempt(run, 1, FINISHED if kind == "over" else None, start_step=40)
+        made_up.rows(run, range(1, 201))
+        made_up.rows(run, range(201, 401), number=1)
+        made_up.checkpoint(run, 200)
+        made_up.checkpoint(run, 300)
+    for number in range(1000):
+        run = tmp_path / "runs" / f"run-{number:04d}"
+        shutil.copytree(kinds[number % 3], run, copy_function=os.link)
+        made_up.submitted(run, str(number))
+        if number % 3:
+            made_up.lease(run, str(number), attempt=1)
+            living += [in_queue(str(number), folder=run)] if number % 3 == 1 else []
+            accounting += [f"{number}|NODE_FAIL|1795350417|1795350516|node1|1:0"] if number % 3 == 2 else []
+    answers = SLURM | {"squeue": "\n".join(living) + "\n", "sacct": "\n".join(accounting) + "\n"}
+    env = commands(tmp_path / "bin", **answers) | {"PYTHONPATH": str(ROOT)}
+    command, seconds = [sys.executable, "-m", "slurm", "status"], []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+        seconds.append(time.perf_counter() - began)
+    rows = table(done.stdout)
+    assert [row["state"] for row in rows[:333]] == ["running"] * 333
+    assert sorted(row["state"] for row in rows).count("node_fail (exit code 1)") == 333
+    assert len(rows) == 1000
+    assert (tmp_path / "bin/asked").read_text().count("\n") == 3 * 3  # squeue, squeue for others' jobs, sacct
+    assert statistics.median(seconds) < 2.0, seconds
