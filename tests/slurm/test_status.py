@@ -305,6 +305,7 @@ def test_watch_ends_when_no_run_lives(tmp_path: Path) -> None:
     assert rest.splitlines()[-2].split()[1:3] == ["7", "finished"]
 
 
+@pytest.mark.alone
 def test_a_thousand_runs_in_two_seconds(tmp_path: Path) -> None:
     """The median of three looks; a third of the runs lives, a third needs accounting, a third is over."""
     living: list[str] = []
