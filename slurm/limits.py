@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -30,12 +29,13 @@ class NoSlurm(UserError):
     """This is no place to submit from."""
 
 
-def ask(*command: str, script: str | None = None, timeout_s: float = 60.0, **environment: str) -> str:
+def ask(
+    *command: str, script: str | None = None, environment: dict[str, str] | None = None, timeout_s: float = 60.0
+) -> str:
     """What one of Slurm's commands says. Raises UserError with its own words."""
-    env = {**os.environ, **environment}
     try:
         done = subprocess.run(
-            command, input=script, capture_output=True, text=True, timeout=timeout_s, check=False, env=env
+            command, input=script, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]}: {error}") from error

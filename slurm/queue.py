@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -121,8 +122,9 @@ def lives(numbers: Iterable[str]) -> tuple[dict[str, list[Life]], str | None]:
         return {}, None
     names = ",".join(_LIFE)
     command = ["sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", f"--format={names}"]
+    in_seconds = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     try:
-        told = ask(*command, f"--jobs={','.join(wanted)}", timeout_s=_PATIENCE_S, SLURM_TIME_FORMAT="%s")
+        told = ask(*command, f"--jobs={','.join(wanted)}", timeout_s=_PATIENCE_S, environment=in_seconds)
     except UserError as error:
         return _remembered(wanted), str(error)
     found: dict[str, list[Life]] = {}
