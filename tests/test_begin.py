@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed import tiny, train
+from tests.distributed import run_ranks, tiny, train, train_here
 from tests.test_mistakes import flip_a_bit
 from tests.test_train import losses, tensors
 from trainer.checkpoint.load import Checkpoint
@@ -98,6 +102,39 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
     assert manifest(tmp_path / "run", 8)["loop"]["validations_without_better"] == 3
     assert train(config, 2) == [0, 0]  # it stays stopped
     assert read_json(tmp_path / "run/attempts/001/end.json")["step"] == 8
+
+
+def with_a_first_save_that_fails(config: dict[str, Any]) -> int:
+    from trainer.checkpoint import disk
+
+    left = [errno.ENOSPC]
+
+    @contextmanager
+    def observe(operation: disk.Operation) -> Iterator[None]:
+        if operation.name == "create" and left:
+            raise OSError(left.pop(), "No space left on device", operation.path)
+        yield
+
+    disk.observer = observe
+    return train_here(config, False)
+
+
+def test_a_best_step_that_was_saved_at_the_second_try_is_the_best(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path,
+        train__steps=2,
+        train__validate_every_steps=2,
+        optim__lr=1e-30,
+        checkpoint__every_steps=2,
+        checkpoint__keep={"last": 1, "best": True},
+    )
+    assert run_ranks(1, with_a_first_save_that_fails, config) == [0]
+    assert [e["checkpoint"] for e in read_events(RunFolder(tmp_path / "run")) if e["event"] == "save_failed"]
+    (loss,) = (row["validation_loss"] for row in read_rows(tmp_path / "run/metrics.jsonl") if "validation_loss" in row)
+    assert manifest(tmp_path / "run", 2)["metric"] == loss
+    config["train"]["steps"] = 8
+    assert train(config) == [0]
+    assert RunFolder(tmp_path / "run").committed_steps() == [2, 8]
 
 
 def test_changed_steps_are_an_event_that_names_the_schedule(tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ class Progress:
     def state(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def is_best(self) -> bool:
+        """Whether this very step has the best held-out loss so far."""
+        return self.best_loss is not None and self.validated_step == self.step and not self.validations_without_better
+
     @classmethod
     def of(cls, state: dict[str, Any]) -> Progress:
         return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state})
@@ -50,7 +55,7 @@ def train(run: Run) -> Cause | None:
     agreement = Agreement(run.world, run.wish)
     health = Health(config, progress, run.events, run.world.first)
     cause = agreement.now()  # a wish that came while everything was being built
-    cause, _ = validate_if_due(run, agreement, cause)  # one that a stop left undone
+    cause = validate_if_due(run, agreement, cause)  # one that a stop left undone
     while cause is None and progress.step < config.train.steps and not stopped_early(run):
         run.follow_freeze_schedule()
         run.world.heartbeat.enter(Phase.WAITING_FOR_DATA, progress.step + 1)
@@ -67,10 +72,10 @@ def train(run: Run) -> Cause | None:
         if due(progress.step, config.run.log_every_steps) or progress.step == config.train.steps:
             log(run, result)
         cause = agreement.outcome()  # the wishes that this step's reduction carried
-        cause, better = validate_if_due(run, agreement, cause)
-        keeps_best = better and config.checkpoint.keep.best
+        cause = validate_if_due(run, agreement, cause)
+        keeps_best = progress.is_best and config.checkpoint.keep.best
         if cause is None and (due(progress.step, config.checkpoint.every_steps) or keeps_best):
-            run.save(best=better)
+            run.save()
         run.poll_saves()
     if cause is not None and cause.kind is Kind.FAIL:
         raise RunFailed(cause.word, "the run was ended by the failure said above")
@@ -82,20 +87,19 @@ def due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> tuple[Cause | None, bool]:
-    """Validate unless a wish to stop stands or comes in between: then the next start makes up for it.
-
-    Returns the wish, and whether the held-out loss is the best so far.
-    """
+def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Cause | None:
+    """Validate unless a wish to stop stands or comes in between: then the next start makes up for it. Returns such a
+    wish."""
     train, progress = run.config.train, run.progress
     every, step = train.validate_every_steps, progress.step
     is_due = every > 0 and 0 < step != progress.validated_step and (due(step, every) or step == train.steps)
     if cause is not None or not is_due:
-        return cause, False
+        return cause
     with run.world.heartbeat.during(Phase.VALIDATING):
         values = validate(run, agreement)
-    better = values is not None and take_validation(run, values)
-    return agreement.outcome(), better
+    if values is not None:
+        take_validation(run, values)
+    return agreement.outcome()
 
 
 def stopped_early(run: Run) -> bool:
@@ -112,8 +116,8 @@ def log(run: Run, result: StepResult) -> None:
         run.meter.row(run.progress.step, run.progress.consumed_samples, result, values)
 
 
-def take_validation(run: Run, values: dict[str, float]) -> bool:
-    """Note a validation's outcome; whether it is the best so far. The values are the same on all ranks."""
+def take_validation(run: Run, values: dict[str, float]) -> None:
+    """Note a validation's outcome. The values are the same on all ranks."""
     progress = run.progress
     progress.validated_step = progress.step
     loss = next(iter(values.values()))
@@ -122,4 +126,3 @@ def take_validation(run: Run, values: dict[str, float]) -> bool:
     progress.validations_without_better = 0 if better else progress.validations_without_better + 1
     if run.world.first:
         run.meter.validation(progress.step, values)
-    return better

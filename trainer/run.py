@@ -127,12 +127,12 @@ class Run:
             path = self.attempt.path / f"samples-{self.world.rank:05d}.jsonl"
             append_row(path, {"step": batch.step, "samples": [int(n) for n in batch.samples]})
 
-    def save(self, best: bool) -> None:
+    def save(self) -> None:
         """Begin a save of this step. No collective: the ranks meet in the store, from their saver threads."""
         if self.saved_step == self.progress.step:
             return
         self.saved_step = self.progress.step
-        metric = self.progress.best_loss if best else None
+        metric = self.progress.best_loss if self.progress.is_best else None
         with self.world.heartbeat.during(Phase.SAVING):
             pieces = self.engine.pieces()
             self.store.save(self.progress.step, pieces, self._state(pieces), metric)
@@ -146,7 +146,7 @@ class Run:
     def _save_now(self) -> None:
         self.poll_saves(wait=True)  # else ranks that know of a failed save would save again, and the others would not
         while self.progress.step > 0 and self.saved_step != self.progress.step:
-            self.save(best=False)
+            self.save()
             self.poll_saves(wait=True)
             if self.saving_failed:
                 raise RunFailed(Cause.SAVING.word, f"step {self.progress.step} could not be saved")

@@ -74,15 +74,15 @@ def go(config: dict[str, Any], reads: bool) -> Told:
             super().build()
             told.loaded = memory(self)
             if reads:
-                super().save(best=False)
+                super().save()
                 self.poll_saves(wait=True)
 
-        def save(self, best: bool) -> None:
+        def save(self) -> None:
             if not reads:
                 gain = self.engine.model.get_submodule("drop")
                 assert isinstance(gain, Gain)
                 gain.change()
-            super().save(best)
+            super().save()
 
         def _tell(self, result: SaveResult) -> None:
             if result.error:

@@ -42,7 +42,7 @@ def write(config: dict[str, Any], place: str) -> int:
     from trainer.stop import StopWish
 
     class Writing(Run):
-        def save(self, best: bool) -> None:
+        def save(self) -> None:
             whole = {name: full(p) for name, p in self.engine.stored.items()}
             for optimizer in self.engine.optimizers:
                 for parameter, state in optimizer.state.items():
@@ -50,7 +50,7 @@ def write(config: dict[str, Any], place: str) -> int:
                     whole |= {f"{name}.{key}": full(state[key]) for key in ("exp_avg", "exp_avg_sq")}
             if self.world.first:
                 torch.save(whole, place)
-            super().save(best)
+            super().save()
 
     return start(Config.model_validate(config), StopWish(), Writing)
 
