@@ -157,8 +157,14 @@ def test_reference_leaves_frozen_parameters_where_they_are(size: int, tmp_path: 
     third["data"], third["start"] = first["data"], {"from": str(tmp_path / "b/run"), "take": "everything"}
     assert train(third, 2) == [0, 0]
     assert not read_json(tmp_path / "c/run/checkpoints/step-00000007/manifest.json").get("sources")
+    # the run that it belongs to does not prune it
+    source = tmp_path / "a/run/checkpoints/step-00000002"
+    assert (source / "KEEP").read_text() == f"{tmp_path / 'b/run/checkpoints'} refers to files in here\n"
+    first["train"]["steps"], first["checkpoint"] = 5, {"every_steps": 1, "keep": {"last": 1, "best": False}}
+    assert train(first, 1) == [0]
+    assert RunFolder(tmp_path / "a/run").committed_steps() == [2, 5]
     # and a source that is gone is named
-    (tmp_path / "a/run/checkpoints/step-00000002/model").rename(tmp_path / "gone")
+    (source / "model").rename(tmp_path / "gone")
     second["train"]["steps"] = 8
     with pytest.raises(RanksFailed, match=r"step-00000002/model.*: the file is missing"):
         train(second, 1)

@@ -18,6 +18,7 @@ from trainer.checkpoint.recover import UNFINISHED, recover
 from trainer.folder import checkpoint_name, committed_steps
 
 _ASIDE = re.compile(r"^step-\d{8,}\.bad-\d+$")
+KEEP = "KEEP"  # a file in a checkpoint's folder; while it is there the checkpoint is not pruned
 _LEFTOVER = re.compile(r"^step-\d{8,}\.(partial|deleting)-")
 
 
@@ -28,6 +29,15 @@ class _Facts:
     fault: str | None
     metric: float | None = None
     sources: frozenset[str] = frozenset()
+
+
+def ask_to_keep(checkpoint: Path, user: Path) -> None:
+    """Write into a checkpoint of another run that `user` needs it, so that it is not pruned there. Raises OSError."""
+    line = f"{user} refers to files in here\n"
+    with (checkpoint / KEEP).open("a+") as file:
+        file.seek(0)
+        if line not in file.readlines():
+            file.write(line)
 
 
 class Shelf:
@@ -162,7 +172,7 @@ class Shelf:
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Which of the committed steps stay: the `last` that open well and whatever is newer than these, those of
-        `every_steps`, the best one, and what lies in `manifest.sources` of any that stays."""
+        `every_steps`, those with a file KEEP, the best one, and what lies in `manifest.sources` of any that stays."""
         kept: set[int] = set()
         well = 0
         for step in sorted(steps, reverse=True):
@@ -170,6 +180,7 @@ class Shelf:
                 break
             kept.add(step)
             well += self._known(step).fault is None
+        kept |= {step for step in steps if (self.path(step) / KEEP).exists()}
         if self._keep.every_steps:
             kept |= {step for step in steps if step % self._keep.every_steps == 0}
         if self._keep.best:

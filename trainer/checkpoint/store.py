@@ -27,7 +27,7 @@ from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST, digest_in
 from trainer.checkpoint.messages import Messages
 from trainer.checkpoint.pieces import GROUPS, Piece
 from trainer.checkpoint.share import PlannedFile, WrittenFile, plan_files, write_files
-from trainer.checkpoint.shelf import Shelf
+from trainer.checkpoint.shelf import KEEP, Shelf, ask_to_keep
 from trainer.checkpoint.staging import HostCopy
 from trainer.folder import checkpoint_name
 
@@ -119,6 +119,17 @@ class CheckpointStore:
         self._join()
         self._carried = dict(carried)
         self._base = Base.of(checkpoint, lineage, foreign) if checkpoint is not None else None
+        if self._base is not None and self._reference:
+            self._ask_to_keep(self._base)
+
+    def _ask_to_keep(self, base: Base) -> None:
+        """What this run will refer to must not be pruned by the run that it belongs to."""
+        plan = plan_carrying(base, self._carried, reference=True)
+        for path in dict.fromkeys(source.path for source, _ in plan.references):
+            try:
+                ask_to_keep(Path(path), self.root)
+            except OSError as error:
+                self._say(f"{path}/{KEEP} cannot be written ({error.strerror}): see that nothing prunes it there")
 
     def carried_bytes(self) -> int:
         """What rank 0 will write at the first save of what is carried."""
