@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from configs.monitor_section import MonitorSection
 from configs.section import Section as Section
 from configs.section import result, speed
 from configs.slurm_section import SlurmSection
@@ -284,6 +285,7 @@ class Config(Section):
     parallel: ParallelSection = speed(ParallelSection(), "layout")
     freeze: FreezeSection = result(FreezeSection(), "which parameters train")
     checkpoint: CheckpointSection = speed(CheckpointSection(), "saving")
+    monitor: MonitorSection = speed(MonitorSection(), "watching each node")
     slurm: SlurmSection = speed(SlurmSection(), "what to ask a Slurm cluster for")
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ import psutil
 from configs.load import load
 from configs.schema import Config
 from launch.agent import FAILURES_VARIABLE
+from launch.monitor.keeper import Keeper
 from trainer import life
 from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
@@ -139,6 +140,7 @@ class Supervisor:
         self.request, self.user_error, self.failures = local / "request", local / "user_error", local / "failures"
         self.heartbeats = Heartbeats.make(processes)
         self.events = Events(folder, node_name(), "launcher")
+        self.monitor = Keeper(config.monitor, folder, self.heartbeats, console, self.events)
         self._failures_told = 0
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
@@ -159,6 +161,7 @@ class Supervisor:
         return end.exit_code
 
     def _one_agent(self) -> int:
+        self.monitor.start()
         agent = subprocess.Popen(self._agent_command(), env=self._environment(), start_new_session=True)
         deadline: float | None = None
         try:
@@ -174,10 +177,12 @@ class Supervisor:
                 if self.user_error.exists() and deadline is None:
                     deadline = time.monotonic() + _USER_ERROR_PATIENCE_S  # ranks that wait for one that gave up
                 self._tell_failures()
+                self.monitor.poll()
                 time.sleep(_POLL_S)
         finally:
             agent.kill()
             status = agent.wait()
+            self.monitor.stop()
             _kill_descendants()
         self._tell_failures()
         return status
@@ -208,6 +213,8 @@ class Supervisor:
             HEARTBEATS_VARIABLE: self.heartbeats.path,
             # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            # An index then means the same GPU to CUDA, to NVML and to people.
+            "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         }
         return {**os.environ, **ours}

@@ -52,6 +52,10 @@ class RunFolder:
         return self.root / "events"
 
     @property
+    def gpu(self) -> Path:
+        return self.root / "gpu"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

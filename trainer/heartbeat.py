@@ -39,7 +39,7 @@ class Phase(enum.IntEnum):
 
 
 # pid, rank, attempt, phase, beats, step, time of the last beat, seconds in each phase until it was left; then a CRC-32
-_RECORD = struct.Struct(f"=IIiIQQd{len(Phase)}d")
+_RECORD = struct.Struct(f"=IiiIQQd{len(Phase)}d")
 _CHECKSUM = struct.Struct("=I")
 _SIZE = _RECORD.size + _CHECKSUM.size
 RECORD_BYTES = 128  # two cache lines of its own, so that ranks do not slow each other down
@@ -64,16 +64,19 @@ class Heartbeat:
     @classmethod
     def of_this_rank(cls) -> Heartbeat:
         """The record that the environment names; one that nobody reads without a launcher."""
-        heartbeat = cls(int(os.environ.get("RANK", 0)))
-        path = os.environ.get(HEARTBEATS_VARIABLE)
-        if path is not None:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                records = mmap.mmap(descriptor, 0)  # kept for as long as this process lives
-            finally:
-                os.close(descriptor)
-            begin = int(os.environ.get("LOCAL_RANK", 0)) * RECORD_BYTES
-            heartbeat._record = memoryview(records)[begin : begin + RECORD_BYTES]
+        rank, path = int(os.environ.get("RANK", 0)), os.environ.get(HEARTBEATS_VARIABLE)
+        return cls(rank) if path is None else cls.at(path, int(os.environ.get("LOCAL_RANK", 0)), rank)
+
+    @classmethod
+    def at(cls, path: str, place: int, rank: int) -> Heartbeat:
+        """A record of the node's file."""
+        heartbeat = cls(rank)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            records = mmap.mmap(descriptor, 0)  # kept for as long as this process lives
+        finally:
+            os.close(descriptor)
+        heartbeat._record = memoryview(records)[place * RECORD_BYTES : (place + 1) * RECORD_BYTES]
         heartbeat.beat()
         return heartbeat
 
@@ -129,7 +132,7 @@ class Beat:
 
 
 class Heartbeats:
-    """A node's records: made by its launcher, read by its monitor."""
+    """A node's records: made by its launcher, read by its monitor, which has the last one."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -138,9 +141,9 @@ class Heartbeats:
 
     @classmethod
     def make(cls, ranks: int) -> Heartbeats:
-        """Empty records for as many local ranks, in memory that has no name on any disk."""
+        """Empty records for as many local ranks and a monitor, in memory that has no name on any disk."""
         descriptor = os.memfd_create("muster-heartbeats")
-        os.ftruncate(descriptor, ranks * RECORD_BYTES)
+        os.ftruncate(descriptor, (ranks + 1) * RECORD_BYTES)
         return cls(descriptor)
 
     @classmethod
@@ -152,22 +155,35 @@ class Heartbeats:
         """Under which other processes of this user open it, while this one lives."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
-    def read(self) -> list[Beat | None]:
-        """Every local rank's record; None for one that has not begun."""
-        self._last = [self._read(number) or last for number, last in enumerate(self._last)]
-        return self._last
+    @property
+    def places(self) -> int:
+        return len(self._last)
 
-    def _read(self, number: int) -> Beat | None:
-        """None also when it stays a mixture: its writer was stopped in the middle, and what it said last holds."""
-        begin = number * RECORD_BYTES
+    def ranks(self) -> list[Beat | None]:
+        """Every local rank's record; None for one that has not begun."""
+        return [self._read(place) for place in range(len(self._last) - 1)]
+
+    def monitor(self) -> Beat | None:
+        """The monitor's own."""
+        return self._read(len(self._last) - 1)
+
+    def clear(self) -> None:
+        """Before other processes take the records: none of them has begun."""
+        self._records[:] = bytes(len(self._records))
+        self._last = [None] * len(self._last)
+
+    def _read(self, place: int) -> Beat | None:
+        """One that stays a mixture was left in the middle of a write: what it said before holds."""
+        begin = place * RECORD_BYTES
         for _ in range(_TRIES):
             data = self._records[begin : begin + _SIZE]
             if zlib.crc32(data[: _RECORD.size]) == _CHECKSUM.unpack_from(data, _RECORD.size)[0] and any(data[:4]):
                 pid, rank, attempt, phase, beats, step, time_s, *seconds = _RECORD.unpack_from(data)
-                return Beat(pid, rank, attempt, Phase(phase), beats, step, time_s, tuple(seconds))
+                self._last[place] = Beat(pid, rank, attempt, Phase(phase), beats, step, time_s, tuple(seconds))
+                break
             if not any(data):
-                return None  # not begun
-        return None
+                break  # not begun
+        return self._last[place]
 
     def close(self) -> None:
         self._records.close()

@@ -122,7 +122,7 @@ def test_in_a_file(file: Callable[[str], str], text: str, line: str) -> None:
         (
             "qqqq.zzzz=1",
             "unknown key qqqq.zzzz; valid here: run, model, start, data, task, train, optim, precision, parallel, "
-            "freeze, checkpoint, slurm",
+            "freeze, checkpoint, monitor, slurm",
         ),
         ("train.steps", "expected key=value, for example train.steps=100"),
         ("=3", "expected key=value, for example train.steps=100"),

@@ -31,7 +31,7 @@ def test_each_rank_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     first, last = (joined(heartbeats, rank, monkeypatch) for rank in (0, 2))
     last.attempt = 7
     last.enter(Phase.WAITING_FOR_DATA, step=41)
-    zero, one, two = Heartbeats.open(heartbeats.path).read()
+    zero, one, two = Heartbeats.open(heartbeats.path).ranks()
     assert zero is not None
     assert two is not None
     assert one is None
@@ -68,7 +68,7 @@ def test_a_reader_never_sees_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
         seen = set()
         deadline = time.monotonic() + 20
         while len(seen) < 2000 and time.monotonic() < deadline:
-            (beat,) = heartbeats.read()
+            (beat,) = heartbeats.ranks()
             if beat is not None and beat.phase is Phase.COMPUTING:
                 assert beat.step == beat.beats
                 seen.add(beat.beats)
@@ -90,7 +90,7 @@ def test_nothing_is_left_when_its_maker_is_killed() -> None:
     maker.wait()
     maker.stdout.close()
     assert not os.path.exists(path)
-    assert reader.read() == [None, None]
+    assert reader.ranks() == [None, None]
     assert {name for name in os.listdir("/dev/shm") if "muster" in name} == {n for n in shm if "muster" in n} == set()
 
 

@@ -1,0 +1,109 @@
+"""What the monitor costs: its CPU time at several rates, with eight stand-in GPUs, as a Markdown table.
+
+    python benchmarks/monitor.py [--seconds 20] [--hz 0.1 1 ...] [--json FILE]
+
+The stand-in is the tests': the real nvidia-ml-py through a library that answers at once, so the time that a real driver
+takes is not in it. CPU seconds are the kernel's count of the monitor's process, start-up left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs.monitor_section import MonitorSection
+from launch.monitor.keeper import Keeper
+from tests.launch.monitor.standin import build
+from trainer.console import Console
+from trainer.events import Events, read_rows
+from trainer.folder import RunFolder
+from trainer.heartbeat import Heartbeat, Heartbeats
+
+GPUS = 8
+
+
+def measure(folder: Path, hz: float, seconds: float) -> dict[str, Any]:
+    """CPU seconds of one monitor over `seconds`, after its first rows."""
+    run = RunFolder(folder / f"run-{hz:g}")
+    run.root.mkdir()
+    run.config.write_text("run: {}\n")
+    heartbeats = Heartbeats.make(GPUS)
+    console, events = Console(rank=1), Events(run, "bench", "launcher")
+    keeper = Keeper(MonitorSection(interval_s=1 / hz), run, heartbeats, console, events)
+    keeper.start()
+    for place in range(GPUS):
+        Heartbeat.at(heartbeats.path, place, rank=place).attempt = 0
+    assert keeper.process is not None
+    process = psutil.Process(keeper.process.pid)
+    (path,) = _wait(lambda: list(run.gpu.glob("*.jsonl")))
+    time.sleep(2.0)
+    before, rows, began = _cpu_s(process.pid), len(read_rows(path)), time.monotonic()
+    time.sleep(seconds)
+    cpu_s, passed = _cpu_s(process.pid) - before, time.monotonic() - began
+    memory_mib = process.memory_info().rss / 2**20
+    keeper.stop()
+    made = len(read_rows(path)) - rows
+    size = len(path.read_bytes().splitlines()[-2]) if made else 0
+    return {
+        "hz": hz,
+        "rows": made,
+        "cpu_s": round(cpu_s, 2),
+        "share_pct": round(100 * cpu_s / passed, 3),
+        "ms_per_row": round(1000 * cpu_s / max(made, 1), 2),
+        "row_bytes": size,
+        "memory_mib": round(memory_mib),
+    }
+
+
+def _cpu_s(pid: int) -> float:
+    """In nanoseconds as the scheduler counts them: a row takes less than one tick of the clock."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(path.read_text().split()[0]) for path in threads) / 1e9
+
+
+def _wait(condition: Any) -> Any:
+    deadline = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--hz", type=float, nargs="+", default=[0.1, 0.5, 1, 2, 5, 10, 20])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="muster-bench-") as name:
+        folder = Path(name)
+        os.environ["LD_LIBRARY_PATH"] = str(build(folder / "nvml"))
+        os.environ["STANDIN_NVML"] = str(folder / "gpus.txt")
+        (folder / "gpus.txt").write_text(f"gpus {GPUS}\n")
+        print("| rows/s | rows | CPU s | of one core | ms per row | bytes per row | memory |")
+        print("|---|---|---|---|---|---|---|")
+        for hz in options.hz:
+            row = measure(folder, hz, max(options.seconds, 3 / hz))
+            rows.append(row)
+            print(
+                f"| {row['hz']:g} | {row['rows']} | {row['cpu_s']:.2f} | {row['share_pct']:.2f} % | "
+                f"{row['ms_per_row']:.1f} | {row['row_bytes']:,} | {row['memory_mib']} MiB |",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

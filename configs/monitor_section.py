@@ -1,0 +1,18 @@
+"""The `monitor` section of the config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from configs.section import Section, speed
+
+
+class MonitorSection(Section):
+    """The process that watches each node: what it reads, and what it does about it."""
+
+    enabled: bool = speed(True, "start it with `launch run` and with each Slurm job")
+    interval_s: float = speed(1.0, "seconds between two rows of gpu/<node>.jsonl", ge=0.05, le=60)
+    most_mib: int = speed(32, "largest size of a node's file: rollups by the minute are kept longer than rows", ge=1)
+    gpm: Literal["auto", "on", "off"] = speed(
+        "auto", "SM, tensor and DRAM activity on Hopper and newer; auto: not while DCGM runs on the node"
+    )

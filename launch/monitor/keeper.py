@@ -1,0 +1,90 @@
+"""The launcher's side of the monitor: starts it, starts it again when it is lost, ends it, and never waits for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from configs.monitor_section import MonitorSection
+from trainer.console import Console
+from trainer.events import Events
+from trainer.folder import RunFolder
+from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
+from trainer.parents import PARENT_VARIABLE
+
+TAKEN = 4  # exit code: another monitor of this node writes the same file
+_SILENT_S = 60.0  # beyond its interval, without a beat
+_END_S = 2.0  # that it may take to write its last row
+_LONGEST_WAIT_S = 60.0  # before it is started again
+
+
+class Keeper:
+    """Keeps one monitor alive between `start` and `stop`."""
+
+    def __init__(
+        self, settings: MonitorSection, folder: RunFolder, heartbeats: Heartbeats, console: Console, events: Events
+    ) -> None:
+        self.settings, self.folder, self.heartbeats = settings, folder, heartbeats
+        self.console, self.events = console, events
+        self.process: subprocess.Popen[bytes] | None = None
+        self._silent_s = _SILENT_S + settings.interval_s
+        self._losses = 0
+        self._started_s = self._next_s = self._beat_s = 0.0
+        self._beats = -1
+        self._taken = False
+
+    def start(self) -> None:
+        """Begin to watch; the ranks' records are empty from here on."""
+        self.heartbeats.clear()
+        if self.settings.enabled and not self._taken:
+            self._start()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "launch.monitor", str(self.folder.root), self.settings.model_dump_json()]
+        ours = {HEARTBEATS_VARIABLE: self.heartbeats.path, PARENT_VARIABLE: str(os.getpid())}
+        self.process = subprocess.Popen(command, env={**os.environ, **ours}, stdin=subprocess.PIPE)
+        self._started_s = self._beat_s = time.monotonic()
+        self._beats = -1
+
+    def poll(self) -> None:
+        """Cheap enough for every turn of the launcher."""
+        now = time.monotonic()
+        if self.process is None:
+            if self._losses and not self._taken and now >= self._next_s:
+                self._start()
+            return
+        status = self.process.poll()
+        if status is not None:
+            self._lost(f"signal {-status}" if status < 0 else f"exit code {status}", status)
+            return
+        beat = self.heartbeats.monitor()
+        if beat is not None and beat.beats != self._beats:
+            self._beats, self._beat_s = beat.beats, now
+        elif now - self._beat_s > self._silent_s:
+            self._lost(f"silent for {self._silent_s:g} s", None)
+
+    def _lost(self, cause: str, status: int | None) -> None:
+        self.stop()
+        if status == TAKEN:  # it has said so
+            self._taken = True
+            return
+        lived_s = time.monotonic() - self._started_s
+        self._losses = self._losses + 1 if lived_s < _LONGEST_WAIT_S else 1
+        wait_s = min(2.0 ** (self._losses - 1) - 1, _LONGEST_WAIT_S)  # the first time at once
+        self._next_s = time.monotonic() + wait_s
+        self.events.write("monitor_lost", cause=cause, again_in_s=wait_s)
+        self.console.say(f"the monitor was lost ({cause}); started again" + (f" in {wait_s:g} s" if wait_s else ""))
+
+    def stop(self) -> None:
+        """End it: it is told by the end of its input, and killed when it does not hear."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,0 +1,121 @@
+"""The monitor's loop: read everything, write a row, and once a minute a rollup."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from typing import Any
+
+from configs.monitor_section import MonitorSection
+from launch.monitor.gpus import Gpus
+from launch.monitor.host import Host, Processes
+from launch.monitor.journal import Journal
+from launch.monitor.rollup import Minute
+from trainer.events import Events
+from trainer.folder import RunFolder
+from trainer.heartbeat import Beat, Heartbeat, Heartbeats
+from trainer.names import node_name
+
+ROLLUP_S = 60.0
+_JUMP_S = 5.0  # by which the clock may differ from the time that passed before it is said
+_PAUSE_S = 10.0  # between two rows before it is said
+
+
+class Monitor:
+    """Watches one node of a run until its standard input ends: its launcher closes it, or is gone."""
+
+    def __init__(self, folder: RunFolder, settings: MonitorSection, heartbeats: Heartbeats) -> None:
+        self.folder, self.settings, self.heartbeats = folder, settings, heartbeats
+        self.own = Heartbeat.at(heartbeats.path, heartbeats.places - 1, rank=-1)
+        self.events = Events(folder, node_name(), "monitor")
+        self.journal: Journal | None = None
+        self._untold: list[tuple[str, str | None, dict[str, Any]]] = []
+        self.host, self.processes = Host(), Processes()
+        self.gpus = Gpus(self.tell, settings.gpm)
+        self.minute = Minute()
+
+    def tell(self, event: str, line: str | None, **facts: Any) -> None:
+        """An event, and for people a line; kept back while the run folder holds no run yet."""
+        if self.journal is None:
+            self._untold.append((event, line, facts))
+            return
+        self.events.write(event, **facts)
+        if line is not None:
+            print(f"{node_name()}: {line}", flush=True)
+
+    def _begin(self) -> None:
+        """From here on rows are written. Before, a mistake in the config may still leave the folder as it was."""
+        head = {
+            "time_s": round(time.time(), 3),
+            "node": node_name(),
+            "interval_s": self.settings.interval_s,
+            "cpus": self.host.cpus,
+            "driver": self.gpus.driver,
+            "gpus": self.gpus.names(),
+        }
+        self.journal = Journal(self.folder.gpu / f"{node_name()}.jsonl", head, self.settings.most_mib * 2**20)
+        for event, line, facts in self._untold:
+            self.tell(event, line, **facts)
+        self._untold = []
+
+    def run(self) -> None:
+        began = last = time.monotonic()
+        clock = time.time() - last  # what the clock shows beyond the time that passed
+        rolled = began
+        due = began
+        while True:
+            now = time.monotonic()
+            if now - last > max(_PAUSE_S, 3 * self.settings.interval_s):
+                seconds = round(now - last, 1)
+                self.tell("monitor_paused", f"the monitor stood still for {seconds} s", seconds=seconds)
+            if abs(time.time() - now - clock) > _JUMP_S:
+                seconds = round(time.time() - now - clock, 1)
+                self.tell("clock_jumped", f"the clock of this node jumped by {seconds} s", seconds=seconds)
+                clock = time.time() - now
+            last = now
+            self.tick()
+            if now - rolled >= ROLLUP_S:
+                self._roll_up()
+                rolled = now
+            due = max(due + self.settings.interval_s, now)  # what was missed is not made up for
+            if _ended(max(due - time.monotonic(), 0.0)):
+                break
+        self._roll_up()
+
+    def tick(self) -> None:
+        """One row."""
+        self.own.beat()
+        beats = [beat for beat in self.heartbeats.ranks() if beat is not None]
+        self.events.attempt = max((beat.attempt for beat in beats if beat.attempt >= 0), default=None)
+        values = {
+            "host": self.host.read(),
+            "gpus": self.gpus.read(),
+            "ranks": [self._rank(beat) for beat in beats],
+        }
+        if self.journal is None and self.folder.config.exists():
+            self._begin()
+        self.minute.add(values)
+        self._write("second", values)
+
+    def _rank(self, beat: Beat) -> dict[str, Any]:
+        still_s = round(time.monotonic() - beat.time_s, 2)
+        row = {"rank": beat.rank, "step": beat.step, "phase": beat.phase.word, "still_s": still_s}
+        return row | self.processes.read(beat)
+
+    def _roll_up(self) -> None:
+        if self.minute.rows:
+            self._write("minute", self.minute.row())
+            self.minute = Minute()
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        if self.journal is not None:
+            head = {"kind": kind, "time_s": round(time.time(), 3), "attempt": self.events.attempt}
+            self.journal.write(head | values)
+
+
+def _ended(wait_s: float) -> bool:
+    """Whether standard input has ended, waiting for that as long."""
+    ready, _, _ = select.select([sys.stdin], [], [], wait_s)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.monitor.standin import Reader, build
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for NVML, built once."""
+    return build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def reader(library: Path, tmp_path: Path) -> Iterator[Callable[..., Reader]]:
+    """Makes readers that are gone with the test."""
+    readers: list[Reader] = []
+
+    def make(text: str, **env: str) -> Reader:
+        readers.append(Reader(library, tmp_path, text, env))
+        return readers[-1]
+
+    yield make
+    for one in readers:
+        one.close()

@@ -1,0 +1,170 @@
+"""The monitor as the launcher keeps it: a process beside the ranks, started again when it is lost, never waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from configs.monitor_section import MonitorSection
+from launch.monitor.keeper import Keeper
+from trainer.console import Console
+from trainer.events import Events, read_rows
+from trainer.folder import RunFolder
+from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat, Heartbeats, Phase
+from trainer.names import node_name
+
+
+class Node:
+    """A node of a run, with a launcher's side and one rank that is this process."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+        self.folder = RunFolder(folder / "run")
+        self.folder.root.mkdir()
+        self.folder.config.write_text("run: {}\n")
+        self.heartbeats = Heartbeats.make(2)
+        self.events = Events(self.folder, node_name(), "launcher")
+        section = MonitorSection(**{"interval_s": 0.05, **settings})
+        self.keeper = Keeper(section, self.folder, self.heartbeats, Console(rank=0), self.events)
+        monkeypatch.setenv(HEARTBEATS_VARIABLE, self.heartbeats.path)
+        self.keeper.start()
+        self.rank = Heartbeat.at(self.heartbeats.path, 0, rank=0)
+        self.rank.attempt = 3
+        self.rank.enter(Phase.COMPUTING, 17)
+
+    def rows(self, kind: str = "second") -> list[dict[str, Any]]:
+        return [row for row in read_rows(self.folder.gpu / f"{node_name()}.jsonl") if row["kind"] == kind]
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        rows = read_rows(self.events.path) + read_rows(self.folder.events / f"{node_name()}-monitor.jsonl")
+        return [row for row in rows if row["event"] == event]
+
+    def wait_for(self, what: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what}"
+            self.keeper.poll()
+            time.sleep(0.01)
+
+    def pid(self) -> int:
+        assert self.keeper.process is not None
+        return self.keeper.process.pid
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
+    nodes: list[Node] = []
+
+    def make(**settings: Any) -> Node:
+        nodes.append(Node(tmp_path, monkeypatch, **settings))
+        return nodes[-1]
+
+    yield make
+    for one in nodes:
+        if one.keeper.process is not None:
+            one.keeper.process.kill()
+
+
+def test_rows_rollups_and_ranks(node: Callable[..., Node]) -> None:
+    one = node()
+    one.wait_for("ten rows", lambda: len(one.rows()) >= 10)
+    one.keeper.stop()
+    (head,) = one.rows("node")
+    assert (head["version"], head["node"], head["cpus"]) == (1, node_name(), psutil.cpu_count())
+    row = one.rows()[-1]
+    assert row["attempt"] == 3
+    assert row["host"].keys() >= {"cpu_pct", "memory_gib", "swap_gib", "disk_read_mib_s", "network_in_mib_s"}
+    (rank,) = row["ranks"]
+    assert (rank["rank"], rank["step"], rank["phase"]) == (0, 17, "computing")
+    assert rank["memory_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
+    (minute,) = one.rows("minute")  # the last one, at its end
+    assert minute["rows"] == len(one.rows())
+    assert [e["error"] for e in one.told("no_gpus")] == ["NVML Shared Library Not Found"]
+
+
+def test_a_killed_monitor_is_started_again(node: Callable[..., Node], capfd: pytest.CaptureFixture[str]) -> None:
+    one = node()
+    one.wait_for("a row", one.rows)
+    first = one.pid()
+    os.kill(first, signal.SIGKILL)
+    one.wait_for("another monitor", lambda: one.keeper.process is not None and one.pid() != first)
+    before = len(one.rows())
+    one.wait_for("its rows", lambda: len(one.rows()) > before + 1)
+    assert [e["cause"] for e in one.told("monitor_lost")] == ["signal 9"]
+    assert "the monitor was lost (signal 9); started again" in capfd.readouterr().out
+
+
+def test_a_monitor_that_stands_still_is_replaced(node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.monitor.keeper._SILENT_S", 1.0)
+    one = node()
+    one.wait_for("a row", one.rows)
+    first = psutil.Process(one.pid())
+    first.suspend()
+    one.wait_for("another monitor", lambda: one.keeper.process is not None and one.pid() != first.pid)
+    assert [e["cause"] for e in one.told("monitor_lost")] == ["silent for 1.05 s"]
+    one.wait_for("the end of the first", lambda: not first.is_running())
+
+
+@pytest.mark.parametrize(("stopped", "within_s"), [(False, 1.0), (True, 3.0)])
+def test_ending_it_takes_no_time(stopped: bool, within_s: float, node: Callable[..., Node]) -> None:
+    """Even when it hangs."""
+    one = node()
+    one.wait_for("a row", one.rows)
+    process = psutil.Process(one.pid())
+    if stopped:
+        process.suspend()
+    began = time.monotonic()
+    one.keeper.stop()
+    assert time.monotonic() - began < within_s
+    psutil.wait_procs([process], timeout=1)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_signals_to_the_whole_step_leave_it_alone(node: Callable[..., Node]) -> None:
+    one = node()
+    one.wait_for("a row", one.rows)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+        os.kill(one.pid(), number)
+    before = len(one.rows())
+    one.wait_for("more rows", lambda: len(one.rows()) > before + 2)
+    assert one.told("monitor_lost") == []
+
+
+def test_nothing_is_written_before_there_is_a_run(node: Callable[..., Node]) -> None:
+    """A mistake in the config leaves the folder as it was."""
+    one = node()
+    one.keeper.stop()
+    one.folder.config.unlink()
+    for path in [*one.folder.gpu.glob("*"), *one.folder.events.glob("*")]:
+        path.unlink()
+    one.keeper.start()
+    time.sleep(1.0)
+    assert [p.name for p in one.folder.root.rglob("*") if p.is_file()] == []
+    one.folder.config.write_text("run: {}\n")
+    one.wait_for("rows", one.rows)
+    assert one.told("no_gpus")
+
+
+def test_it_dies_with_its_launcher(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom launch.monitor.keeper import *\n"
+        "folder = RunFolder(Path(sys.argv[1]))\nbeats = Heartbeats.make(1)\n"
+        "keeper = Keeper(MonitorSection(), folder, beats, Console(0), Events(folder, 'a', 'launcher'))\n"
+        "keeper.start()\nprint(keeper.process.pid, flush=True)\ntime.sleep(60)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    monitor = psutil.Process(int(launcher.stdout.readline()))
+    time.sleep(1.0)
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+    monitor.wait(5)
