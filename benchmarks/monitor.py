@@ -21,7 +21,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.monitor_section import MonitorSection
+from configs.load import load
 from launch.monitor.keeper import Keeper
 from tests.launch.monitor.standin import build
 from trainer.console import Console
@@ -39,7 +39,7 @@ def measure(folder: Path, hz: float, seconds: float) -> dict[str, Any]:
     run.config.write_text("run: {}\n")
     heartbeats = Heartbeats.make(GPUS)
     console, events = Console(rank=1), Events(run, "bench", "launcher")
-    keeper = Keeper(MonitorSection(interval_s=1 / hz), run, heartbeats, console, events)
+    keeper = Keeper(load("demo", [f"monitor.interval_s={1 / hz:g}"]), run, heartbeats, run.root, console, events)
     keeper.start()
     for place in range(GPUS):
         Heartbeat.at(heartbeats.path, place, rank=place).attempt = 0

@@ -13,6 +13,9 @@ class MonitorSection(Section):
     enabled: bool = speed(True, "start it with `launch run` and with each Slurm job")
     interval_s: float = speed(1.0, "seconds between two rows of gpu/<node>.jsonl", ge=0.05, le=60)
     most_mib: int = speed(32, "largest size of a node's file: rollups by the minute are kept longer than rows", ge=1)
+    hang_s: float | None = speed(
+        None, "a rank that stands still for longer hangs; default: 0.8 of `parallel.step_timeout_s`", gt=0
+    )
     gpm: Literal["auto", "on", "off"] = speed(
         "auto", "SM, tensor and DRAM activity on Hopper and newer; auto: not while DCGM runs on the node"
     )

@@ -140,7 +140,7 @@ class Supervisor:
         self.request, self.user_error, self.failures = local / "request", local / "user_error", local / "failures"
         self.heartbeats = Heartbeats.make(processes)
         self.events = Events(folder, node_name(), "launcher")
-        self.monitor = Keeper(config.monitor, folder, self.heartbeats, console, self.events)
+        self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
         self._failures_told = 0
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
@@ -177,7 +177,8 @@ class Supervisor:
                 if self.user_error.exists() and deadline is None:
                     deadline = time.monotonic() + _USER_ERROR_PATIENCE_S  # ranks that wait for one that gave up
                 self._tell_failures()
-                self.monitor.poll()
+                if self.monitor.poll():
+                    break  # it hangs, and every rank's stack is written
                 time.sleep(_POLL_S)
         finally:
             agent.kill()
@@ -213,6 +214,7 @@ class Supervisor:
             HEARTBEATS_VARIABLE: self.heartbeats.path,
             # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "TORCH_FR_BUFFER_SIZE": os.environ.get("TORCH_FR_BUFFER_SIZE", "2000"),  # collectives, told after a hang
             # An index then means the same GPU to CUDA, to NVML and to people.
             "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
@@ -233,7 +235,7 @@ class Supervisor:
         if attempt is None or attempt.number <= before:
             self.console.say(f"the workers ended (status {status}) before an attempt began")
             return End("failed", 0, None, requeue=True, cause="start_failed")
-        if status < 0:
+        if status < 0 and self.monitor.hang is None:
             self.events.attempt = attempt.number
             self.events.write("agent_died", status=status)
             self.console.say(f"the agent died ({_cause(status)})")
@@ -274,7 +276,7 @@ class Supervisor:
         asked = self.wish.cause
         if asked is not None:
             return End("stopped", step, name, requeue=asked.kind is Kind.REQUEUE, cause=asked.word)
-        return End("failed", step, name, requeue=True, cause=_cause(status))
+        return End("failed", step, name, requeue=True, cause="hang" if self.monitor.hang else _cause(status))
 
     def _tell_failures(self) -> None:
         """Ranks that died since the last call, as events and by the name of the first. The attempt that is the newest

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
-from trainer.heartbeat import Heartbeat
+from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat
 from trainer.layout import resolve
+from trainer.stacks import answer_monitor
 from trainer.stop import StopWish
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     `kind` is the class that puts the run together, for those who check or measure one.
     """
     resolve(config.parallel, int(os.environ.get("WORLD_SIZE", 1)))  # refused before anything is touched
+    if HEARTBEATS_VARIABLE in os.environ:
+        answer_monitor()
     heartbeat = Heartbeat.of_this_rank()
 
     from trainer import world as worlds  # imports torch: only now that the config is known to be good

@@ -1,17 +1,15 @@
-"""`python -m launch.monitor RUN_FOLDER SETTINGS`: what `launch run` starts on each node, beside the ranks."""
+"""`python -m launch.monitor ORDERS`: what `launch run` starts on each node, beside the ranks."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from pathlib import Path
 
-from configs.monitor_section import MonitorSection
 from launch.monitor.journal import Taken
-from launch.monitor.keeper import TAKEN
+from launch.monitor.keeper import TAKEN, Orders
 from launch.monitor.monitor import Monitor
-from trainer.folder import RunFolder
 from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
 from trainer.names import node_name
 from trainer.parents import die_with_parent
@@ -23,9 +21,9 @@ def main(arguments: list[str]) -> int:
     # Slurm signals every process of a step. The monitor stays until the ranks have saved and its launcher is done.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    folder, settings = RunFolder(Path(arguments[0])), MonitorSection.model_validate_json(arguments[1])
+    orders = Orders(**json.loads(arguments[0]))
     try:
-        Monitor(folder, settings, Heartbeats.open(os.environ[HEARTBEATS_VARIABLE])).run()
+        Monitor(orders, Heartbeats.open(os.environ[HEARTBEATS_VARIABLE])).run()
     except Taken as taken:
         print(f"{node_name()}: another monitor writes {taken}: this one leaves", flush=True)
         return TAKEN

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from configs.monitor_section import MonitorSection
+from configs.schema import Config
+from launch.monitor.hang import read_verdict
 from trainer.console import Console
 from trainer.events import Events
 from trainer.folder import RunFolder
@@ -20,16 +25,40 @@ _END_S = 2.0  # that it may take to write its last row
 _LONGEST_WAIT_S = 60.0  # before it is started again
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What a monitor is started with."""
+
+    run: str
+    verdict: str
+    settings: dict[str, Any]
+    hang_s: float
+    patient_s: float
+
+    @classmethod
+    def of(cls, config: Config, folder: RunFolder, verdict: Path) -> Orders:
+        # Before the ranks give up waiting by themselves: then there would be no stacks to look at.
+        hang_s = config.monitor.hang_s or 0.8 * config.parallel.step_timeout_s
+        settings = config.monitor.model_dump(mode="json")
+        return cls(str(folder.root), str(verdict), settings, hang_s, config.parallel.load_timeout_s)
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+
 class Keeper:
     """Keeps one monitor alive between `start` and `stop`."""
 
     def __init__(
-        self, settings: MonitorSection, folder: RunFolder, heartbeats: Heartbeats, console: Console, events: Events
+        self, config: Config, folder: RunFolder, heartbeats: Heartbeats, local: Path, console: Console, events: Events
     ) -> None:
-        self.settings, self.folder, self.heartbeats = settings, folder, heartbeats
+        self.settings, self.heartbeats = config.monitor, heartbeats
+        self.hang: dict[str, Any] | None = None  # what the monitor found, once it has
+        self._verdict = local / "hang"
+        self._orders = Orders.of(config, folder, self._verdict)
         self.console, self.events = console, events
         self.process: subprocess.Popen[bytes] | None = None
-        self._silent_s = _SILENT_S + settings.interval_s
+        self._silent_s = _SILENT_S + self.settings.interval_s
         self._losses = 0
         self._started_s = self._next_s = self._beat_s = 0.0
         self._beats = -1
@@ -38,18 +67,25 @@ class Keeper:
     def start(self) -> None:
         """Begin to watch; the ranks' records are empty from here on."""
         self.heartbeats.clear()
+        self._verdict.unlink(missing_ok=True)
+        self.hang = None
         if self.settings.enabled and not self._taken:
             self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "launch.monitor", str(self.folder.root), self.settings.model_dump_json()]
+        command = [sys.executable, "-m", "launch.monitor", self._orders.text()]
         ours = {HEARTBEATS_VARIABLE: self.heartbeats.path, PARENT_VARIABLE: str(os.getpid())}
         self.process = subprocess.Popen(command, env={**os.environ, **ours}, stdin=subprocess.PIPE)
         self._started_s = self._beat_s = time.monotonic()
         self._beats = -1
 
-    def poll(self) -> None:
-        """Cheap enough for every turn of the launcher."""
+    def poll(self) -> bool:
+        """Whether the attempt hangs and is to be ended. Cheap enough for every turn of the launcher."""
+        self._look_after()
+        self.hang = self.hang or read_verdict(self._verdict)
+        return self.hang is not None
+
+    def _look_after(self) -> None:
         now = time.monotonic()
         if self.process is None:
             if self._losses and not self._taken and now >= self._next_s:

@@ -6,30 +6,40 @@ import os
 import select
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from configs.monitor_section import MonitorSection
+from launch.monitor.ask import ask
 from launch.monitor.gpus import Gpus
+from launch.monitor.hang import HangWatch, culprits, describe, share
 from launch.monitor.host import Host, Processes
 from launch.monitor.journal import Journal
+from launch.monitor.keeper import Orders
 from launch.monitor.rollup import Minute
+from launch.monitor.rows import newest
 from trainer.events import Events
-from trainer.folder import RunFolder
-from trainer.heartbeat import Beat, Heartbeat, Heartbeats
+from trainer.folder import RunFolder, read_json, write_json
+from trainer.heartbeat import Beat, Heartbeat, Heartbeats, Phase
+from trainer.life import Attempt
 from trainer.names import node_name
 
 ROLLUP_S = 60.0
 _JUMP_S = 5.0  # by which the clock may differ from the time that passed before it is said
+_OTHERS_S = 30.0  # age of another node's newest row, at most, for it to say something
 _PAUSE_S = 10.0  # between two rows before it is said
 
 
 class Monitor:
     """Watches one node of a run until its standard input ends: its launcher closes it, or is gone."""
 
-    def __init__(self, folder: RunFolder, settings: MonitorSection, heartbeats: Heartbeats) -> None:
-        self.folder, self.settings, self.heartbeats = folder, settings, heartbeats
+    def __init__(self, orders: Orders, heartbeats: Heartbeats) -> None:
+        self.folder, self.heartbeats = RunFolder(Path(orders.run)), heartbeats
+        self.settings = settings = MonitorSection.model_validate(orders.settings)
+        self._verdict = Path(orders.verdict)
+        self.hang = HangWatch(orders.hang_s, orders.patient_s, settings.interval_s)
         self.own = Heartbeat.at(heartbeats.path, heartbeats.places - 1, rank=-1)
-        self.events = Events(folder, node_name(), "monitor")
+        self.events = Events(self.folder, node_name(), "monitor")
         self.journal: Journal | None = None
         self._untold: list[tuple[str, str | None, dict[str, Any]]] = []
         self.host, self.processes = Host(), Processes()
@@ -98,11 +108,35 @@ class Monitor:
             self._begin()
         self.minute.add(values)
         self._write("second", values)
+        beats = [beat for beat in beats if beat.attempt >= 0]
+        if self.hang.look(beats, time.monotonic()) and not self._verdict.exists() and not self._others_take_time():
+            self._end_hang(beats)
 
     def _rank(self, beat: Beat) -> dict[str, Any]:
         still_s = round(time.monotonic() - beat.time_s, 2)
         row = {"rank": beat.rank, "step": beat.step, "phase": beat.phase.word, "still_s": still_s}
         return row | self.processes.read(beat)
+
+    def _others_take_time(self) -> bool:
+        """Whether a rank of another node is at something that may take long: those here wait for it, rightly."""
+        for path in self.folder.gpu.glob("*.jsonl"):
+            row = newest(path, "second") if path.stem != node_name() else None
+            if row is not None and abs(time.time() - row["time_s"]) < _OTHERS_S:
+                for rank in row["ranks"]:
+                    if not self.hang.may_hang(Phase[rank["phase"].upper()], rank["still_s"]):
+                        return True
+        return False
+
+    def _end_hang(self, beats: list[Beat]) -> None:
+        """Ask every rank where it is, name the culprit, and have the launcher end the attempt."""
+        attempt = Attempt(self.folder, max(beat.attempt for beat in beats))
+        found = ask(beats, node_name(), attempt.path)
+        nodes = (read_json(attempt.path / "start.json") or {}).get("hosts", [node_name()])
+        guilty, why = culprits(share(found, attempt.path, node_name(), nodes))
+        line, facts = describe(guilty, why)
+        if node_name() == min(nodes):
+            self.tell("hang", f"{line}; stacks of all ranks: {attempt.path}", **facts)
+        write_json(self._verdict, facts)
 
     def _roll_up(self) -> None:
         if self.minute.rows:

@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from configs.monitor_section import MonitorSection
+from configs.schema import Config
 from launch.monitor.keeper import Keeper
+from tests.distributed import tiny
 from trainer.console import Console
 from trainer.events import Events, read_rows
 from trainer.folder import RunFolder
@@ -32,8 +33,10 @@ class Node:
         self.folder.config.write_text("run: {}\n")
         self.heartbeats = Heartbeats.make(2)
         self.events = Events(self.folder, node_name(), "launcher")
-        section = MonitorSection(**{"interval_s": 0.05, **settings})
-        self.keeper = Keeper(section, self.folder, self.heartbeats, Console(rank=0), self.events)
+        config = Config.model_validate({**tiny(folder), "monitor": {"interval_s": 0.05, **settings}})
+        local = folder / "local"
+        local.mkdir()
+        self.keeper = Keeper(config, self.folder, self.heartbeats, local, Console(rank=0), self.events)
         monkeypatch.setenv(HEARTBEATS_VARIABLE, self.heartbeats.path)
         self.keeper.start()
         self.rank = Heartbeat.at(self.heartbeats.path, 0, rank=0)
@@ -102,14 +105,16 @@ def test_a_killed_monitor_is_started_again(node: Callable[..., Node], capfd: pyt
     assert "the monitor was lost (signal 9); started again" in capfd.readouterr().out
 
 
-def test_a_monitor_that_stands_still_is_replaced(node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.monitor.keeper._SILENT_S", 1.0)
+def test_a_monitor_that_stands_still_is_replaced(node: Callable[..., Node]) -> None:
     one = node()
     one.wait_for("a row", one.rows)
     first = psutil.Process(one.pid())
     first.suspend()
+    one.keeper._silent_s = 1.0
+    one.wait_for("its loss", lambda: one.told("monitor_lost"))
+    one.keeper._silent_s = 60.0
     one.wait_for("another monitor", lambda: one.keeper.process is not None and one.pid() != first.pid)
-    assert [e["cause"] for e in one.told("monitor_lost")] == ["silent for 1.05 s"]
+    assert [e["cause"] for e in one.told("monitor_lost")] == ["silent for 1 s"]
     one.wait_for("the end of the first", lambda: not first.is_running())
 
 
@@ -156,8 +161,8 @@ def test_nothing_is_written_before_there_is_a_run(node: Callable[..., Node]) -> 
 def test_it_dies_with_its_launcher(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom launch.monitor.keeper import *\n"
-        "folder = RunFolder(Path(sys.argv[1]))\nbeats = Heartbeats.make(1)\n"
-        "keeper = Keeper(MonitorSection(), folder, beats, Console(0), Events(folder, 'a', 'launcher'))\n"
+        "from configs.load import load\nfolder = RunFolder(Path(sys.argv[1]))\nbeats = Heartbeats.make(1)\n"
+        "keeper = Keeper(load('demo', []), folder, beats, folder.root, Console(0), Events(folder, 'a', 'launcher'))\n"
         "keeper.start()\nprint(keeper.process.pid, flush=True)\ntime.sleep(60)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

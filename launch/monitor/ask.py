@@ -1,0 +1,124 @@
+"""Asks a hung rank where it is: its threads' stacks, the collectives it made, and what the kernel says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.heartbeat import Beat
+from trainer.stacks import FLIGHT, FLIGHT_SIGNAL, STACKS, STACKS_SIGNAL
+
+_ANSWER_S = 3.0
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
+_COLLECTIVES = re.compile(r"/torch/distributed/(?!tensor/)")  # DTensor's own code computes, too
+_NEAR = 3  # frames from the innermost one on
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """One hung rank. `place` is the innermost line of its main thread, `waits` whether that stands in a collective,
+    `collectives` how many it has begun; None where it could not say."""
+
+    rank: int
+    node: str
+    pid: int
+    step: int
+    phase: str
+    still_s: float
+    state: str  # as in /proc: R runs, S sleeps, D waits for a device, T was stopped; X: there is no such process
+    place: str | None
+    waits: bool | None
+    collectives: int | None
+
+
+def ask(beats: list[Beat], node: str, folder: Path) -> list[Standstill]:
+    """Ask all ranks of a node at once. The answers also go to `folder`: `stack-<rank>.txt` and `flight-<rank>.json`."""
+    states = {beat.rank: _state(beat.pid) for beat in beats}
+    files = {beat.rank: (_memory(beat.pid, STACKS), _memory(beat.pid, FLIGHT)) for beat in beats}
+    for beat in beats:
+        # Only a process that holds our memory hears our signals; a number may be another process's by now.
+        if all(files[beat.rank]):
+            os.kill(beat.pid, STACKS_SIGNAL)
+            os.kill(beat.pid, FLIGHT_SIGNAL)
+            os.kill(beat.pid, signal.SIGCONT)  # one that was stopped answers only so; its attempt ends anyway
+    _wait_for([path for pair in files.values() for path in pair if path])
+    found = []
+    for beat in beats:
+        stacks, flight = (_read(path) for path in files[beat.rank])
+        if stacks:
+            (folder / f"stack-{beat.rank:05d}.txt").write_bytes(stacks)
+        if flight:
+            (folder / f"flight-{beat.rank:05d}.json").write_bytes(flight)
+        place, waits = where(stacks.decode(errors="replace"))
+        still_s = round(time.monotonic() - beat.time_s, 1)
+        who = (beat.rank, node, beat.pid, beat.step, beat.phase.word, still_s)
+        found.append(Standstill(*who, states[beat.rank], place, waits, collectives(flight)))
+    return found
+
+
+def _state(pid: int) -> str:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return "X"
+    return chr(stat[stat.rindex(b")") + 2])
+
+
+def _memory(pid: int, name: str) -> str | None:
+    """Path of a process's memory of that name."""
+    folder = f"/proc/{pid}/fd"
+    try:
+        for descriptor in os.listdir(folder):
+            if os.readlink(f"{folder}/{descriptor}").startswith(f"/memfd:{name} "):
+                return f"{folder}/{descriptor}"
+    except OSError:
+        return None  # it has ended meanwhile
+    return None
+
+
+def _wait_for(paths: list[str]) -> None:
+    """Until all have been written to and are quiet, or the time is over."""
+    deadline = time.monotonic() + _ANSWER_S
+    before: list[int] = []
+    while time.monotonic() < deadline:
+        sizes = [os.stat(path).st_size if os.path.exists(path) else 1 for path in paths]
+        if all(sizes) and sizes == before:
+            return
+        before = sizes
+        time.sleep(0.2)
+
+
+def _read(path: str | None) -> bytes:
+    try:
+        return Path(path).read_bytes() if path else b""
+    except OSError:
+        return b""
+
+
+def where(stacks: str) -> tuple[str | None, bool | None]:
+    """(innermost line of the main thread, whether it stands in a collective), of what faulthandler wrote. The main
+    thread is the last of each dump."""
+    threads = re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.MULTILINE)
+    frames = [match for line in threads[-1].splitlines() if (match := _FRAME.fullmatch(line))]
+    if not frames:
+        return None, None
+    waits = any(_COLLECTIVES.search(frame["file"]) for frame in frames[:_NEAR])
+    return "{file}:{line} in {function}".format(**frames[0].groupdict()), waits
+
+
+def collectives(flight: bytes) -> int | None:
+    """How many collectives a rank has begun in all its groups."""
+    try:
+        entries = json.loads(flight)["entries"]
+    except (ValueError, KeyError):
+        return None
+    last: dict[str, int] = {}
+    for entry in entries:
+        group = str(entry["process_group"])
+        last[group] = max(last.get(group, 0), entry["collective_seq_id"])
+    return sum(last.values())

@@ -1,0 +1,101 @@
+"""The hang watch: who has stood still for too long, and whose fault it is.
+
+When one rank hangs, all others soon wait for it: every rank stands still, and only one of them is the culprit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launch.monitor.ask import Standstill
+from trainer.folder import read_json, write_json
+from trainer.heartbeat import Beat, Phase
+
+_NODES_S = 10.0  # that the other nodes' findings may take to be seen
+
+
+class HangWatch:
+    """`look` at each row. Only time in which the monitor itself was awake counts: a node that was suspended as a whole
+    has not hung."""
+
+    def __init__(self, hang_s: float, patient_s: float, interval_s: float) -> None:
+        patient = dict.fromkeys((Phase.STARTING, Phase.COMPILING, Phase.SAVING, Phase.LEAVING), max(patient_s, hang_s))
+        self._limits: dict[Phase, float] = {phase: patient.get(phase, hang_s) for phase in Phase}
+        self._limits[Phase.PREPARING] = float("inf")
+        self._longest_s = max(3 * interval_s, 2.0)
+        self._beats: dict[int, tuple[int, int]] = {}
+        self._still: dict[int, float] = {}
+        self._looked_s: float | None = None
+
+    def look(self, beats: list[Beat], now: float) -> bool:
+        """Whether a rank has stood still for longer than its phase allows, and none is at something that takes long."""
+        passed = min(now - self._looked_s, self._longest_s) if self._looked_s is not None else 0.0
+        self._looked_s = now
+        for beat in beats:
+            if self._beats.get(beat.rank) == (beat.pid, beat.beats):
+                self._still[beat.rank] += passed
+            else:
+                self._still[beat.rank] = 0.0
+            self._beats[beat.rank] = (beat.pid, beat.beats)
+        over = [beat for beat in beats if self._still[beat.rank] > self._limits[beat.phase]]
+        return bool(over) and all(self.may_hang(b.phase, self._still[b.rank]) for b in beats)
+
+    def may_hang(self, phase: Phase, still_s: float) -> bool:
+        """A rank that still may take its time keeps the others waiting, rightly."""
+        return self._limits[phase] <= self._limits[Phase.COMPUTING] or still_s > self._limits[phase]
+
+
+def culprits(found: list[Standstill]) -> tuple[list[Standstill], str]:
+    """(The ranks that the others wait for, why these); all of them when nothing tells them apart."""
+    for why, guilty in (
+        ("its process is gone", [s for s in found if s.state in "XZ"]),
+        ("its process was stopped", [s for s in found if s.state in "Tt"]),
+        ("it waits for a device", [s for s in found if s.state == "D"]),
+        ("it is at an earlier step", [s for s in found if s.step < max(o.step for o in found)]),
+        ("the others wait in a collective", [s for s in found if s.waits is False]),
+        ("it made fewer collectives", _fewest(found)),
+    ):
+        if 0 < len(guilty) < len(found) or (guilty and len(found) == 1):
+            return guilty, why
+    return found, "nothing tells the ranks apart"
+
+
+def _fewest(found: list[Standstill]) -> list[Standstill]:
+    known = [s.collectives for s in found if s.collectives is not None]
+    return [s for s in found if s.collectives == min(known)] if len(known) == len(found) and known else []
+
+
+def share(found: list[Standstill], attempt: Path, node: str, nodes: list[str]) -> list[Standstill]:
+    """Write down this node's findings, and wait a while for those of the others. What the folder shows then."""
+    write_json(attempt / f"hang-{node}.json", [asdict(standstill) for standstill in found])
+    deadline = time.monotonic() + _NODES_S
+    while True:
+        known = [read_json(attempt / f"hang-{other}.json") for other in nodes if other != node]
+        if all(rows is not None for rows in known) or time.monotonic() > deadline:
+            return found + [Standstill(**row) for rows in known if rows is not None for row in rows]
+        time.sleep(0.2)
+
+
+def describe(guilty: list[Standstill], why: str) -> tuple[str, dict[str, Any]]:
+    """(A line for people, facts for the event.)"""
+    facts = {"why": why, "ranks": [asdict(s) for s in guilty]}
+    if len(guilty) > 3:
+        return f"hang: all {len(guilty)} ranks stand still: {why}", facts
+    each = "; ".join(
+        f"rank {s.rank} on {s.node} ({s.phase}, step {s.step}, still for {s.still_s:g} s"
+        + (f", at {s.place})" if s.place else ")")
+        for s in guilty
+    )
+    return f"hang: {each}: {why}", facts
+
+
+def read_verdict(path: Path) -> dict[str, Any] | None:
+    """What the monitor left for the launcher: the attempt is to be ended."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return None
