@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import two_ranks
@@ -41,9 +42,9 @@ def traced_calls(trace: str, folder: str) -> Counter[str]:
     return +calls
 
 
-def run_ranks(what: str, folder: Path, prefix: list[str] | None = None) -> Any:
-    """Run `two_ranks.py` and return what it printed."""
-    command = [*(prefix or []), sys.executable, two_ranks.__file__, what, str(folder)]
+def told_by(program: ModuleType, what: str, folder: Path, prefix: list[str] | None = None) -> Any:
+    """Run a program of this folder on its own, and return the JSON that it printed."""
+    command = [*(prefix or []), sys.executable, str(program.__file__), what, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -56,7 +57,7 @@ def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
     assert strace, "strace is needed to count system calls (apt-get install strace)"
     trace = tmp_path / "trace"
     options = ["-f", "-y", "--seccomp-bpf", "-e", f"trace={TRACED}", "-o", str(trace)]
-    names = run_ranks("names", tmp_path, [strace, *options])
+    names = told_by(two_ranks, "names", tmp_path, [strace, *options])
     expected = Counter(AS_CALL.get(name, name) for rank in names for name in rank)
     found = traced_calls(trace.read_text(), str(tmp_path / "run"))
     print(f"crash points of a two-rank save: {len(names[0])} + {len(names[1])}; strace counts {found.total()}")
@@ -66,7 +67,7 @@ def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
 def test_killed_at_every_operation(tmp_path: Path) -> None:
     """SIGKILL right before and right after each operation of each rank: the old checkpoint or the new one is whole, and
     which of them is decided by the rename alone."""
-    result = run_ranks("kill", tmp_path)
+    result = told_by(two_ranks, "kill", tmp_path)
     names, found = result["names"], result["found"]
     commit = names[0].index("rename")
     points = len(names[0]) + len(names[1])

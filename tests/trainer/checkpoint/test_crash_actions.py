@@ -3,40 +3,27 @@ converting: a start finds the folder as it was before or as it was meant to be, 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import crash_points
 import pytest
 from power_loss import Disk, Step, choices, materialise
-from test_crash import AS_CALL, TRACED, traced_calls
+from test_crash import AS_CALL, TRACED, told_by, traced_calls
 
 from configs.errors import UserError
 from trainer.checkpoint.errors import BadCheckpoint
 
 
-def run(what: str, folder: Path, prefix: list[str] | None = None) -> Any:
-    """Run `crash_points.py` and return what it printed, by action."""
-    command = [*(prefix or []), sys.executable, crash_points.__file__, what, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("points", ["kill", pytest.param("kill-all", marks=pytest.mark.full)])
 def test_killed_at_every_operation(tmp_path: Path, points: str) -> None:
     """(But for most of the writes of one and the same file, which `make faults` adds.)"""
-    for action, result in run(points, tmp_path).items():
+    for action, result in told_by(crash_points, points, tmp_path).items():
         names, found = result["names"], result["found"]
         print(f"{action}: {len(names)} operations, killed at {len(found)} of {len(names) + 1} points: {Counter(found)}")
         assert len(found) == len(names) + 1 or (points == "kill" and "convert" in action and len(found) > 10)
@@ -50,7 +37,12 @@ def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
     strace = shutil.which("strace")
     assert strace, "strace is needed to count system calls (apt-get install strace)"
     trace = tmp_path / "trace"
-    done = run("names", tmp_path, [strace, "-f", "-y", "--seccomp-bpf", "-e", f"trace={TRACED}", "-o", str(trace)])
+    done = told_by(
+        crash_points,
+        "names",
+        tmp_path,
+        [strace, "-f", "-y", "--seccomp-bpf", "-e", f"trace={TRACED}", "-o", str(trace)],
+    )
     assert done.keys() == crash_points.ACTIONS.keys()
     for action, names in done.items():
         expected = Counter(AS_CALL.get(name, name) for name in names)
@@ -62,7 +54,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     """By action the folder as it was before, and every operation."""
     folder = tmp_path_factory.mktemp("record")
     found = {}
-    for action, rows in run("record", folder).items():
+    for action, rows in told_by(crash_points, "record", folder).items():
 
         def relative(path: str, base: Path = folder / action / "run") -> str:
             return os.path.relpath(path, base) if path else ""
