@@ -159,7 +159,7 @@ def _holder(folder: RunFolder) -> Holder | None:
         return None
     lease = facts_in(folder.lease)
     pid, known = whole(lease, "pid"), amount(lease, "started_s") is not None
-    alive = alive_here(lease, node_name()) if pid is not None and 0 < pid < 2**31 and known else None
+    alive = alive_here(lease, node_name()) if pid is not None and pid > 0 and known else None
     return Holder(text(lease, "node"), pid, text(lease, "job"), whole(lease, "attempt"), alive)
 
 

@@ -109,6 +109,14 @@ def test_whether_the_holder_lives(tmp_path: Path) -> None:
     assert holder.alive is False
 
 
+@pytest.mark.parametrize("pid", [-1, 0, 2**62, "7", None])
+def test_a_holder_without_a_pid_that_can_be(pid: object, tmp_path: Path) -> None:
+    made_up.lease(tmp_path, **(_self_description("here", 0) | {"job": None, "pid": pid}))
+    holder = view(tmp_path).holder
+    assert holder is not None
+    assert not holder.alive
+
+
 def test_which_folders_are_runs(tmp_path: Path) -> None:
     made_up.attempt(tmp_path / "b", 0, None)
     made_up.submitted(tmp_path / "a", "1")
