@@ -124,7 +124,8 @@ class Submission:
         }
 
     def _setup(self) -> list[str]:
-        lines = list(self.request.setup)
+        # Under `--export=NONE` srun would keep what follows from the tasks: the snapshot's path above all.
+        lines = ["export SLURM_EXPORT_ENV=ALL", *self.request.setup]
         if self.request.snapshot:
             # SAFEPATH: the folder where the job begins may hold another Muster, such as the working tree.
             path = shlex.quote(str(self.snapshot)) + "${PYTHONPATH:+:$PYTHONPATH}"

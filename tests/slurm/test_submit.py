@@ -45,8 +45,9 @@ def script(config: Path, *words: str, home: Path | None = None) -> str:
 
 def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    printed = submit(config, *SMALL, "--dry-run", cluster=cluster)
-    done = submit(config, *SMALL, "--wait", cluster=cluster)
+    request = [*SMALL, "slurm.sbatch={export: NONE}", "slurm.setup=[export OMP_NUM_THREADS=1]"]  # as some sites are
+    printed = submit(config, *request, "--dry-run", cluster=cluster)
+    done = submit(config, *request, "--wait", cluster=cluster)
     assert done.returncode == 0, done.stdout + done.stderr
     told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:4])
     assert told["folder"] == str(tmp_path / "run")
@@ -58,6 +59,7 @@ def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Pa
     assert (start["world_size"], start["hosts"]) == (4, ["node1", "node2"])
     (snapshot,) = (tmp_path / "run/slurm").glob("snapshot-*")
     assert start["command"][0] == str(snapshot / "trainer/__main__.py")
+    assert start["environment"]["OMP_NUM_THREADS"] == "1"
     assert (tmp_path / f"run/slurm/{told['job']}_submission.sh").read_text() == printed.stdout
     assert not list((tmp_path / "run/slurm").glob("*_1_log.out"))  # one log of all nodes
 
