@@ -16,6 +16,12 @@ class MonitorSection(Section):
     hang_s: float | None = speed(
         None, "a rank that stands still for longer hangs; default: 0.8 of `parallel.step_timeout_s`", gt=0
     )
+    window_s: float = speed(60.0, "time over which slow ranks and idle ones are looked for", ge=1)
+    slow_share: float = speed(0.3, "a rank that needs so much more of its own time than the median is named", gt=0)
+    idle_pct: float = speed(
+        30.0, "mean SM activity (of CPU ranks: main thread) below which a run is idle", ge=0, le=100
+    )
+    idle_windows: int = speed(5, "idle windows in a row before it is said", ge=1)
     gpm: Literal["auto", "on", "off"] = speed(
         "auto", "SM, tensor and DRAM activity on Hopper and newer; auto: not while DCGM runs on the node"
     )

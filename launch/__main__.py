@@ -31,7 +31,14 @@ def checkpoint(arguments: list[str]) -> int:
     return checkpoint_main(arguments)
 
 
-VERBS = {"run": run, "checkpoint": checkpoint}
+def report(arguments: list[str]) -> int:
+    """What a run's time went into, and what it bought."""
+    from launch.report import main as report_main
+
+    return report_main(arguments)
+
+
+VERBS = {"run": run, "checkpoint": checkpoint, "report": report}
 
 
 def main(arguments: list[str]) -> int:

@@ -141,6 +141,7 @@ class Supervisor:
         self.heartbeats = Heartbeats.make(processes)
         self.events = Events(folder, node_name(), "launcher")
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
+        self._launched_s = time.time()
         self._failures_told = 0
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
@@ -205,7 +206,7 @@ class Supervisor:
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.processes)
         ours = {
-            LAUNCHED_VARIABLE: "1",
+            LAUNCHED_VARIABLE: f"{self._launched_s:.3f}",
             PARENT_VARIABLE: str(os.getpid()),
             LEASE_VARIABLE: self.lease.token,
             REQUEST_VARIABLE: str(self.request),

@@ -38,8 +38,9 @@ class Phase(enum.IntEnum):
         return self.name.lower()
 
 
-# pid, rank, attempt, phase, beats, step, time of the last beat, seconds in each phase until it was left; then a CRC-32
-_RECORD = struct.Struct(f"=IiiIQQd{len(Phase)}d")
+# pid, rank, attempt, phase, beats, step, times of the last beat and of entering the phase, seconds in each phase until
+# it was left; then a CRC-32
+_RECORD = struct.Struct(f"=IiiIQQdd{len(Phase)}d")
 _CHECKSUM = struct.Struct("=I")
 _SIZE = _RECORD.size + _CHECKSUM.size
 RECORD_BYTES = 128  # two cache lines of its own, so that ranks do not slow each other down
@@ -111,7 +112,7 @@ class Heartbeat:
 
     def _write(self, now: float) -> None:
         self._beats += 1
-        head = (self._pid, self.rank, self.attempt, self.phase, self._beats, self.step, now)
+        head = (self._pid, self.rank, self.attempt, self.phase, self._beats, self.step, now, self._since)
         data = _RECORD.pack(*head, *self._seconds)
         self._record[:_SIZE] = data + _CHECKSUM.pack(zlib.crc32(data))  # in one go: pack_into would write zeros first
 
@@ -119,7 +120,7 @@ class Heartbeat:
 @dataclass(frozen=True)
 class Beat:
     """What a rank's record says. `time_s` is the last beat's by `time.monotonic`, alike in all processes of a node.
-    `seconds` are those of the phases it has left, by phase."""
+    `since_s` likewise when it entered its phase, `seconds` those of the phases until it left them."""
 
     pid: int
     rank: int
@@ -128,6 +129,7 @@ class Beat:
     beats: int
     step: int
     time_s: float
+    since_s: float
     seconds: tuple[float, ...]
 
 
@@ -178,8 +180,8 @@ class Heartbeats:
         for _ in range(_TRIES):
             data = self._records[begin : begin + _SIZE]
             if zlib.crc32(data[: _RECORD.size]) == _CHECKSUM.unpack_from(data, _RECORD.size)[0] and any(data[:4]):
-                pid, rank, attempt, phase, beats, step, time_s, *seconds = _RECORD.unpack_from(data)
-                self._last[place] = Beat(pid, rank, attempt, Phase(phase), beats, step, time_s, tuple(seconds))
+                pid, rank, attempt, phase, beats, step, time_s, since_s, *seconds = _RECORD.unpack_from(data)
+                self._last[place] = Beat(pid, rank, attempt, Phase(phase), beats, step, time_s, since_s, tuple(seconds))
                 break
             if not any(data):
                 break  # not begun

@@ -16,7 +16,7 @@ from trainer.stop import StopWish
 if TYPE_CHECKING:
     from trainer.run import Run
 
-LAUNCHED_VARIABLE = "MUSTER_LAUNCHED"
+LAUNCHED_VARIABLE = "MUSTER_LAUNCHED"  # when the launcher began, UNIX time
 
 
 def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:

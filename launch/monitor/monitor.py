@@ -18,6 +18,7 @@ from launch.monitor.journal import Journal
 from launch.monitor.keeper import Orders
 from launch.monitor.rollup import Minute
 from launch.monitor.rows import newest
+from launch.monitor.windows import Windows
 from trainer.events import Events
 from trainer.folder import RunFolder, read_json, write_json
 from trainer.heartbeat import Beat, Heartbeat, Heartbeats, Phase
@@ -45,6 +46,7 @@ class Monitor:
         self.host, self.processes = Host(), Processes()
         self.gpus = Gpus(self.tell, settings.gpm)
         self.minute = Minute()
+        self.windows = Windows(settings, node_name(), self.folder.gpu, self.tell)
 
     def tell(self, event: str, line: str | None, **facts: Any) -> None:
         """An event, and for people a line; kept back while the run folder holds no run yet."""
@@ -109,6 +111,9 @@ class Monitor:
         self.minute.add(values)
         self._write("second", values)
         beats = [beat for beat in beats if beat.attempt >= 0]
+        window = self.windows.add(beats, values)
+        if window is not None:
+            self._write("window", window)
         if self.hang.look(beats, time.monotonic()) and not self._verdict.exists() and not self._others_take_time():
             self._end_hang(beats)
 

@@ -25,7 +25,7 @@ SEEDED = str(Path(__file__).with_name("seeded"))
 
 
 def beat(rank: int, beats: int, phase: Phase = Phase.COMPUTING) -> Beat:
-    return Beat(100 + rank, rank, 0, phase, beats, 5, 0.0, (0.0,) * len(Phase))
+    return Beat(100 + rank, rank, 0, phase, beats, 5, 0.0, 0.0, (0.0,) * len(Phase))
 
 
 def watched(rows: list[tuple[float, list[Beat]]]) -> list[bool]:

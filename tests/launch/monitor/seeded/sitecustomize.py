@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 SLOW_S = 0.15
+READ_S = 1.0
 
 
 def _busy(seconds: float) -> None:
@@ -44,7 +45,7 @@ def _seed(cause: str, step: int) -> None:
         made += 1
         if made >= step and cause == "slow_reader":
             began = time.perf_counter()
-            time.sleep(SLOW_S)
+            time.sleep(READ_S)
             batch = next_batch(self)
             self.wait_s = time.perf_counter() - began
             return batch

@@ -1,0 +1,217 @@
+"""Where the time of a run went, from its folder alone: every second that it had its GPUs in one class.
+
+A launcher's life goes from its start to its last sign, and its attempts divide it without gaps. Within an attempt the
+phases that rank 0 counted fill the time; what lies before its process counted is starting, and what lies after the last
+row of an attempt that failed is lost work (`redone`), or `stalled` when it hung.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer import life
+from trainer.events import read_events, read_rows
+from trainer.folder import RunFolder, read_json
+from trainer.heartbeat import Phase
+from trainer.start import LAUNCHED_VARIABLE
+
+Row = dict[str, Any]
+CLASSES = (
+    "queued",
+    "starting",
+    "compiling",
+    "waiting_for_data",
+    "computing",
+    "communicating",
+    "saving",
+    "validating",
+    "stalled",
+    "redone",
+)
+_CLASS = {phase.word: phase.word for phase in Phase} | dict.fromkeys(("preparing", "leaving"), "starting")
+
+
+@dataclass
+class Goodput:
+    """`seconds` by class add up to `allocated_s`. `ranks` is the world size of the last attempt."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0.0))
+    gpu_hours: float = 0.0
+    attempts: int = 0
+    ranks: int = 0
+    steps: int = 0
+    samples: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+
+    @property
+    def allocated_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def share(self) -> float | None:
+        """Of the allocated time, what made the steps that counted."""
+        useful = self.seconds["computing"] + self.seconds["communicating"]
+        return useful / self.allocated_s if self.allocated_s else None
+
+
+@dataclass
+class _Attempt:
+    """What the folder says of one attempt."""
+
+    number: int
+    start: Row
+    end: Row | None
+    rows: list[Row]  # of metrics.jsonl
+    events: list[Row]
+    last_sign_s: float
+
+    @property
+    def launched_s(self) -> float | None:
+        """When its launcher began; None under bare torchrun."""
+        text = (self.start.get("environment") or {}).get(LAUNCHED_VARIABLE, "")
+        return float(text) if "." in text else None
+
+    @property
+    def job(self) -> str | None:
+        return (self.start.get("environment") or {}).get("SLURM_JOB_ID")
+
+    @property
+    def began_s(self) -> float:
+        """The first sign of its rank 0: its process's start, as far as its rows tell."""
+        counted = self.counted()
+        return counted[0][0] - sum(counted[0][1].values()) if counted else self.start.get("time_s", self.last_sign_s)
+
+    def counted(self) -> list[tuple[float, dict[str, float], int | None]]:
+        """(Time, seconds by phase up to then, step) of every row that counts phases, oldest first."""
+        found = [(r["time_s"], r["phases_s"], r.get("step")) for r in self.rows if r.get("phases_s")]
+        found += [(e["time_s"], e["phases_s"], None) for e in self.events if e.get("phases_s")]
+        return sorted(found, key=lambda one: sum(one[1].values()))  # not by the clock, which may jump
+
+
+def goodput(folder: RunFolder) -> Goodput:
+    """Count it. An attempt that still runs counts up to its last sign."""
+    attempts = _attempts(folder)
+    total = Goodput(attempts=len(attempts))
+    submitted_s = (read_json(folder.root / "slurm" / "job.json") or {}).get("time_s")
+    before: _Attempt | None = None
+    for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
+        began_s = _begin(attempt, before, submitted_s, total)
+        seconds = _divide(attempt, began_s, after)
+        for name, value in seconds.items():
+            total.seconds[name] += value
+        total.ranks = attempt.start.get("world_size", total.ranks)
+        total.gpu_hours += sum(seconds.values()) * total.ranks / 3600
+        before = attempt
+    _bought(total, attempts)
+    return total
+
+
+def _attempts(folder: RunFolder) -> list[_Attempt]:
+    rows, events = read_rows(folder.metrics), read_events(folder)
+    found = []
+    for number in life.numbers(folder):
+        path = folder.attempts / f"{number:03d}"
+        start, end = read_json(path / "start.json") or {}, read_json(path / "end.json")
+        mine = [row for row in rows if row.get("attempt") == number and "time_s" in row]
+        told = [event for event in events if event.get("attempt") == number]
+        watched = _last_watched_s(folder.gpu, number)
+        signs = [start.get("time_s"), (end or {}).get("time_s"), watched, *(r["time_s"] for r in mine[-1:] + told[-1:])]
+        last = max((sign for sign in signs if sign is not None), default=path.stat().st_mtime)
+        found.append(_Attempt(number, start, end, mine, told, last))
+    return found
+
+
+def _last_watched_s(folder: Path, attempt: int) -> float | None:
+    """The last time that a monitor saw an attempt."""
+    times = [r["time_s"] for p in folder.glob("*.jsonl") for r in read_rows(p) if r.get("attempt") == attempt]
+    return max(times, default=None)
+
+
+def _begin(attempt: _Attempt, before: _Attempt | None, submitted_s: float | None, total: Goodput) -> float:
+    """Where an attempt's time begins. Time in Slurm's queue is added to `total`; while nothing was asked for, no time
+    passes."""
+    launched = attempt.launched_s
+    if before is not None and launched is not None and launched == before.launched_s:
+        return before.last_sign_s  # started again by the same launcher
+    began = launched if launched is not None else attempt.began_s
+    if before is None:
+        waited_since = submitted_s if attempt.job is not None else None
+    else:
+        waited_since = before.last_sign_s if attempt.job is not None and attempt.job == before.job else None
+    if waited_since is not None:
+        total.seconds["queued"] += max(began - waited_since, 0.0)
+    return began
+
+
+def _divide(attempt: _Attempt, began_s: float, after: _Attempt | None) -> dict[str, float]:
+    """An attempt's seconds by class, from where its time begins to its last sign."""
+    seconds = dict.fromkeys(CLASSES, 0.0)
+    whole = max(attempt.last_sign_s - began_s, 0.0)
+    counted = attempt.counted()
+    if not counted:
+        seconds["starting"] = whole
+        return seconds
+    last_s, phases, _ = counted[-1]
+    for phase, value in phases.items():
+        seconds[_CLASS.get(phase, "starting")] += value
+    tail = max(attempt.last_sign_s - last_s, 0.0)
+    seconds["starting"] += whole - tail - sum(phases.values())
+    _lost(seconds, attempt, after)
+    failed = attempt.end is None or attempt.end.get("reason") == "failed"
+    if not failed:
+        seconds["starting"] += tail  # leaving
+        return seconds
+    still = min(max((_still_s(event) for event in attempt.events), default=0.0), tail)
+    seconds["stalled"] += still
+    seconds["redone"] += tail - still
+    return seconds
+
+
+def _still_s(event: Row) -> float:
+    ranks = event.get("ranks", []) if event["event"] == "hang" else []
+    return max((rank["still_s"] for rank in ranks), default=0.0)
+
+
+def _lost(seconds: dict[str, float], attempt: _Attempt, after: _Attempt | None) -> None:
+    """Move what was made after the step from which the next attempt went on: it was made again."""
+    resumed = after.start.get("start_step") if after is not None else None
+    if resumed is None:
+        return
+    rows = [(step, phases) for _, phases, step in attempt.counted() if step is not None]
+    if not rows or rows[-1][0] <= resumed:
+        return
+    kept = _at_step(rows, resumed, attempt.start.get("start_step", 0))
+    for phase, value in rows[-1][1].items():
+        name = _CLASS.get(phase, "starting")
+        if name != "starting":
+            lost = max(value - kept.get(phase, 0.0), 0.0)
+            seconds[name] -= lost
+            seconds["redone"] += lost
+
+
+def _at_step(rows: list[tuple[int, dict[str, float]]], step: int, first: int) -> dict[str, float]:
+    """Seconds by phase when a step was done, between two rows in proportion."""
+    before: tuple[int, dict[str, float]] = (first, {})
+    for number, phases in rows:
+        if number > step:
+            share = (step - before[0]) / max(number - before[0], 1)
+            return {n: before[1].get(n, 0.0) + share * (v - before[1].get(n, 0.0)) for n, v in phases.items()}
+        before = (number, phases)
+    return before[1]
+
+
+def _bought(total: Goodput, attempts: Iterable[_Attempt]) -> None:
+    """Steps, samples and loss. The rows of a later attempt win."""
+    losses: dict[int, Row] = {}
+    for attempt in attempts:
+        resumed = attempt.start.get("start_step", 0)
+        losses = {step: row for step, row in losses.items() if step <= resumed}
+        losses |= {row["step"]: row for row in attempt.rows if row.get("loss") is not None}
+    if losses:
+        first, last = losses[min(losses)], losses[max(losses)]
+        total.steps, total.samples = last["step"], last["consumed_samples"]
+        total.first_loss, total.last_loss = first["loss"], last["loss"]

@@ -1,0 +1,99 @@
+"""Looks at each window of a node: names slow ranks and idle ones, once until that changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.monitor_section import MonitorSection
+from launch.monitor.rollup import Minute
+from launch.monitor.rows import newest
+from launch.monitor.slow import RankWindow, idle, is_training, rank_window, stragglers
+from trainer.heartbeat import Beat
+
+Tell = Callable[..., None]
+
+
+class Windows:
+    """`add` each row. Other nodes' windows are read from their files: the median is that of all ranks."""
+
+    def __init__(self, settings: MonitorSection, node: str, folder: Path, tell: Tell) -> None:
+        self._settings, self._node, self._folder, self._tell = settings, node, folder, tell
+        self._slow: set[int] = set()  # ranks that were named and are still slow
+        self._suspected: set[int] = set()  # slow in one window: that may be chance
+        self._idle_windows = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._minute = Minute()
+        self._first: dict[int, tuple[Beat, float]] = {}
+        self._last: dict[int, tuple[Beat, float]] = {}
+        self._began_s: float | None = None
+
+    def add(self, beats: list[Beat], row: dict[str, Any]) -> dict[str, Any] | None:
+        """The window's row, when this one ends it."""
+        now = time.monotonic()
+        if self._began_s is None or any(b.rank in self._first and self._first[b.rank][0].pid != b.pid for b in beats):
+            self._start()  # other processes: a window holds one life of its ranks
+            self._began_s = now
+        self._minute.add(row)
+        for beat in beats:
+            self._first.setdefault(beat.rank, (beat, now))
+            self._last[beat.rank] = (beat, now)
+        if now - self._began_s < self._settings.window_s:
+            return None
+        ranks = self._ranks(row)
+        self._start()
+        if ranks and all(is_training(rank) and rank.steps > 0 for rank in ranks):
+            self._name_slow(ranks)
+            self._name_idle(ranks)
+        return {"ranks": [asdict(rank) for rank in ranks]}
+
+    def _ranks(self, row: dict[str, Any]) -> list[RankWindow]:
+        rolled = self._minute.row()
+        by_rank = {values["rank"]: values for values in rolled["ranks"]}
+        gpus = {values["uuid"]: values for values in rolled["gpus"]}
+        found = []
+        for place, values in enumerate(row["ranks"]):
+            rank = values["rank"]
+            # Local rank i computes on the job's i-th GPU of the node.
+            gpu = gpus.get(row["gpus"][place]["uuid"]) if place < len(row["gpus"]) else None
+            if rank in self._first and self._last[rank][1] > self._first[rank][1]:
+                both = {"rank": by_rank[rank], "gpu": gpu}
+                found.append(rank_window(self._first[rank], self._last[rank], self._node, both))
+        return found
+
+    def _everywhere(self, ranks: list[RankWindow]) -> list[RankWindow]:
+        others = []
+        for path in self._folder.glob("*.jsonl"):
+            row = newest(path, "window") if path.stem != self._node else None
+            if row is not None and abs(time.time() - row["time_s"]) < 2 * self._settings.window_s:
+                others += [RankWindow(**values) for values in row["ranks"]]
+        return ranks + [rank for rank in others if is_training(rank)]
+
+    def _name_slow(self, ranks: list[RankWindow]) -> None:
+        mine = {rank.rank for rank in ranks}
+        found = [one for one in stragglers(self._everywhere(ranks), self._settings.slow_share) if one[0].rank in mine]
+        for rank, times, why in found:
+            if rank.rank in self._suspected and rank.rank not in self._slow:
+                self._slow.add(rank.rank)
+                where = f"rank {rank.rank} on {rank.node}" + (f" ({rank.gpu})" if rank.gpu else "")
+                line = f"slow: {where} needs {times:.1f} times what the others need: {why or 'no reason is known'}"
+                facts = {"rank": rank.rank, "node": rank.node, "gpu": rank.gpu, "times": round(times, 2), "why": why}
+                self._tell("slow_rank", line, **facts)
+        self._suspected = {rank.rank for rank, _, _ in found}
+        self._slow &= self._suspected
+
+    def _name_idle(self, ranks: list[RankWindow]) -> None:
+        found = idle(ranks, self._settings.idle_pct)
+        self._idle_windows = self._idle_windows + 1 if found else 0
+        if found is not None and self._idle_windows == self._settings.idle_windows:
+            activity, why = found
+            seconds = self._settings.window_s * self._settings.idle_windows
+            names = sorted({name for rank in ranks for name in rank.phases_pct})
+            shares = {n: round(sum(r.phases_pct.get(n, 0.0) for r in ranks) / len(ranks), 1) for n in names}
+            line = f"idle: {activity:.0f} % active over {seconds:g} s: {why}"
+            self._tell("idle", line, activity_pct=round(activity, 1), seconds=seconds, why=why, phases_pct=shares)

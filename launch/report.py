@@ -1,0 +1,48 @@
+"""`python -m launch report`: what a run's time went into, and what it bought."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from configs.errors import UserError
+from launch.goodput import Goodput, goodput
+from trainer.console import duration
+from trainer.folder import RunFolder
+
+_BAR = 30
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch report", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    options = parser.parse_args(arguments)
+    folder = RunFolder(options.run)
+    if not folder.attempts.is_dir():
+        raise UserError(f"{options.run} is no run folder: it has no attempts")
+    found = goodput(folder)
+    print("\n".join(lines(found)))
+    if options.json:
+        options.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    return 0
+
+
+def lines(found: Goodput) -> list[str]:
+    """For people, in 80 columns."""
+    whole = found.allocated_s
+    attempts = f"{found.attempts} attempt{'s' if found.attempts != 1 else ''}"
+    told = [f"{duration(whole)} in {attempts}, {found.ranks} ranks: {found.gpu_hours:.2f} rank-hours"]
+    for name, seconds in found.seconds.items():
+        share = seconds / whole if whole else 0.0
+        bar = "#" * round(share * _BAR)
+        told.append(f"  {name.replace('_', ' '):<17} {share:>6.1%}  {duration(seconds):>9}  {bar}")
+    if found.share is not None:
+        told.append(f"goodput {found.share:.1%}: computing and communicating for steps that counted")
+    if found.first_loss is not None:
+        loss = f"loss {found.first_loss:.4f} -> {found.last_loss:.4f}"
+        told.append(f"bought {found.steps:,} steps, {found.samples:,} samples; {loss}")
+    return told
