@@ -38,7 +38,14 @@ def report(arguments: list[str]) -> int:
     return report_main(arguments)
 
 
-VERBS = {"run": run, "checkpoint": checkpoint, "report": report}
+def watch(arguments: list[str]) -> int:
+    """A run while it runs: every GPU, loss and speed, the last events."""
+    from launch.watch import main as watch_main
+
+    return watch_main(arguments)
+
+
+VERBS = {"run": run, "checkpoint": checkpoint, "watch": watch, "report": report}
 
 
 def main(arguments: list[str]) -> int:

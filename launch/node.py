@@ -141,12 +141,21 @@ class Supervisor:
         self.heartbeats = Heartbeats.make(processes)
         self.events = Events(folder, node_name(), "launcher")
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
-        self._launched_s = time.time()
+        self._launched_s = psutil.Process().create_time()
         self._failures_told = 0
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
 
     def run(self) -> int:
+        """Returns the exit code."""
+        code = self._run()
+        newest = max(life.numbers(self.folder), default=-1)
+        if newest > self._before:
+            self.events.attempt = newest
+            self.events.write("left", code=code)  # up to here its GPUs were this run's
+        return code
+
+    def _run(self) -> int:
         """Agent after agent, until an end is agreed. torchrun restarts failed workers itself; an agent that was killed
         is started again here."""
         for _ in range(self.config.run.max_restarts + 1):

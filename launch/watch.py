@@ -1,0 +1,227 @@
+"""`python -m launch watch`: a run while it runs: every GPU, loss and speed, the last events; in 80 columns."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from configs.errors import UserError
+from launch.monitor.rows import OtherVersion, Row, newest_rows, tail
+from trainer import life
+from trainer.console import duration, si
+from trainer.folder import RunFolder
+from trainer.life import Attempt
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_OLD_S = 15.0  # without a row a node is not seen any more
+_HISTORY = 12
+_ONE_LINE_PER_GPU = 16  # GPUs, at most; above it a line per node
+_EVENTS = 4
+_NUMBERS = {"GiB", "W", "°C", "MHz", "step", "CPU"}
+_BAD = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone", "monitor_lost", "rank_failed", "rank_died", "nonfinite"}
+_GPU_COLUMNS = ["device", "active", "tensor", "GiB", "W", "°C", "MHz", "step", "at"]
+_NODE_COLUMNS = ["node", "each", "mean", "lately", "GiB", "W", "°C", "CPU", "step", "at"]
+Line = tuple[float, list[str]]  # how busy (-1: not known, which comes first when there is no room for all), cells
+_SILENT = {"saved", "reading_left_out"}  # events that say nothing to somebody who watches
+
+
+@dataclass
+class NodeView:
+    """One node's newest row. `activity` is its mean activity lately, oldest first."""
+
+    name: str
+    row: Row
+    age_s: float
+    activity: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch watch", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--once", action="store_true", help="print how it is now, and end")
+    parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks")
+    options = parser.parse_args(arguments)
+    folder = RunFolder(options.run)
+    if not folder.attempts.is_dir():
+        raise UserError(f"{options.run} is no run folder: it has no attempts")
+    watcher = Watcher(folder)
+    if options.once:
+        console = Console(highlight=False)
+        console.print(watcher.look(min(console.width, 100), None))
+        return 0
+    with Live(auto_refresh=False, screen=True) as live:
+        while True:
+            live.update(watcher.look(live.console.width, live.console.height), refresh=True)
+            try:
+                time.sleep(options.every)
+            except KeyboardInterrupt:
+                return 0
+
+
+class Watcher:
+    """Looks again and again; remembers what the sparklines need."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._nodes: dict[str, NodeView] = {}
+        self._notes: list[str] = []
+
+    def look(self, width: int, height: int | None) -> Group:
+        """The whole picture; `height` None shows every line."""
+        self._read_nodes()
+        head = [self._head(), *(Text(note, style="red") for note in self._notes)]
+        events = self._events()
+        room = None if height is None else max(height - len(head) - len(events) - 3, 3)
+        return Group(*head, self._table(width, room), *events)
+
+    def _read_nodes(self) -> None:
+        self._notes = []
+        for path in self.folder.gpu.glob("*.jsonl"):
+            known = self._nodes.get(path.stem)
+            try:
+                rows = newest_rows(path, "second", 1 if known else _HISTORY)
+            except OtherVersion as other:
+                self._notes.append(str(other))
+                continue
+            if not rows:
+                continue
+            view = known or NodeView(path.stem, rows[-1], 0.0)
+            if known is None or rows[-1]["time_s"] != known.row["time_s"]:
+                view.activity.extend(value for row in rows if (value := _activity(row)) is not None)
+            view.row, view.age_s = rows[-1], time.time() - rows[-1]["time_s"]
+            self._nodes[path.stem] = view
+
+    def _head(self) -> Text:
+        number = max(life.numbers(self.folder), default=None)
+        end = Attempt(self.folder, number).end if number is not None else None
+        state = f"{end.reason}{f' ({end.cause})' if end.cause else ''}" if end else "running"
+        text = Text(f"{self.folder.root.name}  attempt {number}  {state}", style="bold")
+        rows = [row for row in tail(self.folder.metrics, 20) if row.get("loss") is not None]
+        if rows:
+            row = rows[-1]
+            speed = f"{si(row['tokens_per_s'])} tokens/s, MFU " + (f"{row['mfu']:.1%}" if row.get("mfu") else "n/a")
+            age = f"  {duration(max(time.time() - row['time_s'], 0))} ago"
+            text.append(f"\nstep {row['step']:,}  loss {row['loss']:.4f}  {speed}{age}", style="not bold")
+        return text
+
+    def _table(self, width: int, room: int | None) -> Table:
+        nodes = sorted(self._nodes.values(), key=lambda node: node.name)
+        few = sum(len(_devices(node.row)) for node in nodes) <= _ONE_LINE_PER_GPU
+        names, lines = (_GPU_COLUMNS, _gpu_lines(nodes)) if few else (_NODE_COLUMNS, _node_lines(nodes))
+        table = Table(box=None, padding=(0, 1, 0, 0), width=min(width, 100))
+        shown = lines if room is None or len(lines) <= room else sorted(lines)[: room - 1]  # the idlest
+        for place, name in enumerate(names):
+            widest = max([len(name), *(len(cells[place]) for _, cells in shown)])
+            side: Literal["left", "right"] = "right" if name in _NUMBERS else "left"
+            least = None if name == names[-1] else widest  # only the last one gives way
+            table.add_column(name, no_wrap=True, overflow="ellipsis", justify=side, min_width=least)
+        for _, cells in shown:
+            table.add_row(*cells)
+        if len(shown) < len(lines):
+            table.add_row(f"{len(lines) - len(shown)} more", "are busier")
+        return table
+
+    def _events(self) -> list[Text]:
+        files = sorted(self.folder.events.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)[-20:]
+        rows = [row for path in files for row in tail(path, 2 * _EVENTS) if row.get("event") not in _SILENT]
+        told = []
+        for row in sorted(rows, key=lambda row: row["time_s"])[-_EVENTS:]:
+            facts = {k: v for k, v in row.items() if k not in ("time_s", "event") and isinstance(v, str | int | float)}
+            when = time.strftime("%H:%M:%S", time.localtime(row["time_s"]))
+            text = f"{when} {row['event']} " + " ".join(f"{k}={v}" for k, v in facts.items())
+            told.append(Text(text, no_wrap=True, overflow="ellipsis", style="yellow" if _is_bad(row) else "dim"))
+        return told
+
+
+def _is_bad(row: Row) -> bool:
+    return row["event"] in _BAD
+
+
+def _devices(row: Row) -> list[Row]:
+    """What a line is about: the GPUs, or on a node without any its ranks."""
+    return row["gpus"] or row["ranks"]
+
+
+def _busy(device: Row) -> float | None:
+    """Percent active: SM activity, else utilization, else a rank's main thread."""
+    for name in ("sm_pct", "gpu_pct", "main_cpu_pct"):
+        if name in device:
+            return min(float(device[name]), 100.0)
+    return None
+
+
+def _activity(row: Row) -> float | None:
+    values = [value for device in _devices(row) if (value := _busy(device)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _bar(value: float | None, width: int = 10) -> str:
+    if value is None:
+        return "?"
+    full, part = divmod(value / 100 * width, 1)
+    return ("█" * int(full) + (_BLOCKS[round(part * 8)] if full < width else "")).ljust(width)
+
+
+def _spark(values: list[float | None]) -> str:
+    return "".join("?" if v is None else _BLOCKS[max(1, round(v / 100 * 8))] for v in values)
+
+
+def _phase(row: Row) -> str:
+    """What most of a node's ranks are at, and how many."""
+    phases = [rank["phase"].replace("_", " ") for rank in row["ranks"]]
+    if not phases:
+        return "no ranks"
+    most = max(set(phases), key=phases.count)
+    return most if phases.count(most) == len(phases) else f"{most} {phases.count(most)}/{len(phases)}"
+
+
+def _age(node: NodeView) -> str:
+    return f"silent {duration(node.age_s)}" if node.age_s > _OLD_S else ""
+
+
+def _mean(row: Row, name: str) -> str:
+    values = [gpu[name] for gpu in row["gpus"] if name in gpu]
+    return f"{sum(values) / len(values):.0f}" if values else ""
+
+
+def _gpu_lines(nodes: list[NodeView]) -> list[Line]:
+    lines: list[Line] = []
+    for node in nodes:
+        ranks = node.row["ranks"]
+        for place, device in enumerate(_devices(node.row)):
+            rank = ranks[place] if place < len(ranks) else {}
+            kind = f"G{device['index']}" if "uuid" in device else f"r{device['rank']}"
+            number = lambda name, form=".0f", device=device: format(device[name], form) if name in device else ""  # noqa: E731
+            tensor = f"{device['tensor_pct']:.0f} %" if "tensor_pct" in device else ""
+            at = "LOST" if device.get("lost") else _age(node) or rank.get("phase", "").replace("_", " ")
+            if device.get("throttled"):
+                at += " throttled: " + ",".join(device["throttled"])
+            cells = [f"{node.name} {kind}", _bar(_busy(device)), tensor, number("memory_gib", ".1f"), number("power_w")]
+            cells += [number("temperature_c"), number("sm_clock_mhz"), str(rank.get("step", "")), at]
+            busy = _busy(device)
+            lines.append((-1.0 if busy is None else busy, cells))
+    return lines
+
+
+def _node_lines(nodes: list[NodeView]) -> list[Line]:
+    lines: list[Line] = []
+    for node in nodes:
+        row = node.row
+        each = _spark([None if device.get("lost") else _busy(device) for device in _devices(row)])
+        steps = [rank["step"] for rank in row["ranks"]]
+        mean = _activity(row)
+        cells = [node.name, each, "?" if mean is None else f"{mean:3.0f} %", _spark(list(node.activity))]
+        cells += [_mean(row, "memory_gib"), _mean(row, "power_w"), _mean(row, "temperature_c")]
+        cells += [f"{row['host'].get('cpu_pct', 0):.0f} %", str(min(steps, default="")), _age(node) or _phase(row)]
+        lines.append((-1.0 if mean is None or node.age_s > _OLD_S else mean, cells))
+    return lines
