@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life slurm faults matrix bench bench-checkpoint gpu tutorial picture slurm-deps
+.PHONY: help demo test schema clean life slurm monitor faults matrix bench bench-checkpoint gpu tutorial picture slurm-deps
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
@@ -17,6 +17,7 @@ help:
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
 	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the picture of the README"
 	@echo "make slurm   every fault of a Slurm job, on a cluster of this machine"
+	@echo "make monitor every cause seeded in real runs and named by the monitor, and what the monitor costs (10 minutes)"
 	@echo "make slurm-deps   install a Slurm to rehearse on (apt; then: python -m slurm cluster up)"
 	@echo "make clean   remove the environment and every cache (runs stay)"
 
@@ -54,6 +55,10 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 # Longer than `make test`; each is run by hand before its result is claimed.
 life: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/life --full $(ARGS)
+
+monitor: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/launch/monitor tests/launch/test_goodput.py tests/launch/test_watch.py --full $(ARGS)
+	@$(BIN)/python benchmarks/monitor.py
 
 slurm: $(VENV)/.test
 	@MUSTER_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm --full $(ARGS)

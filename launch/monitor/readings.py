@@ -60,7 +60,8 @@ def _utilization(d: Device) -> Values:
 
 
 def _memory(d: Device) -> Values:
-    memory = pynvml.nvmlDeviceGetMemoryInfo(d.handle)
+    # Version 2: what the driver keeps for itself is not counted as used, just as nvidia-smi shows it.
+    memory = pynvml.nvmlDeviceGetMemoryInfo(d.handle, version=pynvml.nvmlMemory_v2)
     return {"memory_gib": round(memory.used / 2**30, 3), "memory_total_gib": round(memory.total / 2**30, 3)}
 
 

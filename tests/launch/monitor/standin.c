@@ -17,7 +17,7 @@
 #include <time.h>
 
 typedef struct { unsigned gpu, memory; } nvmlUtilization_t;
-typedef struct { unsigned long long total, free, used; } nvmlMemory_t;
+typedef struct { unsigned version; unsigned long long total, reserved, free, used; } nvmlMemory_v2_t;
 typedef union { double dVal; unsigned uiVal; unsigned long ulVal; unsigned long long ullVal; long long sllVal; } value_t;
 typedef struct {
     unsigned fieldId, scopeId;
@@ -170,11 +170,13 @@ int nvmlDeviceGetUtilizationRates(device_t *device, nvmlUtilization_t *rates) {
     rates->memory = get("memory_bus", device->gpu, 40);
     return 0;
 }
-int nvmlDeviceGetMemoryInfo(device_t *device, nvmlMemory_t *memory) {
-    ASK("nvmlDeviceGetMemoryInfo");
+int nvmlDeviceGetMemoryInfo_v2(device_t *device, nvmlMemory_v2_t *memory) {
+    ASK("nvmlDeviceGetMemoryInfo_v2");
+    if (memory->version != nvmlMemory_v2) return NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
+    memory->reserved = 512ull << 20;
     memory->total = device->instance < 0 ? 80ull << 30 : 10ull << 30;
     memory->used = get("memory", device->gpu, (double)((unsigned long long)(device->gpu + 1) << 30));
-    memory->free = memory->total - memory->used;
+    memory->free = memory->total - memory->used - memory->reserved;
     return 0;
 }
 #define ONE_NUMBER(call, type, otherwise)                  \

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).with_name("standin.c")
 # Names in the C source, and the structures of nvidia-ml-py that they must equal in every offset.
 _STRUCTS = {
     "nvmlUtilization_t": pynvml.c_nvmlUtilization_t,
-    "nvmlMemory_t": pynvml.c_nvmlMemory_t,
+    "nvmlMemory_v2_t": pynvml.c_nvmlMemory_v2_t,
     "nvmlFieldValue_t": pynvml.c_nvmlFieldValue_t,
     "nvmlProcessInfo_v3_t": pynvml.c_nvmlProcessInfo_v3_t,
     "nvmlGpmMetric_t": pynvml.c_nvmlGpmMetric_t,
@@ -43,7 +43,7 @@ def build(folder: Path) -> Path:
 def layout() -> str:
     """nvidia-ml-py's constants as macros, and assertions of where it expects each field."""
     wanted = ("NVML_ERROR_", "NVML_FI_DEV_NVLINK", "NVML_VALUE_TYPE", "NVML_CLOCK_", "NVML_MEMORY_ERROR", "NVML_GPM_")
-    wanted += ("NVML_SUCCESS", "NVML_TEMPERATURE_GPU", "NVML_VOLATILE_ECC")
+    wanted += ("nvmlMemory_v2", "NVML_SUCCESS", "NVML_TEMPERATURE_GPU", "NVML_VOLATILE_ECC")
     constants = {n: v for n, v in vars(pynvml).items() if n.startswith(wanted) and isinstance(v, int)}
     lines = ["#include <stddef.h>", *(f"#define {name} {value}" for name, value in constants.items())]
     for name, struct in _STRUCTS.items():

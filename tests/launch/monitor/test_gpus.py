@@ -21,7 +21,7 @@ MIG = ["MIG-000000a1-aaaa-bbbb-cccc-000000000000", "MIG-000000a1-aaaa-bbbb-cccc-
 # What each call gives. Without GPM the rates come from counters.
 GIVES = {
     "nvmlDeviceGetUtilizationRates": {"gpu_pct", "memory_bus_pct"},
-    "nvmlDeviceGetMemoryInfo": {"memory_gib", "memory_total_gib"},
+    "nvmlDeviceGetMemoryInfo_v2": {"memory_gib", "memory_total_gib"},
     "nvmlDeviceGetPowerUsage": {"power_w"},
     "nvmlDeviceGetTemperature": {"temperature_c"},
     "nvmlDeviceGetCurrentClocksThrottleReasons": {"throttled"},
