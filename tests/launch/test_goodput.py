@@ -189,7 +189,7 @@ def test_a_real_run_with_restarts_adds_up_to_the_wall_clock(tmp_path: Path) -> N
                 run.wait_for("its steps", lambda: run.rows()[-1]["attempt"] == 1 and run.step() >= 14)
                 run.folder.stop.touch()
             assert run.wait() == (3 if part == 0 else 0), run.output
-        wall_s += time.time() - began
+            wall_s += time.time() - began
         step = run.end()["step"]
     found = goodput(run.folder)
     print("\n".join(lines(found)))
