@@ -37,12 +37,8 @@ def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
     strace = shutil.which("strace")
     assert strace, "strace is needed to count system calls (apt-get install strace)"
     trace = tmp_path / "trace"
-    done = told_by(
-        crash_points,
-        "names",
-        tmp_path,
-        [strace, "-f", "-y", "--seccomp-bpf", "-e", f"trace={TRACED}", "-o", str(trace)],
-    )
+    watched = [strace, "-f", "-y", "--seccomp-bpf", "-e", f"trace={TRACED}", "-o", str(trace)]
+    done = told_by(crash_points, "names", tmp_path, watched)
     assert done.keys() == crash_points.ACTIONS.keys()
     for action, names in done.items():
         expected = Counter(AS_CALL.get(name, name) for name in names)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import two_ranks
 from power_loss import Disk, Step, choices, materialise
-from test_crash import run_ranks
+from test_crash import told_by
 
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
@@ -30,7 +30,7 @@ ROOT = "checkpoints"
 def steps(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
     """Every operation of two saves by two ranks, from an empty run folder on."""
     folder = tmp_path_factory.mktemp("record")
-    run_ranks("record", folder)
+    told_by(two_ranks, "record", folder)
 
     def relative(path: str) -> str:
         return os.path.relpath(path, folder / "run") if path else ""
