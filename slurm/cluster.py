@@ -38,6 +38,7 @@ _ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server-core"}
 _APT = "apt-get install --no-install-recommends"
 _MAX_SOCKET_PATH = 107  # of a unix socket
 _SLOTS = 32
+_PATIENCE_S = 180.0  # for a daemon that lives: a busy machine takes a minute for what takes a second on another
 _DATABASE_FLAGS = ("--skip-networking", "--skip-grant-tables", "--skip-log-bin", "--innodb-buffer-pool-size=64M")
 
 
@@ -137,9 +138,7 @@ class Cluster:
             self._spawn("slurmctld", "slurmctld", "-D")
         for number in range(1, self.settings.nodes + 1):
             self.start_node(number)
-        self._wait(
-            "slurmctld", 60.0, lambda: len(self.ready_nodes()) == self.settings.nodes, "the nodes did not come up"
-        )
+        self._wait("slurmctld", lambda: len(self.ready_nodes()) == self.settings.nodes, "the nodes did not come up")
 
     def start_node(self, number: int) -> None:
         """Start a node, unless it runs."""
@@ -161,9 +160,9 @@ class Cluster:
     def ready_nodes(self) -> list[str]:
         return [name for name, state in self.states().items() if state in ("idle", "allocated", "mixed", "completing")]
 
-    def _wait(self, daemon: str, patience_s: float, ready: Callable[[], bool], what: str) -> None:
+    def _wait(self, daemon: str, ready: Callable[[], bool], what: str) -> None:
         """Until `ready`; gives up at once when the daemon has died."""
-        if not _until(patience_s, lambda: ready() or self.alive(daemon) is None) or self.alive(daemon) is None:
+        if not _until(_PATIENCE_S, lambda: ready() or self.alive(daemon) is None) or self.alive(daemon) is None:
             raise UserError(f"{what}; see {self.home.root / 'log'} (to clear away: python -m slurm cluster down)")
 
     def _start_munge(self) -> None:
@@ -180,7 +179,7 @@ class Cluster:
         files |= {"seed-file": home.root / "munge.seed", "log-file": home.root / "log/munged.log"}
         flags = [f"--{flag}={path}" for flag, path in files.items()]
         self._spawn("munged", "munged", "--foreground", "--force", *flags)
-        self._wait("munged", 10.0, home.munge_socket.exists, "munged did not start")
+        self._wait("munged", home.munge_socket.exists, "munged did not start")
 
     def _start_accounting(self) -> None:
         home = self.home
@@ -196,10 +195,10 @@ class Cluster:
             flags += [f"--datadir={data}", f"--socket={home.database_socket}"]
             pid_file = f"--pid-file={home.root}/run/mariadbd.daemon.pid"
             self._spawn("mariadbd", "mariadbd", "--no-defaults", "--user=root", pid_file, *flags)
-            self._wait("mariadbd", 60.0, lambda: _listens(home.database_socket), "mariadbd did not start")
+            self._wait("mariadbd", lambda: _listens(home.database_socket), "mariadbd did not start")
         self._spawn("slurmdbd", "slurmdbd", "-D")
         listed = lambda: self.run("sacctmgr", "-n", "list", "cluster").returncode == 0  # noqa: E731
-        self._wait("slurmdbd", 60.0, listed, "slurmdbd did not start")
+        self._wait("slurmdbd", listed, "slurmdbd did not start")
         if not self.run("sacctmgr", "-n", "list", "cluster", "rehearsal").stdout.strip():
             self.run("sacctmgr", "-i", "-Q", "add", "cluster", "rehearsal")
 
