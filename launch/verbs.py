@@ -1,0 +1,38 @@
+"""What `python -m launch VERB ...` and `python -m slurm VERB ...` have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import NamedTuple
+
+from configs.errors import UserError
+from trainer import life
+
+
+class Verb(NamedTuple):
+    """`main` is a function from arguments to an exit code, as `module:name`; imported when the verb is typed."""
+
+    main: str
+    help: str
+
+
+def run_verb(prog: str, description: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int:
+    """Run the verb that the arguments begin with; returns the exit code."""
+    lines = "\n".join(f"  {name:<12}{verb.help}" for name, verb in verbs.items())
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=f"{description}\n\nverbs:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=verbs, metavar="VERB")
+    options = parser.parse_args(arguments[:1])
+    module, _, name = verbs[options.verb].main.partition(":")
+    try:
+        code: int = getattr(import_module(module), name)(arguments[1:])
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return life.USER_ERROR
