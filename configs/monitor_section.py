@@ -22,6 +22,16 @@ class MonitorSection(Section):
         30.0, "mean SM activity (of CPU ranks: main thread) below which a run is idle", ge=0, le=100
     )
     idle_windows: int = speed(5, "idle windows in a row before it is said", ge=1)
+    hook: str | None = speed(
+        None,
+        "shell command told of a hang, a slow rank, an idle run or a lost GPU: $MUSTER_EVENT, $MUSTER_TEXT",
+        min_length=1,
+    )
+    webhook: str | None = speed(
+        None,
+        "name of the environment variable with a URL, to which the same is posted",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+    )
     gpm: Literal["auto", "on", "off"] = speed(
         "auto", "SM, tensor and DRAM activity on Hopper and newer; auto: not while DCGM runs on the node"
     )

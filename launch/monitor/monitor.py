@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.monitor_section import MonitorSection
+from launch.hooks import Hooks
 from launch.monitor.ask import ask
 from launch.monitor.gpus import Gpus
 from launch.monitor.hang import HangWatch, culprits, describe, share
@@ -26,6 +27,7 @@ from trainer.life import Attempt
 from trainer.names import node_name
 
 ROLLUP_S = 60.0
+ALERTS = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone"}  # of which the user's hooks are told
 _JUMP_S = 5.0  # by which the clock may differ from the time that passed before it is said
 _OTHERS_S = 30.0  # age of another node's newest row, at most, for it to say something
 _PAUSE_S = 10.0  # between two rows before it is said
@@ -41,6 +43,7 @@ class Monitor:
         self.hang = HangWatch(orders.hang_s, orders.patient_s, settings.interval_s)
         self.own = Heartbeat.at(heartbeats.path, heartbeats.places - 1, rank=-1)
         self.events = Events(self.folder, node_name(), "monitor")
+        self.hooks = Hooks(settings.hook, settings.webhook, self._print)
         self.journal: Journal | None = None
         self._untold: list[tuple[str, str | None, dict[str, Any]]] = []
         self.host, self.processes = Host(), Processes()
@@ -55,7 +58,13 @@ class Monitor:
             return
         self.events.write(event, **facts)
         if line is not None:
-            print(f"{node_name()}: {line}", flush=True)
+            self._print(line)
+        if event in ALERTS:
+            run = {"run": self.folder.root.name, "folder": str(self.folder.root), "node": node_name()}
+            self.hooks.tell({"event": event, "text": f"{self.folder.root.name}: {line}", **run, **facts})
+
+    def _print(self, line: str) -> None:
+        print(f"{node_name()}: {line}", flush=True)
 
     def _begin(self) -> None:
         """From here on rows are written. Before, a mistake in the config may still leave the folder as it was."""
@@ -141,6 +150,7 @@ class Monitor:
         line, facts = describe(guilty, why)
         if node_name() == min(nodes):
             self.tell("hang", f"{line}; stacks of all ranks: {attempt.path}", **facts)
+        self.hooks.wait()  # after this the launcher ends everything
         write_json(self._verdict, facts)
 
     def _roll_up(self) -> None:

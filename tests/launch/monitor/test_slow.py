@@ -170,8 +170,11 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
     ids=["slow reader", "tiny batch", "save every step"],
 )
 def test_an_idle_run(seed: str | None, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with seeded(tmp_path, seed, **{"monitor__idle_pct": 60.0, **changes}) as run:
+    hook = f'echo "$MUSTER_TEXT" >> {tmp_path}/told'
+    with seeded(tmp_path, seed, **{"monitor__idle_pct": 60.0, "monitor__hook": hook, **changes}) as run:
         run.wait_for("an idle run", lambda: run.events("idle"))
+        run.wait_for("the hook", (tmp_path / "told").exists)
+        assert words in (tmp_path / "told").read_text()
         assert words in run.events("idle")[0]["why"]
         assert run.events("slow_rank") == []
         assert "idle: " in run.output

@@ -1,0 +1,84 @@
+"""The user's command and webhook: told, never waited for, and their secrets kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from launch.hooks import Hooks
+
+FACTS = {"event": "idle", "text": "run: idle: 9 % active", "activity_pct": 9.0}
+
+
+def test_a_command_is_told_in_its_environment(tmp_path: Path) -> None:
+    said: list[str] = []
+    hooks = Hooks(f'echo "$MUSTER_EVENT|$MUSTER_TEXT|$MUSTER_ACTIVITY_PCT" > {tmp_path}/out', None, said.append)
+    hooks.tell(FACTS)
+    hooks.wait()
+    assert (tmp_path / "out").read_text() == "idle|run: idle: 9 % active|9.0\n"
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("command", "line"), [("exit 3", "hook: exit code 3"), ("sleep 60", "hook: not done after 0.3 s, ended")]
+)
+def test_what_a_command_does_wrong_is_a_line(command: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.hooks.PATIENCE_S", 0.3)
+    said: list[str] = []
+    hooks = Hooks(command, None, said.append)
+    began = time.monotonic()
+    hooks.tell(FACTS)
+    assert time.monotonic() - began < 0.2
+    hooks.wait(5.0)
+    assert said == [line]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[bytes]]]:
+    """Takes a POST; answers 500 to one at /bad."""
+    posted: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(500 if self.path == "/bad" else 204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    one = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=one.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{one.server_port}", posted
+    one.shutdown()
+    one.server_close()
+
+
+def test_a_webhook_gets_json(server: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+    address, posted = server
+    monkeypatch.setenv("MY_HOOK", address + "/secret")
+    said: list[str] = []
+    hooks = Hooks(None, "MY_HOOK", said.append)
+    hooks.tell(FACTS)
+    hooks.wait()
+    assert json.loads(posted[0]) == FACTS
+    monkeypatch.setenv("MY_HOOK", address + "/bad")
+    hooks.tell(FACTS)
+    hooks.wait()
+    monkeypatch.setenv("MY_HOOK", "http://127.0.0.1:9/secret")
+    hooks.tell(FACTS)
+    hooks.wait()
+    monkeypatch.setenv("MY_HOOK", "secret")
+    hooks.tell(FACTS)
+    hooks.wait()
+    monkeypatch.delenv("MY_HOOK")
+    hooks.tell(FACTS)
+    hooks.wait()
+    refused, no_address = "webhook: Connection refused", "webhook: the environment variable MY_HOOK holds no address"
+    assert said == ["webhook: HTTP 500", refused, f"{no_address} (http://...)", "webhook: no MY_HOOK set"]
