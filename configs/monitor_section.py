@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from configs.section import Section, speed
 
@@ -32,6 +34,17 @@ class MonitorSection(Section):
         "name of the environment variable with a URL, to which the same is posted",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
     )
+    profile_steps: Annotated[list[int], Field(min_length=2, max_length=2)] | None = speed(
+        None, "first and last step to profile; a file PROFILE in the run folder asks for the next three"
+    )
+    profile_ranks: list[int] = speed([0], "ranks that write a trace")
     gpm: Literal["auto", "on", "off"] = speed(
         "auto", "SM, tensor and DRAM activity on Hopper and newer; auto: not while DCGM runs on the node"
     )
+
+    @model_validator(mode="after")
+    def _forwards(self) -> MonitorSection:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            first, last = self.profile_steps
+            raise ValueError(f"profile_steps: the first step, {first}, comes after the last, {last}")
+        return self

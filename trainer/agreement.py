@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from trainer.stop import Cause, Kind, StopWish
@@ -15,9 +17,9 @@ class Agreement:
     memory, nothing waits for them, and all ranks read the same numbers, so all leave at the same step.
     """
 
-    def __init__(self, world: World, wish: StopWish) -> None:
-        self.world, self.wish = world, wish
-        self._wishes: torch.Tensor | None = None
+    def __init__(self, world: World, wish: StopWish, asked: Callable[[], bool] = lambda: False) -> None:
+        self.world, self.wish, self._asked = world, wish, asked
+        self._wishes: torch.Tensor | None = None  # by kind, and last how many ranks ask for a profile
 
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
         """fp64 [n] summed over the data ranks, on the device. A collective of all ranks."""
@@ -25,7 +27,8 @@ class Agreement:
         if not self.world.counts:
             numbers = torch.zeros_like(numbers)  # the first rank of the tensor group gives them
         cause = self.wish.poll()
-        wishes = torch.tensor([float(cause is not None and cause.kind is k) for k in Kind], dtype=torch.float64)
+        told = [float(cause is not None and cause.kind is kind) for kind in Kind] + [float(self._asked())]
+        wishes = torch.tensor(told, dtype=torch.float64)
         both = torch.cat([numbers, wishes.to(self.world.device, non_blocking=True)])
         self.world.sum(both)
         # On a GPU this copy runs behind the reduction; whoever reads it has synchronised with a later result.
@@ -42,6 +45,11 @@ class Agreement:
         kind = max(asked)
         mine = self.wish.cause
         return mine if mine is not None and mine.kind is kind else Cause.elsewhere(kind)
+
+    def profile(self) -> bool:
+        """Whether the last reduction brought a request for a profile: the same on every rank. As `outcome`, only after
+        the device was synchronised."""
+        return self._wishes is not None and bool(self._wishes[-1] > 0)
 
     def now(self) -> Cause | None:
         """Agree at once. A collective that waits: before the first step, not between steps."""

@@ -36,6 +36,10 @@ class RunFolder:
         return self.root / "STOP"
 
     @property
+    def profile(self) -> Path:
+        return self.root / "PROFILE"
+
+    @property
     def attempts(self) -> Path:
         return self.root / "attempts"
 

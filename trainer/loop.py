@@ -52,10 +52,11 @@ def train(run: Run) -> Cause | None:
     Raises RunFailed, on all ranks alike, when going on makes no sense.
     """
     config, progress = run.config, run.progress
-    agreement = Agreement(run.world, run.wish)
+    agreement = Agreement(run.world, run.wish, run.profiling.asked)
     health = Health(config, progress, run.events, run.world.first)
     cause = agreement.now()  # a wish that came while everything was being built
     cause = validate_if_due(run, agreement, cause)  # one that a stop left undone
+    run.profiling.after_step(progress.step, asked=False)
     while cause is None and progress.step < config.train.steps and not stopped_early(run):
         run.follow_freeze_schedule()
         run.world.heartbeat.enter(Phase.WAITING_FOR_DATA, progress.step + 1)
@@ -72,6 +73,7 @@ def train(run: Run) -> Cause | None:
         if due(progress.step, config.run.log_every_steps) or progress.step == config.train.steps:
             log(run, result)
         cause = agreement.outcome()  # the wishes that this step's reduction carried
+        run.profiling.after_step(progress.step, agreement.profile())
         cause = validate_if_due(run, agreement, cause)
         keeps_best = progress.is_best and config.checkpoint.keep.best
         if cause is None and (due(progress.step, config.checkpoint.every_steps) or keeps_best):

@@ -28,6 +28,7 @@ from trainer.layout import resolve
 from trainer.life import Attempt
 from trainer.loop import Progress
 from trainer.metrics import Meter
+from trainer.profiling import Profiling
 from trainer.step import RunFailed
 from trainer.stop import Cause, StopRequested, StopWish
 from trainer.tasks.lm import LanguageModelling
@@ -44,6 +45,7 @@ class Run:
         self.events = Events(folder, world.node, f"rank{world.rank:05d}")
         self.events.attempt = world.heartbeat.attempt = attempt.number
         self.progress = Progress()
+        self.profiling = Profiling(config, world, attempt, self.events, self.console)
         self.task = LanguageModelling(config.task)
         self.store = CheckpointStore(
             folder.checkpoints,
@@ -240,5 +242,6 @@ class Run:
         return time.monotonic() - self.began
 
     def close(self) -> None:
+        self.profiling.close()
         self.loader.close()
         self.meter.close()
