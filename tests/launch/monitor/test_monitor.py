@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from configs.schema import Config
+from launch.monitor import monitor as module
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
 from trainer.console import Console
@@ -131,6 +132,55 @@ def test_ending_it_takes_no_time(stopped: bool, within_s: float, node: Callable[
     assert time.monotonic() - began < within_s
     psutil.wait_procs([process], timeout=1)
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_second_monitor_of_a_node_leaves(node: Callable[..., Node], capfd: pytest.CaptureFixture[str]) -> None:
+    one = node()
+    one.wait_for("a row", one.rows)
+    local = one.folder.root / "other"
+    local.mkdir()
+    config = Config.model_validate({**tiny(local), "monitor": {"interval_s": 0.05}})
+    second = Keeper(config, one.folder, one.heartbeats, local, Console(rank=0), one.events)
+    second._start()  # `start` would clear the first one's records
+    deadline = time.monotonic() + 20
+    while second.process is not None and time.monotonic() < deadline:
+        second.poll()
+        time.sleep(0.01)
+    assert second._taken
+    assert one.told("monitor_lost") == []
+    assert "another monitor writes" in capfd.readouterr().out
+    before = len(one.rows())
+    one.wait_for("more rows", lambda: len(one.rows()) > before + 2)
+
+
+class Clock:
+    """Stands in for `time`: the third look comes after an hour, and the fifth shows another time of day."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + (3600.0 if self.looks >= 3 else 0.0)
+
+    def time(self) -> float:
+        return self.monotonic() + (1_000_000.0 if self.looks < 5 else 1_000_500.0)
+
+
+def test_a_pause_and_a_clock_that_jumps_are_said(node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = node(interval_s=0.05)
+    one.keeper.stop()
+    clock = Clock()
+
+    def ended(wait_s: float) -> bool:
+        clock.looks += 1
+        return clock.looks > 7
+
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "_ended", ended)
+    module.Monitor(one.keeper._orders, one.heartbeats).run()
+    assert [round(e["seconds"] / 100) for e in one.told("monitor_paused")] == [36]
+    assert [round(e["seconds"] / 100) for e in one.told("clock_jumped")] == [5]
+    assert one.told("hang") == []
 
 
 def test_signals_to_the_whole_step_leave_it_alone(node: Callable[..., Node]) -> None:
