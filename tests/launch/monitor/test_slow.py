@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -121,13 +122,23 @@ def seeded(folder: Path, seed: str | None, **changes: Any) -> Iterator[Running]:
         yield run
 
 
+def seldom(run: Running, event: str) -> Callable[[], Any]:
+    """Whether it was told. Asked every second: to ask all the time would itself take a rank's CPU."""
+
+    def told() -> Any:
+        time.sleep(1.0)
+        return run.told_by("monitor", event)
+
+    return told
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("seed", "why"), [("slow_rank:1:5", None), ("slow_reader:1:5", "it waits for data")], ids=["computing", "reading"]
 )
 def test_one_slow_rank(seed: str, why: str | None, tmp_path: Path) -> None:
     with seeded(tmp_path, seed) as run:
-        run.wait_for("a slow rank", lambda: run.events("slow_rank"))
+        run.wait_for("a slow rank", seldom(run, "slow_rank"))
         (event,) = run.events("slow_rank")
         assert event["rank"] == 1
         assert event["times"] > 1.3
@@ -146,7 +157,7 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
         try:
             for hog in hogs:
                 psutil.Process(hog.pid).cpu_affinity([1])
-            run.wait_for("a slow rank", lambda: run.events("slow_rank"))
+            run.wait_for("a slow rank", seldom(run, "slow_rank"))
         finally:
             for hog in hogs:
                 hog.kill()
@@ -172,7 +183,7 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
 def test_an_idle_run(seed: str | None, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     hook = f'echo "$MUSTER_TEXT" >> {tmp_path}/told'
     with seeded(tmp_path, seed, **{"monitor__idle_pct": 60.0, "monitor__hook": hook, **changes}) as run:
-        run.wait_for("an idle run", lambda: run.events("idle"))
+        run.wait_for("an idle run", seldom(run, "idle"))
         run.wait_for("the hook", (tmp_path / "told").exists)
         assert words in (tmp_path / "told").read_text()
         assert words in run.events("idle")[0]["why"]
