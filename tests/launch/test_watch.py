@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from configs.errors import UserError
+from launch.monitor.rows import newest_rows
 from launch.watch import Watcher, main
 from trainer.events import append_row
 from trainer.folder import RunFolder, write_json
@@ -105,10 +106,12 @@ def test_a_lost_gpu_and_a_node_that_vanished(tmp_path: Path) -> None:
 
 def test_half_a_row_is_not_seen_yet(tmp_path: Path) -> None:
     folder = made_up(tmp_path, 1, 2)
-    watcher = Watcher(folder)
-    with open(folder.gpu / "node000.jsonl", "a") as file:
+    path = folder.gpu / "node000.jsonl"
+    whole = newest_rows(path, "second", 1)
+    with open(path, "a") as file:
         file.write(json.dumps(row(0, 2, 0.0, sm_pct=1.0))[:200])
-    assert "█████████ " in seen(watcher)
+    assert newest_rows(path, "second", 1) == whole
+    assert "█████████ " in seen(Watcher(folder))
 
 
 def test_a_folder_of_another_version_is_said(tmp_path: Path) -> None:

@@ -78,6 +78,22 @@ def test_a_reader_never_sees_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 2000
 
 
+def test_a_mixture_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that was stopped in the middle of a write: what it said before holds."""
+    heartbeats = Heartbeats.make(1)
+    heartbeat = joined(heartbeats, 0, monkeypatch)
+    heartbeat.enter(Phase.COMPUTING, 7)
+    before = heartbeats.ranks()
+    with open(heartbeats.path, "r+b") as file:
+        file.seek(24)
+        file.write(b"\x09")  # another step, and the old checksum
+    assert heartbeats.ranks() == before
+    heartbeat.enter(Phase.SAVING)
+    (beat,) = heartbeats.ranks()
+    assert beat is not None
+    assert beat.phase is Phase.SAVING
+
+
 def test_nothing_is_left_when_its_maker_is_killed() -> None:
     """The records have no name on any disk; a reader that holds them reads on."""
     code = "from trainer.heartbeat import *\nimport time\nprint(Heartbeats.make(2).path, flush=True)\ntime.sleep(60)"
