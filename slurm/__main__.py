@@ -16,9 +16,7 @@ VERBS = {
     "stop": Verb("slurm.stop:stop_main", "Let a run save and end."),
     "cancel": Verb("slurm.stop:cancel_main", "Take a job out of the queue, or end it now."),
     "cluster": Verb("slurm.cluster:main", "Start, stop or show a real Slurm cluster on this machine, to rehearse on."),
-    "job": Verb(
-        "slurm.job:main", "What runs on each node of a job, by srun, one task a node."
-    ),
+    "job": Verb("slurm.job:main", "What runs on each node of a job, by srun, one task a node."),
 }
 
 

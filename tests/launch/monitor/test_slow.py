@@ -153,7 +153,7 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
         for rank, process in run.workers().items():
             for thread in process.threads():
                 psutil.Process(thread.id).cpu_affinity([rank])
-        hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
         try:
             for hog in hogs:
                 psutil.Process(hog.pid).cpu_affinity([1])
@@ -174,7 +174,7 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
         (None, {"train__global_batch": 2, "model__dim": 32}, "a step is too small"),
         (
             None,
-            {"checkpoint__every_steps": 1, "train__global_batch": 2, "model__dim": 32},
+            {"checkpoint__every_steps": 1, "checkpoint__asynchronous": False, "model__vocab_size": 16_000},
             "checkpoint.every_steps is small",
         ),
     ],
