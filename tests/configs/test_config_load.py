@@ -219,6 +219,7 @@ RULES: dict[str, dict[str, Any]] = {
     "optim": {"betas": [0.5, 0.25], "decay_steps": 1},
     "train": {"validate_every_steps": 1},
     "parallel": {"shard": -1, "replicate": 1, "tensor": 1},
+    "monitor": {"profile_steps": [3, 5]},
     "freeze": {"schedule": [{"step": 3, "frozen": ["a.*"], "trainable": []}]},
 }
 
