@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from launch.monitor.slow import RankWindow, idle, rank_window, stragglers
@@ -152,11 +152,11 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
         run.wait_for("a step", lambda: run.step() >= 20)
         for rank, process in run.workers().items():
             for thread in process.threads():
-                psutil.Process(thread.id).cpu_affinity([rank])
+                os.sched_setaffinity(thread.id, {rank})
         hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
         try:
             for hog in hogs:
-                psutil.Process(hog.pid).cpu_affinity([1])
+                os.sched_setaffinity(hog.pid, {1})
             run.wait_for("a slow rank", seldom(run, "slow_rank"))
         finally:
             for hog in hogs:
@@ -174,7 +174,13 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
         (None, {"train__global_batch": 2, "model__dim": 32}, "a step is too small"),
         (
             None,
-            {"checkpoint__every_steps": 1, "checkpoint__asynchronous": False, "model__vocab_size": 16_000},
+            {
+                "checkpoint__every_steps": 1,
+                "checkpoint__asynchronous": False,
+                "model__vocab_size": 16_000,
+                "model__dim": 256,
+                "train__global_batch": 2,
+            },
             "checkpoint.every_steps is small",
         ),
     ],
