@@ -141,7 +141,7 @@ class Supervisor:
         self.heartbeats = Heartbeats.make(processes)
         self.events = Events(folder, node_name(), "launcher")
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
-        self._launched_s = psutil.Process().create_time()
+        self._launched_s = _began_s()
         self._failures_told = 0
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
@@ -304,6 +304,12 @@ class Supervisor:
         self.console.end_live()
         logs = f"\n  logs: {self.folder.attempts / f'{attempt:03d}'}" if attempt is not None else ""
         self.console.say(f"rank {rank} failed: {why}{logs}")
+
+
+def _began_s() -> float:
+    """When this process began, to a hundredth of a second; psutil counts from a time of boot in whole seconds."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _first_to_fall(failures: list[dict[str, Any]], raised: list[dict[str, Any]]) -> tuple[int, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -32,6 +35,13 @@ def raised(*ranks: int) -> list[dict[str, Any]]:
 )
 def test_the_first_to_fall(codes: tuple[int, ...], events: list[dict[str, Any]], first: tuple[int, str]) -> None:
     assert _first_to_fall(failures(*codes), events) == first
+
+
+def test_when_this_process_began() -> None:
+    code = "from launch.node import _began_s; print(_began_s())"
+    before = time.time()
+    began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert before - 0.02 <= began <= before + 0.5
 
 
 @pytest.mark.parametrize(("visible", "processes"), [("0,1,2", 3), ("", 2)])
