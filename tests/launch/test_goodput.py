@@ -174,6 +174,7 @@ def test_without_a_row_all_is_starting(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads((tmp_path / "out.json").read_text())["seconds"]["starting"] == pytest.approx(2.0)
 
 
+@pytest.mark.full
 def test_a_real_run_with_restarts_adds_up_to_the_wall_clock(tmp_path: Path) -> None:
     """A killed rank, then a stop, then the end by a second command: within 1 % of what a watch beside it shows."""
     write_config(tmp_path, train__steps=100_000, train__global_batch=64, checkpoint__every_steps=4)

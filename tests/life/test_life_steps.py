@@ -299,7 +299,7 @@ def _beside_a_frozen_one(config: dict[str, Any], folder: Path) -> tuple[int, flo
 @pytest.mark.full
 def test_a_frozen_rank_under_the_launcher(tmp_path: Path, note: Callable[..., None]) -> None:
     """The monitor ends the attempt before the others give up waiting: torchrun would wait another 30 s."""
-    write_config(tmp_path, train__steps=40, train__global_batch=64, parallel__step_timeout_s=10.0)
+    write_config(tmp_path, train__steps=16, train__global_batch=64, parallel__step_timeout_s=10.0)
     with running(LAUNCH, tmp_path) as run:
         run.wait_for("step 4", lambda: run.step() >= 4)
         since = time.time()
