@@ -57,6 +57,9 @@ def live(run: Run) -> End:
 
 
 def stopped(run: Run, cause: Cause) -> End:
+    """An agreed stop. A collective: some ranks may know only that another one asked for it."""
+    known = [c for c in run.world.gather(run.wish.poll()) if c is not None and c.kind is cause.kind]
+    cause = known[0] if known else cause
     committed, name = run.folder.newest_checkpoint()
     step = run.progress.step or committed  # perhaps nothing is loaded yet
     run.events.write("stop_requested", cause=cause.word, step=step)
