@@ -28,7 +28,7 @@ from launch.monitor.keeper import Keeper
 from trainer import life
 from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
-from trainer.events import Events, read_events, read_rows, tolerate_full_disk
+from trainer.events import Events, read_events, read_rows, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
 from trainer.layout import resolve
@@ -251,13 +251,15 @@ class Supervisor:
             self.console.say(f"the agent died ({_cause(status)})")
         if attempt.end is None:
             end = self._unwritten_end(status)
-            with tolerate_full_disk():  # missing means failed, too
+            with tolerate_unwritable():  # missing means failed, too
                 attempt.write_end(end)
             return end
         return attempt.end
 
     def _outcome_of_many(self, before: int, status: int) -> int:
         """This node's exit code when there are others, who have lost its agent and cannot meet a new one."""
+        if status < 0 and not self.nodes.is_first:
+            self.events.write("agent_died", status=status)
         if status < 0 or (status and self.nodes.is_first):
             return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
         if status == 0 and max(life.numbers(self.folder), default=-1) <= before:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from trainer.events import tolerate_full_disk
+from trainer.events import tolerate_unwritable
 
 
 class Console:
@@ -45,7 +45,7 @@ class Console:
         with self._lock:
             if self._log is not None:
                 stamp = time.strftime("%H:%M:%S")
-                with tolerate_full_disk():
+                with tolerate_unwritable():
                     self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
 
     def live(self, text: str) -> None:

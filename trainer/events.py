@@ -13,16 +13,16 @@ from typing import Any
 
 from trainer.folder import RunFolder
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one JSON line in one system call, on a line of its own even after a writer that died in mid-line.
 
-    On a full disk the row is lost: a run that cannot note its loss can still train until there is room to save again.
+    On a full or read-only disk the row is lost: a run that cannot note its loss can train until it can save again.
     """
     data = (json.dumps(row) + "\n").encode()
-    with tolerate_full_disk():
+    with tolerate_unwritable():
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(descriptor).st_size
@@ -34,12 +34,12 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 @contextmanager
-def tolerate_full_disk() -> Iterator[None]:
-    """For writing what a run can go on without. Saves say by themselves that the disk is full."""
+def tolerate_unwritable() -> Iterator[None]:
+    """For writing what a run can go on without, while the disk is full or read-only: saves say so by themselves."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _UNWRITABLE:
             raise
 
 

@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import Config
 from trainer.console import Console, duration, si
-from trainer.events import append_row, tolerate_full_disk
+from trainer.events import append_row, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.peaks import peak_flops_per_s
 from trainer.step import StepResult
@@ -104,7 +104,7 @@ class Meter:
         append_row(self.folder.metrics, {**head, **clean, "phases_s": self.world.heartbeat.seconds()})
         if self.config.run.tensorboard:
             scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
-            with tolerate_full_disk():
+            with tolerate_unwritable():
                 board, self._board = self._board or TensorBoard(self.folder.tensorboard), None
                 board.write(row["step"], scalars)
                 self._board = board  # one that failed once fails for ever: the next row begins a new file
@@ -121,5 +121,5 @@ class Meter:
 
     def close(self) -> None:
         if self._board is not None:
-            with tolerate_full_disk():
+            with tolerate_unwritable():
                 self._board.close()

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer.events import tolerate_full_disk
+from trainer.events import tolerate_unwritable
 
 VERSION = 1
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ class Journal:
     def write(self, row: Row) -> None:
         """One row in one system call. On a full disk it is lost, and the monitor goes on."""
         data = _line(row)
-        with tolerate_full_disk():
+        with tolerate_unwritable():
             if os.fstat(self._file).st_size + len(data) > self._most_bytes:
                 self._shrink()
             os.write(self._file, b"\n" + data if self._cut else data)
