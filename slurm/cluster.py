@@ -29,6 +29,7 @@ from slurm.cluster_net import (
     hosts_remove,
     namespaces_allowed,
     node_command,
+    one_at_a_time,
     remove_all,
 )
 
@@ -254,6 +255,7 @@ def find(home: Home) -> Cluster | None:
     return Cluster(home, settings) if settings is not None else None
 
 
+@one_at_a_time()
 def start(home: Home, nodes: int, gpus: int, plain: bool = False, **changes: int | bool) -> Cluster:
     """Start a cluster, or what is missing of the one that is there. Raises UserError when that cannot be done here."""
     cluster = find(home)

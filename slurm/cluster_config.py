@@ -45,7 +45,7 @@ class Settings:
     host: str
     requeue_delay_s: int = 5
     slurmd_timeout_s: int = 10
-    kill_wait_s: int = 5
+    kill_wait_s: int = 10
     grace_s: int = 10
     preempt_signal: bool = True
 

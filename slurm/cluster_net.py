@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import UserError
@@ -13,6 +17,17 @@ from slurm.cluster_config import Home, Settings
 
 _HOSTS = Path("/etc/hosts")
 _NAMESPACES = ("--net", "--uts", "--pid", "--mount", "--fork")
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Two clusters that start at the same time would take the same ports, which both see free."""
+    place = os.open(tempfile.gettempdir(), os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
 def namespaces_allowed() -> bool:
