@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from configs.section import Section, speed
 
 _NAME = r"^[^\s]+$"
@@ -27,6 +29,11 @@ class SlurmSection(Section):
     mail_user: str | None = speed(None, "who is mailed", pattern=_NAME)
     comment: str | None = speed(None, "comment on the job", min_length=1)
     warning_s: int = speed(120, "how long before the time limit the run is told to save and end", ge=10, le=65535)
+    requeue: Literal["scontrol", "exit", "chain"] = speed(
+        "scontrol",
+        "how a job asks to be started again: scontrol requeue; exit code 75, where the site's RequeueExit has it; "
+        "a new job that waits for this one's end",
+    )
     sbatch: dict[str, str] = speed({}, "more options of sbatch, without the dashes: {gpu-bind: closest}")
     srun: list[str] = speed([], "more arguments of srun, with the dashes")
     setup: list[str] = speed([], "lines of shell that the job begins with, e.g. `module load cuda`")

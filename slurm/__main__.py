@@ -17,6 +17,7 @@ VERBS = {
     "cancel": Verb("slurm.stop:cancel_main", "Take a job out of the queue, or end it now."),
     "cluster": Verb("slurm.cluster:main", "Start, stop or show a real Slurm cluster on this machine, to rehearse on."),
     "job": Verb("slurm.job:main", "What runs on each node of a job, by srun, one task a node."),
+    "after": Verb("slurm.after:main", "What follows srun: says what came of the run, and has it started again."),
 }
 
 

@@ -6,17 +6,25 @@ localhost: nodes that could not find each other would each train a world of thei
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.load import load
 from launch.node import Nodes, run_node
+from slurm.lives import Left, Life
+from trainer import life
 from trainer.arguments import config_parser, take
+from trainer.folder import RunFolder
 from trainer.names import node_name
+from trainer.stop import SIGNALS
 
 _FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
 
@@ -31,12 +39,32 @@ def main(arguments: list[str]) -> int:
     nodes = nodes_of_step(os.environ)
     os.environ["TERM"] = "dumb"  # srun --unbuffered gives a terminal, and the output is a file all the same
     try:
-        _find_names(nodes)
-        _keep_caches_local()
-        return run_node(options.config, options.overrides, options.nproc, nodes)
+        return _share(options, nodes)
     except UserError as error:
         here = f"{node_name()}: "  # of many nodes: which one
         raise UserError(str(error) if str(error).startswith(here) else f"{here}{error}") from error
+
+
+def _share(options: argparse.Namespace, nodes: Nodes) -> int:
+    """This node's share of the run, and its last word."""
+    folder = RunFolder(Path(load(options.config, options.overrides).run_dir))
+    before, code = max(life.numbers(folder), default=-1), life.FAILED
+    try:
+        _find_names(nodes)
+        _keep_caches_local()
+        code = run_node(options.config, options.overrides, options.nproc, nodes)
+        return code
+    except UserError:
+        code = life.USER_ERROR
+        raise
+    finally:
+        # The first task to leave has Slurm end the others: none may die of that while it leaves, too.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            Life.here(folder, os.environ).leave(Left(node_name(), code, before))
+        except OSError as error:
+            print(f"{node_name()} could not leave its last word: {error}", file=sys.stderr)
 
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:

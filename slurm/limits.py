@@ -6,6 +6,7 @@ import difflib
 import re
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from configs.errors import UserError
 from configs.slurm_section import SlurmSection
@@ -23,6 +24,20 @@ class Partition:
     most_nodes: int | None
     most_minutes: float | None
     gpus: int
+
+
+IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+def filesystem(path: Path) -> str | None:
+    """The kind of filesystem that a path is on, or would be; None where the system does not tell."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return None
+    over = {str(parent) for parent in (path.resolve(), *path.resolve().parents)}
+    found = [(len(place), kind) for place, kind in mounts if place in over]
+    return sorted(found, key=lambda pair: pair[0])[-1][1] if found else None  # the last one lies on top
 
 
 class NoSlurm(UserError):

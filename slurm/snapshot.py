@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs.errors import UserError
@@ -20,23 +22,24 @@ def files() -> list[Path]:
     return sorted(path.relative_to(_ROOT) for path in found if path.suffix in _KEPT and path.is_file())
 
 
-def place(folder: Path, config: str) -> Path:
-    """Where the snapshot of this code and config lies, or would lie. Equal ones share a folder."""
-    digest = hashlib.sha256(config.encode())
+def place(folder: Path, configs: Mapping[str, str]) -> Path:
+    """Where the snapshot of this code and these configs lies, or would lie. Equal ones share a folder."""
+    digest = hashlib.sha256(json.dumps(configs).encode())
     for path in files():
         digest.update(f"\0{path}\0".encode())
         digest.update((_ROOT / path).read_bytes())
     return folder / f"snapshot-{digest.hexdigest()[:12]}"
 
 
-def take(target: Path, config: str, with_code: bool) -> None:
+def take(target: Path, configs: Mapping[str, str], with_code: bool) -> None:
     """Write it, whole or not at all. Raises UserError when there is no room."""
     if target.exists():
         return
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        (partial / "config.yaml").write_text(config, encoding="utf-8")
+        for name, text in configs.items():
+            (partial / name).write_text(text, encoding="utf-8")
         for path in files() if with_code else ():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(_ROOT / path, partial / path)

@@ -19,6 +19,7 @@ from configs.load import dump, load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from slurm import limits, queue, snapshot
+from slurm.lives import outcomes
 from slurm.request import add_flags, minutes, request_of
 from trainer import life
 from trainer.arguments import config_parser, take
@@ -40,10 +41,19 @@ def main(arguments: list[str]) -> int:
     parser = config_parser("python -m slurm submit", "Submit a run to a Slurm cluster.")
     add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="check, print the exact batch script, and end")
+    several = (
+        "one job for several runs: KEY=[A,B], more than once for each combination, or a file of overrides, a run a line"
+    )
+    parser.add_argument("--array", action="append", default=[], metavar="LIST", help=several)
     parser.add_argument("--wait", action="store_true", help="follow the job; the exit code is the run's outcome")
     options = take(parser, arguments)
     config = load(options.config, options.overrides)
-    job = Submission(config, request_of(config, options.overrides, options))
+    request = request_of(config, options.overrides, options)
+    job: Submission = Submission(config, request)
+    if options.array:
+        from slurm.array import ArraySubmission, configs_of
+
+        job = ArraySubmission(config, request, configs_of(config, options.array, options.config, options.overrides))
     job.check()
     try:
         limits.check(job.request, limits.partitions())
@@ -71,9 +81,13 @@ class Submission:
         self.config = Config.model_validate(plain)
         self.request, self.folder = request, RunFolder(Path(run_dir))
         self.place = self.folder.root / "slurm"
-        self.text = dump(self.config)
-        self.snapshot = snapshot.place(self.place, self.text)
-        self._before = -1
+        self.configs = {"config.yaml": dump(self.config)}
+        self.snapshot = snapshot.place(self.place, self.configs)
+
+    @property
+    def config_path(self) -> str:
+        """Of what the job reads, as the shell reads it."""
+        return shlex.quote(str(self.snapshot / "config.yaml"))
 
     @property
     def processes(self) -> int:
@@ -91,6 +105,9 @@ class Submission:
             limit = minutes(r.time)
             if limit is not None and limit * 60 <= r.warning_s:
                 raise UserError(f"time {r.time}: the warning comes slurm.warning_s={r.warning_s} before, so at once")
+        kind = limits.filesystem(self.folder.root)
+        if kind in limits.IN_MEMORY:
+            raise UserError(f"run.dir: {self.folder.root} lies in this machine's memory ({kind}): no node sees it")
         self._check_saves()
 
     def _check_saves(self) -> None:
@@ -105,7 +122,7 @@ class Submission:
     def parameters(self) -> dict[str, Any]:
         """What submitit calls them."""
         r = self.request
-        more = dict(r.sbatch)
+        more: dict[str, str | bool] = {"requeue": True, **r.sbatch}
         if r.reservation is not None:
             more["reservation"] = r.reservation
         found = {name: value for name in _BY_NAME if (value := getattr(r, name)) is not None}
@@ -114,13 +131,14 @@ class Submission:
         return found | {
             "job_name": self.config.run.name,
             "nodes": r.nodes,
+            "time": r.time,  # also None: else submitit's own, of 5 minutes
             "ntasks_per_node": 1,
             "signal_delay_s": r.warning_s,
             "stderr_to_stdout": True,
             "wckey": None,  # submitit's own would be refused where the site checks them
             "setup": self._setup(),
             "srun_args": self._srun(),
-            "additional_parameters": more or None,
+            "additional_parameters": more,
         }
 
     def _setup(self) -> list[str]:
@@ -130,7 +148,8 @@ class Submission:
             # SAFEPATH: the folder where the job begins may hold another Muster, such as the working tree.
             path = shlex.quote(str(self.snapshot)) + "${PYTHONPATH:+:$PYTHONPATH}"
             lines += [f"export PYTHONPATH={path} PYTHONSAFEPATH=1"]
-        return lines
+        # Slurm's ends of a job also reach this shell, which still has to say what came of it.
+        return [*lines, "trap : TERM"]
 
     def _srun(self) -> list[str]:
         r = self.request
@@ -143,10 +162,13 @@ class Submission:
         return words + r.srun
 
     def command(self) -> str:
+        """What srun starts on each node, and what follows it on the first."""
         r = self.request
-        python = r.python or ("python" if r.container else sys.executable)
-        config = str(self.snapshot / "config.yaml")
-        return shlex.join([python, "-m", "slurm", "job", config, "--nproc", str(self.processes)])
+        inside = r.python or ("python" if r.container else sys.executable)
+        outside = sys.executable if r.container else inside
+        job = f"{shlex.join([inside, '-m', 'slurm', 'job'])} {self.config_path} --nproc {self.processes}"
+        # Waited for, as a shell hears no SIGTERM while a command runs in front, and srun can outlive KillWait.
+        return f"{job} & wait $!\n{shlex.join([outside, '-m', 'slurm', 'after'])} {self.config_path} --code $?"
 
     def script(self) -> str:
         """The batch script, to the letter."""
@@ -157,23 +179,31 @@ class Submission:
 
     def submit(self) -> str:
         """The job's number. Raises UserError when another job has the folder, or Slurm does not want this one."""
-        self._before = max(life.numbers(self.folder), default=-1)
         with _only_one(self.place):
-            holder = read_json(self.place / "job.json")
-            if holder is not None and state(holder["job"]) is not None:
-                other = holder["job"]
-                raise UserError(f"{self.folder.root}: job {other} has it; end it first: python -m slurm stop {other}")
-            snapshot.take(self.snapshot, self.text, self.request.snapshot)
+            self.refuse_living()
+            snapshot.take(self.snapshot, self.configs, self.request.snapshot)
             number = self._sbatch()
-            write_json(self.place / "job.json", {"job": number, "time_s": time.time(), "user": getpass.getuser()})
+            self.note(number)
         return number
+
+    def refuse_living(self) -> None:
+        """Raises UserError when a job that lives has the run folder."""
+        holder = read_json(self.place / "job.json")
+        if holder is not None and state(holder["job"]) is not None:
+            other = holder["job"]
+            raise UserError(f"{self.folder.root}: job {other} has it; end it first: python -m slurm stop {other}")
+
+    def note(self, number: str) -> None:
+        """Write down which job has the run folder."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        write_json(self.place / "job.json", {"job": number, "time_s": time.time(), "user": getpass.getuser()})
 
     def _sbatch(self) -> str:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
         from submitit.slurm.slurm import SlurmExecutor
 
         executor = SlurmExecutor(self.place)
-        executor.update_parameters(**self.parameters())
+        executor.parameters = self.parameters()
         try:
             # Not submit(): that would pickle a function by its place in the working tree.
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints an error, and raises it as well
@@ -186,21 +216,22 @@ class Submission:
         """Show the job's output until it is over; the run's outcome. Ctrl-C leaves the job running."""
         shown = 0
         try:
-            while _lives(number):
+            while lives(number):
                 shown = _show(self.log(number), shown)
                 time.sleep(_POLL_S)
             _show(self.log(number), shown)
         except KeyboardInterrupt:
             print(f"\njob {number} goes on without being watched")
             return life.STOPPED
-        attempt = life.newest(self.folder)
-        if attempt is not None and attempt.number > self._before and attempt.end is not None:
-            return attempt.end.exit_code
-        try:
-            told = limits.ask("scontrol", "--oneliner", "show", "job", number)
-        except UserError:  # forgotten already
-            return life.FAILED
-        return life.USER_ERROR if "ExitCode=2:0" in told else life.FAILED
+        following = (read_json(self.place / "job.json") or {}).get("job", number)
+        if following != number:  # slurm.requeue: chain
+            return self.follow(following)
+        return self.outcome(number)
+
+    def outcome(self, number: str) -> int:
+        """What the run came to, once its job is over."""
+        ended = outcomes(self.folder)  # of whichever number: a task of an array has one of its own
+        return ended[-1].exit_code if ended else life.FAILED
 
     def log(self, number: str) -> Path:
         """Where the job's output goes."""
@@ -232,7 +263,7 @@ def state(number: str) -> str | None:
     return job.state if job is not None else None
 
 
-def _lives(number: str) -> bool:
+def lives(number: str) -> bool:
     """While nobody answers, a job goes on: the controller may be down, the nodes are not."""
     try:
         return state(number) is not None

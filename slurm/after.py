@@ -1,0 +1,159 @@
+"""What follows srun in a job's batch script: `python -m slurm after --code $? CONFIG [key=value ...]`.
+
+Once every node has left, it says what this life of the job came to, and asks for the next one where the run wants to be
+started again. That is asked for here and nowhere else: a requeue kills whatever still runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.load import load
+from configs.schema import Config
+from slurm import again
+from slurm.lives import Life, Outcome, end_of_life, failures_without_progress
+from trainer import life as lives
+from trainer.arguments import config_parser, take
+from trainer.events import Events, read_rows
+from trainer.folder import RunFolder
+from trainer.life import End
+from trainer.names import node_name
+
+_PATIENCE_S = 10.0  # for the last words of nodes after srun has ended, on a filesystem that caches
+_TAKEN_DOWN_PATIENCE_S = 120.0  # Slurm ends the job: srun at once, the tasks and this process after KillWait
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of the run, which becomes the job's."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # Slurm's ends of a job reach the batch script, and what it starts
+    parser = config_parser("python -m slurm after", __doc__)
+    parser.add_argument("--code", type=int, required=True, metavar="N", help="exit code of srun")
+    options = take(parser, arguments)
+    config = load(options.config, options.overrides)
+    return After(config, options.code).run()
+
+
+class After:
+    """One life of a job, seen from behind."""
+
+    def __init__(self, config: Config, code: int) -> None:
+        self.config, self.code = config, code
+        self.folder = RunFolder(Path(config.run_dir))
+        self.life = Life.here(self.folder, os.environ)
+        self.events = Events(self.folder, node_name(), "batch")
+        self.job = again.ask_job(self.life.job)
+        self.nodes = again.names(os.environ["SLURM_JOB_NODELIST"])
+
+    def run(self) -> int:
+        if not self.job.runs:
+            down = again.down(self.nodes)
+            if down:
+                return self._without(down)
+        self._wait_for_nodes()
+        end, code = self._end()
+        failed = self._failed_nodes()
+        if failed and end.requeue and end.cause != "giving_up":
+            end = End("failed", end.step, end.checkpoint, requeue=True, cause="node_lost")
+            self._say(f"lost {', '.join(failed)}: gone without a word, or without its agent")
+        wanted = end.requeue and self._may_live_again()
+        if wanted and end.reason == "failed":
+            count = failures_without_progress(self.folder, end.step) + 1
+            if count > self.config.run.give_up_after:
+                end, wanted, code = End("failed", end.step, end.checkpoint, False, "giving_up"), False, lives.FAILED
+                self._say(f"giving up after {count} lives without a new checkpoint")
+        left_to_slurm = end.requeue and not (self.job.runs or self.job.timed_out)
+        method = self.config.slurm.requeue if wanted else "slurm" if left_to_slurm else None
+        self._record(end, code, method, failed)
+        return self._again(end, failed, code) if wanted else code
+
+    def _without(self, down: list[str]) -> int:
+        """Slurm starts the job again by itself, as a node is down. There is KillWait left to keep it away from that."""
+        step, name = self.folder.newest_checkpoint()
+        again.exclude(self.job, again.to_exclude(self.job, down, self._say), self._say)
+        self._say(f"lost {', '.join(down)}: Slurm has it down")
+        self._record(End("failed", step, name, requeue=True, cause="node_lost"), lives.FAILED, "slurm", down)
+        return lives.FAILED
+
+    def _wait_for_nodes(self) -> None:
+        """Until each has said its last word. One that cannot any more is given up."""
+        patience_s = _PATIENCE_S if self.job.runs else _TAKEN_DOWN_PATIENCE_S
+        deadline = time.monotonic() + patience_s
+        while self.folder.root.exists() and time.monotonic() < deadline:
+            if set(self.nodes) <= self.life.left().keys():
+                return
+            time.sleep(0.1)
+
+    def _end(self) -> tuple[End, int]:
+        """How the run ended in this life, and its exit code."""
+        left = self.life.left()
+        step, name = self.folder.newest_checkpoint()
+        end = end_of_life(self.folder, left)
+        if end is not None and (end.reason != "failed" or not end.requeue):
+            return end, end.exit_code
+        mistake = self.code == lives.USER_ERROR and not left
+        if mistake or any(word.code == lives.USER_ERROR for word in left.values()):
+            return End("failed", step, name, requeue=False, cause="mistake"), lives.USER_ERROR
+        if end is None and any(word.code == lives.REQUEUE for word in left.values()):
+            end = End("stopped", step, name, requeue=True, cause="before_an_attempt")
+        if end is None:
+            began = self.folder.root.exists()  # else there is nothing to go on with, and nothing that counts lives
+            end = End("failed", step, name, requeue=began, cause="start_failed")
+        return end, end.exit_code
+
+    def _failed_nodes(self) -> list[str]:
+        """Nodes that lost their supervisor or agent. Those that were told to end in this life were merely ended."""
+        if not self.job.runs:
+            return []
+        told, died = set(), set()
+        for path in self.folder.events.glob("*-launcher.jsonl"):
+            node = path.name.removesuffix("-launcher.jsonl")
+            rows = [row["event"] for row in read_rows(path) if row["time_s"] >= self.job.start_s]
+            told |= {node} if "stop_passed_on" in rows else set()
+            died |= {node} if "agent_died" in rows else set()
+        silent = set(self.nodes) - self.life.left().keys() - told
+        if silent == set(self.nodes):
+            silent = set()  # nothing began: which of them it was is not known
+        return sorted(silent | (died if len(self.nodes) > 1 else set()))
+
+    def _may_live_again(self) -> bool:
+        """A person who cancels means it, and whoever requeues the job needs no second request."""
+        if self.job.runs or self.job.timed_out:
+            return True
+        self._say("Slurm ends this job, and starts it again unless it was cancelled")
+        return False
+
+    def _record(self, end: End, code: int, method: str | None, failed: list[str]) -> None:
+        job, number = self.life.job, self.life.number
+        with contextlib.suppress(OSError):  # a folder that cannot be written to must not keep the run from going on
+            self.life.end(Outcome(job, number, end.reason, end.cause, end.step, code, method, failed, time.time()))
+        told = f"{end.reason} at step {end.step}" + (f" ({end.cause})" if end.cause else "")
+        self._write("life_ended", reason=end.reason, cause=end.cause, step=end.step, again=method)
+        self._say(f"life {number} of job {job}: {told}" + (f"; again by {method}" if method else ""))
+
+    def _again(self, end: End, failed: list[str], code: int) -> int:
+        method = self.config.slurm.requeue
+        excluded = again.to_exclude(self.job, failed, self._say) if failed else []
+        self._write("requeue_asked", method=method, excluded=excluded)
+        try:
+            again.METHODS[method](self.job, excluded, self.folder, self._say)
+        except UserError as refused:
+            self._write("requeue_refused", why=str(refused))
+            self._say(f"not started again: {refused}\nstart it by hand, or try another slurm.requeue than {method}")
+            return lives.FAILED if end.reason == "failed" else code
+        return lives.FINISHED if method == "chain" else lives.REQUEUE  # where 75 is requeued there would be two
+
+    def _write(self, event: str, **facts: object) -> None:
+        if self.folder.root.exists():
+            with contextlib.suppress(OSError):
+                self.events.write(event, job=self.life.job, life=self.life.number, **facts)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

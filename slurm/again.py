@@ -1,0 +1,121 @@
+"""Asking Slurm for another life of a job: by a requeue, by the exit code that the site requeues, or by a new job."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from configs.errors import UserError
+from slurm.limits import ask
+from trainer.folder import RunFolder, read_json, write_json
+
+_CONTROLLER_PATIENCE_S = 600.0  # it may just be started again
+_NOBODY_ANSWERS = ("Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes")
+_USABLE = ("idle", "mixed", "allocated", "completing", "planned")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job of this batch script, as the controller has it. `runs`: Slurm is not ending it. One that it ends shows as
+    COMPLETING, whether it was cancelled or will start again."""
+
+    number: str
+    runs: bool
+    timed_out: bool
+    start_s: float
+    partition: str
+    nodes: int
+    excluded: list[str]
+
+
+def patiently(*command: str, script: str | None = None, environment: dict[str, str] | None = None) -> str:
+    """`ask`, until the controller answers."""
+    deadline = time.monotonic() + _CONTROLLER_PATIENCE_S
+    while True:
+        try:
+            return ask(*command, script=script, environment=environment)
+        except UserError as error:
+            if time.monotonic() > deadline or not any(words in str(error) for words in _NOBODY_ANSWERS):
+                raise
+            time.sleep(1.0)
+
+
+def names(node_list: str) -> list[str]:
+    """Node names in a list such as `node[1-2]`."""
+    return patiently("scontrol", "show", "hostnames", node_list).split() if node_list not in ("", "(null)") else []
+
+
+def ask_job(number: str) -> Job:
+    """What Slurm knows of this job."""
+    told = patiently("scontrol", "--oneliner", "show", "job", number)
+    facts = dict(word.split("=", 1) for word in told.split() if "=" in word)
+    return Job(
+        number,
+        facts["JobState"] == "RUNNING",
+        facts["JobState"] == "TIMEOUT" or facts.get("Reason") == "TimeLimit",
+        datetime.fromisoformat(facts["StartTime"]).timestamp(),
+        facts["Partition"],
+        int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
+        names(facts.get("ExcNodeList", "")),
+    )
+
+
+def to_exclude(job: Job, failed: list[str], say: Callable[[str], None]) -> list[str]:
+    """The nodes to keep away from next time: those that failed, unless too few were left."""
+    wanted = sorted({*job.excluded, *failed})
+    told = patiently("sinfo", "-h", "-N", "-p", job.partition, "-o", "%N %T")
+    usable = {name for name, state in (line.split() for line in told.splitlines()) if state.startswith(_USABLE)}
+    if len(usable - set(wanted)) >= job.nodes:
+        return wanted
+    say(f"{', '.join(failed)}: not excluded, as partition {job.partition} has too few other nodes")
+    return job.excluded
+
+
+def down(nodes: list[str]) -> list[str]:
+    """Those that Slurm has given up."""
+    told = patiently("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
+    return sorted({name for name, state in (line.split() for line in told.splitlines()) if state.startswith("down")})
+
+
+def exclude(job: Job, excluded: list[str], say: Callable[[str], None]) -> None:
+    """Keep a job that waits to be started again away from nodes."""
+    try:
+        if excluded != job.excluded:
+            patiently("scontrol", "update", f"JobId={job.number}", f"ExcNodeList={','.join(excluded)}")
+    except UserError as error:
+        say(f"not kept away from {', '.join(excluded)}: {error}")  # it goes on all the same
+
+
+def by_scontrol(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Requeue this very job. Slurm then kills this process, too, KillWait later."""
+    patiently("scontrol", "requeue", job.number)
+    exclude(job, excluded, say)
+
+
+def by_exit(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Leave it to the exit code: the site has 75 among its RequeueExit."""
+    if excluded != job.excluded:
+        say(f"slurm.requeue=exit cannot keep the job away from {', '.join(excluded)}")
+
+
+def by_chain(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Submit the same script as a job of its own, which begins once this one has ended."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    flags = [f"--exclude={','.join(excluded)}"] if excluded else []
+    script = patiently("scontrol", "write", "batch_script", job.number, "-")
+    words = ["sbatch", "--parsable", f"--dependency=afterany:{job.number}", *flags]
+    told = patiently(*words, script=script, environment=clean)
+    place = folder.root / "slurm" / "job.json"
+    holder = read_json(place)
+    if holder is not None:
+        write_json(place, holder | {"job": told.strip().partition(";")[0]})
+
+
+METHODS: dict[str, Callable[[Job, list[str], RunFolder, Callable[[str], None]], None]] = {
+    "scontrol": by_scontrol,
+    "exit": by_exit,
+    "chain": by_chain,
+}

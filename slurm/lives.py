@@ -1,0 +1,102 @@
+"""The lives of a job in its run folder: what each node said when it left, and what came of it.
+
+A job that is requeued keeps its number and lives again. Slurm's own exit code cannot tell what a life came to: it is
+the highest of all tasks, and those that are ended because another one left have high ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.folder import RunFolder, read_json, write_json
+from trainer.life import USER_ERROR, End, newest
+
+
+@dataclass(frozen=True)
+class Left:
+    """What one node said when its supervisor left. `before`: the newest attempt when it came, -1 without one."""
+
+    node: str
+    code: int
+    before: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a life came to. `exit_code` is the run's; `again` how it was to be started again, if at all: "slurm" when
+    Slurm ended it, and starts it again unless it was cancelled."""
+
+    job: str
+    life: int
+    reason: str
+    cause: str | None
+    step: int
+    exit_code: int
+    again: str | None
+    failed_nodes: list[str]
+    time_s: float
+
+
+class Life:
+    """One life of a job: a folder `slurm/lives/JOB-LIFE` of the run folder."""
+
+    def __init__(self, folder: RunFolder, job: str, number: int) -> None:
+        self.folder, self.job, self.number = folder, job, number
+        self.path = lives_of(folder) / f"{job}-{number}"
+
+    @classmethod
+    def here(cls, folder: RunFolder, environment: Mapping[str, str]) -> Life:
+        """The life that this process is part of."""
+        return cls(folder, environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0")))
+
+    def leave(self, left: Left) -> None:
+        """A node's last word. A mistake that touched nothing leaves nothing: its exit code has to do."""
+        touched = lives_of(self.folder).parent.exists() or self.folder.attempts.exists()
+        if touched or (left.code != USER_ERROR and self.folder.root.exists()):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / f"node-{left.node}.json", asdict(left))
+
+    def left(self) -> dict[str, Left]:
+        """By node."""
+        rows = [read_json(path) for path in sorted(self.path.glob("node-*.json"))]
+        return {row["node"]: Left(**row) for row in rows if row}
+
+    def end(self, outcome: Outcome) -> None:
+        if self.folder.root.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "outcome.json", asdict(outcome))
+
+
+def lives_of(folder: RunFolder) -> Path:
+    return folder.root / "slurm" / "lives"
+
+
+def outcomes(folder: RunFolder, job: str | None = None) -> list[Outcome]:
+    """What the lives that have ended came to, of one job or of all, the latest last."""
+    rows: list[dict[str, Any]] = []
+    for path in lives_of(folder).glob(f"{job or '*'}-*/outcome.json"):
+        row = read_json(path)
+        if row:
+            rows.append(row)
+    return sorted((Outcome(**row) for row in rows), key=lambda outcome: outcome.time_s)
+
+
+def failures_without_progress(folder: RunFolder, step: int) -> int:
+    """How many of the latest lives failed with no newer checkpoint than `step`. Preemptions count for nothing."""
+    count = 0
+    for outcome in reversed(outcomes(folder)):
+        if outcome.step < step or outcome.reason == "finished":
+            break
+        count += outcome.reason == "failed"
+    return count
+
+
+def end_of_life(folder: RunFolder, left: dict[str, Left]) -> End | None:
+    """How the newest attempt of this life ended, as far as it was written down."""
+    if not left:
+        return None
+    attempt = newest(folder)
+    return attempt.end if attempt is not None and attempt.number > min(word.before for word in left.values()) else None
