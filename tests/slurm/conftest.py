@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,9 @@ from slurm.cluster_net import namespaces_allowed
 from tests.left_out import LEFT_OUT
 
 _REQUIRED = "MUSTER_TEST_SLURM"
+_HEAD = ("what happened", "noticed by", "seconds until it trained again", "steps lost")
+_ROWS: list[tuple[str, ...]] = []
+Note = Callable[[str, str, float, int], None]
 
 
 def _cannot_run() -> str | None:
@@ -43,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """2 nodes with 4 pretended GPUs each, gone with the session."""
+    """3 nodes with 4 pretended GPUs each, gone with the session."""
     guard = subprocess.Popen(
         [sys.executable, "-m", "tests.slurm.guard"],
         stdin=subprocess.PIPE,
@@ -61,3 +64,18 @@ def cluster() -> Iterator[Cluster]:
     finally:
         guard.stdin.close()
         guard.wait(timeout=60)
+
+
+@pytest.fixture
+def note() -> Note:
+    """Adds a row to the Markdown table that ends the session."""
+
+    def note(what: str, noticed: str, seconds: float, lost: int) -> None:
+        _ROWS.append((what, noticed, f"{seconds:.0f}", str(lost)))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for row in (_HEAD, ("---",) * len(_HEAD), *_ROWS) if _ROWS else ():
+        terminalreporter.write_line(f"| {' | '.join(row)} |")

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="muster-test-cluster-") as folder:
         home = Home(Path(folder) / "c")
         try:
-            clusters.start(home, nodes=2, gpus=4)
+            clusters.start(home, nodes=3, gpus=4)
             print(home.root, flush=True)
             sys.stdin.read()
         except UserError as error:

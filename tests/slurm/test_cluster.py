@@ -72,6 +72,7 @@ def test_the_script_for_one_node_runs_as_it_stands(cluster: Cluster, tmp_path: P
     assert read_json(tmp_path / "run/attempts/000/start.json")["world_size"] == 2
 
 
+@pytest.mark.full
 def test_a_requeued_job_runs_again_and_both_lives_are_on_record(cluster: Cluster, tmp_path: Path) -> None:
     output = tmp_path / "job.txt"
     script = 'echo "life ${SLURM_RESTART_COUNT:-0}"; [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || sleep 300'
@@ -85,6 +86,7 @@ def test_a_requeued_job_runs_again_and_both_lives_are_on_record(cluster: Cluster
         wait_for("both lives in sacct", lambda: lives() == ["REQUEUED", "COMPLETED"])
 
 
+@pytest.mark.full
 def test_a_crashed_node_is_noticed_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, "-w", "node2", "--no-requeue", f"--output={tmp_path}/job.txt", "--wrap=sleep 300")
     wait_for("running job", lambda: job_state(cluster, job) == "RUNNING")
@@ -93,9 +95,10 @@ def test_a_crashed_node_is_noticed_and_comes_back(cluster: Cluster, tmp_path: Pa
     assert wait_for_end(cluster, job, tmp_path / "job.txt") == "NODE_FAIL"
     assert clusters._tell(cluster) == 1
     cluster.up()
-    assert sorted(cluster.ready_nodes()) == ["node1", "node2"]
+    assert sorted(cluster.ready_nodes()) == ["node1", "node2", "node3"]
 
 
+@pytest.mark.full
 def test_a_dead_daemon_is_brought_back(cluster: Cluster) -> None:
     controller = cluster.alive("slurmctld")
     assert controller is not None
@@ -107,7 +110,7 @@ def test_a_dead_daemon_is_brought_back(cluster: Cluster) -> None:
     assert cluster_command("status", "--dir", str(cluster.home.root)).returncode == 0
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["namespaces", "plain"])
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.full)], ids=["namespaces", "plain"])
 def test_nothing_is_left_behind(cluster: Cluster, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second cluster beside the first, taken down while it runs a job."""
     if not plain and not cluster.settings.isolated:
@@ -132,7 +135,7 @@ def test_nothing_is_left_behind(cluster: Cluster, plain: bool, tmp_path: Path, m
     assert not Path(f"/sys/class/net/{settings.bridge}").exists()
     assert not Path(f"/sys/class/net/{settings.link(1)}").exists()
     assert not Path(f"/run/netns/{settings.namespace(1)}").exists()
-    assert cluster.ready_nodes() == ["node1", "node2"]
+    assert cluster.ready_nodes() == ["node1", "node2", "node3"]
 
 
 # ---- without a cluster -----------------------------------------------------------------------------------------------

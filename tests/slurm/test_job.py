@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import psutil
 import pytest
 
 from configs.errors import UserError
 from slurm.cluster import Cluster
 from slurm.job import nodes_of_step
 from tests.distributed import tiny, train, write_config
-from tests.slurm.jobs import ROOT, call, submit, wait_for, wait_for_end
-from trainer.events import read_events, read_rows
-from trainer.folder import RunFolder, read_json
+from tests.slurm.jobs import ROOT, call, submit, wait_for_end
+from trainer.events import read_rows
+from trainer.folder import read_json
 
 SCRIPT = str(ROOT / "slurm/examples/several-nodes.sbatch")
 SMALL = ("--gpus-per-node=2", "--cpus-per-task=2")  # the script asks for 8 and 64
@@ -24,17 +23,7 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_rows(folder / "run/metrics.jsonl")]
 
 
-def rank_process(folder: Path, rank: int) -> psutil.Process:
-    """A worker of the run whose config lies in `folder`, on whichever node: this machine sees the processes of all."""
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("RANK") == str(rank) and str(folder / "config.yaml") in process.cmdline():
-                return process
-        except psutil.Error:
-            continue
-    raise AssertionError(f"no rank {rank}")
-
-
+@pytest.mark.full
 def test_two_nodes_learn_what_one_does(cluster: Cluster, tmp_path: Path) -> None:
     far, near = tmp_path / "far", tmp_path / "near"
     far.mkdir()
@@ -49,39 +38,6 @@ def test_two_nodes_learn_what_one_does(cluster: Cluster, tmp_path: Path) -> None
     assert train(tiny(near), size=4) == [0] * 4
     assert losses(far) == losses(near)
     assert len(losses(far)) == 6
-
-
-def test_the_warning_stops_all_nodes_after_one_step(cluster: Cluster, tmp_path: Path) -> None:
-    output = tmp_path / "job.txt"
-    config = write_config(tmp_path, train__steps=100000, checkpoint__every_steps=0)
-    job = submit(cluster, *SMALL, f"--output={output}", SCRIPT, str(config))
-    wait_for("steps", lambda: len(read_rows(tmp_path / "run/metrics.jsonl")) > 3)
-    call(cluster, "scancel", "--signal=USR2", job)
-    assert wait_for_end(cluster, job, output) == "FAILED"  # with 75, which asks to be started again
-    assert "ExitCode=75:0" in call(cluster, "scontrol", "show", "job", job)
-    end = read_json(tmp_path / "run/attempts/000/end.json")
-    assert (end["reason"], end["requeue"]) == ("stopped", True)
-    assert end["cause"] in ("warning", "another_rank")  # rank 0 may hear of it from the other node first
-    assert end["checkpoint"] == f"step-{end['step']:08d}"
-    passed_on = [e for e in read_events(RunFolder(tmp_path / "run")) if e["event"] == "stop_passed_on"]
-    assert len(passed_on) == 2  # a supervisor on each node
-
-
-def test_a_killed_rank_starts_again_in_place(cluster: Cluster, tmp_path: Path) -> None:
-    output = tmp_path / "job.txt"
-    config = write_config(tmp_path, train__steps=60, train__global_batch=32, checkpoint__every_steps=5)
-    job = submit(cluster, *SMALL, f"--output={output}", SCRIPT, str(config))
-    folder = RunFolder(tmp_path / "run")
-    wait_for("a checkpoint", folder.committed_steps)
-    victim = rank_process(tmp_path, 3)
-    assert victim.environ()["SLURMD_NODENAME"] == "node2"
-    victim.kill()
-    assert wait_for_end(cluster, job, output) == "COMPLETED", output.read_text()
-    assert read_json(folder.root / "attempts/001/start.json")["start_step"] >= 5
-    assert read_json(folder.root / "attempts/001/end.json")["reason"] == "finished"
-    died = [e for e in read_events(folder) if e["event"] == "rank_died" and e["rank"] == 3]
-    assert [e["exit_code"] for e in died] == [-9]
-    assert "rank 3 failed: SIGKILL" in output.read_text()
 
 
 def test_a_mistake_ends_all_nodes_with_one_line(cluster: Cluster, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from configs.errors import UserError
 from configs.slurm_section import SlurmSection
+from slurm.array import overrides_of
 from slurm.cluster import Cluster
 from slurm.limits import Partition, check, gpus_of, partition_of
 from slurm.request import _read_file, cluster_file, minutes
@@ -64,6 +66,7 @@ def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Pa
     assert not list((tmp_path / "run/slurm").glob("*_1_log.out"))  # one log of all nodes
 
 
+@pytest.mark.full
 def test_another_node_than_the_first_says_its_name(cluster: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     # A task knows its node by name; here the second is told a name that nobody knows.
@@ -79,6 +82,7 @@ def _misnamed(folder: Path) -> Path:
     return prolog
 
 
+@pytest.mark.full
 def test_wait_returns_what_the_run_came_to(cluster: Cluster, tmp_path: Path) -> None:
     done = submit(write_config(tmp_path, start__from=str(tmp_path / "nothing")), *SMALL, "--wait", cluster=cluster)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -106,7 +110,7 @@ def test_a_request_that_the_cluster_cannot_meet_is_not_submitted(cluster: Cluste
     for words, told in (
         (("--partition=hihg",), "there is no partition 'hihg' here; did you mean high? (partitions: low, high)"),
         (("--gpus-per-node=5",), "5 GPUs per node: the nodes of partition low have at most 4"),
-        (("--nodes=3",), "3 nodes: partition low has 2"),
+        (("--nodes=4",), "4 nodes: partition low has 3"),
         (("--constraint=h100",), "Invalid feature specification"),
         (("--nodelist=node9",), "Invalid node name"),
     ):
@@ -118,6 +122,38 @@ def test_a_request_that_the_cluster_cannot_meet_is_not_submitted(cluster: Cluste
     done = submit(config, *SMALL, f"run.dir={tmp_path}/file/run", cluster=cluster)
     assert done.returncode == 2
     assert "run.dir: cannot write" in done.stderr
+    assert call(cluster, "squeue", "-h") == ""
+
+
+@pytest.mark.full
+def test_an_array_is_one_job_of_several_runs(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    one_node = ("--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", "--wait")
+    done = submit(config, *one_node, "--array=optim.lr=[1e-3,3e-4]", cluster=cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [tmp_path / f"run/optim.lr={lr}" for lr in ("1e-3", "3e-4")]
+    number = done.stdout.split("_")[0]
+    for task, run in enumerate(runs):
+        assert read_json(run / "slurm/job.json")["job"] == f"{number}_{task}"
+        assert read_json(run / "attempts/000/end.json")["reason"] == "finished"
+    first, second = (read_rows(run / "metrics.jsonl")[-1]["loss"] for run in runs)
+    assert first != second
+
+
+def test_a_full_disk_is_told_and_nothing_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    """What the job would run has no room in the run folder."""
+    place = tmp_path / "run/slurm"
+    place.mkdir(parents=True)
+    config = write_config(tmp_path)
+    command = [sys.executable, "-m", "slurm", "submit", str(config), *SMALL]
+    script = f"mount -t tmpfs -o size=64k none {place} && exec {shlex.join(command)}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        **{"env": environment(cluster, XDG_CONFIG_HOME=str(tmp_path)), "cwd": ROOT, "timeout": 60},
+        **{"capture_output": True, "text": True, "check": False},
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "No space left on device" in done.stderr
     assert call(cluster, "squeue", "-h") == ""
 
 
@@ -163,6 +199,37 @@ def test_the_script_says_all_that_was_asked_for(tmp_path: Path) -> None:
     assert " python -m slurm job " in line
 
 
+def test_no_time_limit_but_the_sites_is_made_up(tmp_path: Path) -> None:
+    assert "--time" not in script(write_config(tmp_path), *SMALL)
+
+
+def test_the_runs_of_an_array(tmp_path: Path) -> None:
+    listed = tmp_path / "runs.txt"
+    listed.write_text("# two\noptim.lr=1e-3 run.seed=1\n\nrun.seed=2\n")
+    assert overrides_of([str(listed)]) == [["optim.lr=1e-3", "run.seed=1"], ["run.seed=2"]]
+    grid = overrides_of(["optim.lr=[1e-3,0.1]", "optim.name=[adamw,sgd]"])
+    assert grid == [[f"optim.lr={lr}", f"optim.name={name}"] for lr in ("1e-3", "0.1") for name in ("adamw", "sgd")]
+    text = script(write_config(tmp_path), *SMALL, "--array=run.seed=[1,2,3]")
+    assert "#SBATCH --array=0-2%" in text
+    assert text.count('/config-"$SLURM_ARRAY_TASK_ID".yaml') == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("optim.lr=1e-3", "expected a list"),
+        ("nothing.txt", "neither KEY=[A,B] nor a file"),
+        ("slurm.nodes=[1,2]", "share what is asked of Slurm"),
+        ("run.seed=[1,1]", "two runs would both be run.seed=1"),
+        ("optim.rl=[1,2]", "unknown key optim.rl"),
+    ],
+)
+def test_what_an_array_cannot_be(word: str, told: str, tmp_path: Path) -> None:
+    done = submit(write_config(tmp_path), *SMALL, "--array", word, "--dry-run")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert told in done.stderr
+
+
 def test_the_code_where_it_lies(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     assert "PYTHONSAFEPATH=1" in script(config, *SMALL)
@@ -178,6 +245,7 @@ def test_the_code_where_it_lies(tmp_path: Path) -> None:
         ((*SMALL, "--time=2", "--warning-s=200"), "so at once"),
         ((*SMALL, "--nodes=0"), "nodes: Input should be greater than or equal to 1"),
         ((*SMALL, "slurm.patition=x"), "patition"),
+        ((*SMALL, "run.dir=/dev/shm/run"), "lies in this machine's memory (tmpfs): no node sees it"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_asked(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
