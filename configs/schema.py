@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from configs.deepspeed import contradictions
 from configs.monitor_section import MonitorSection
 from configs.section import Section as Section
 from configs.section import result, speed
@@ -201,15 +202,19 @@ class PrecisionSection(Section):
 class ParallelSection(Section):
     """Layout. Changes speed and memory, and the order of summation, nothing else."""
 
-    engine: Literal["fsdp"] = speed("fsdp", "what shards the model")
-    replicate: int = speed(1, "groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1)
+    engine: Literal["fsdp", "zero"] = speed("fsdp", "what shards the model: FSDP2, or DeepSpeed ZeRO")
+    zero_stage: Literal[1, 2, 3] = speed(
+        3, "zero shards the optimizer's state (1), gradients as well (2), parameters as well (3)"
+    )
+    deepspeed: dict[str, Any] = speed({}, "zero: DeepSpeed's own settings; what contradicts this config is refused")
+    replicate: int = speed(1, "fsdp: groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1)
     shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1)
-    tensor: int = speed(1, "ranks that compute each sample together, every matrix split among them", ge=1)
-    reshard: bool = speed(True, "free a block's gathered parameters after its forward (less memory, more traffic)")
-    prefetch_blocks: int = speed(1, "blocks gathered ahead of the one that computes", ge=1)
+    tensor: int = speed(1, "fsdp: ranks that compute each sample together, every matrix split among them", ge=1)
+    reshard: bool = speed(True, "fsdp: free a block's parameters again after its forward (less memory, more traffic)")
+    prefetch_blocks: int = speed(1, "fsdp: blocks gathered ahead of the one that computes", ge=1)
     accumulate: Literal["sharded", "unsharded"] = speed(
         "sharded",
-        "gradients between micro batches: reduced each time, or kept whole until the last (faster, more memory)",
+        "fsdp: gradients between micro batches: reduced each time, or kept whole until the last (faster, more memory)",
     )
     cpu_offload: bool = speed(False, "keep parameters, gradients and optimizer state in host memory")
     activation_checkpoint: Literal["none", "selective", "full"] = speed(
@@ -325,6 +330,14 @@ class Config(Section):
                 f"but model.max_seq_len gives learned positions for {model.max_seq_len}; "
                 f"use data.seq_len={padded - tensor} or a parallel.tensor that divides it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _zero_fits(self) -> Config:
+        if self.parallel.engine == "zero":
+            wrong = contradictions(self)
+            if wrong:
+                raise ValueError("; ".join(wrong))
         return self
 
     @property

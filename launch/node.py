@@ -28,6 +28,7 @@ from launch.monitor.keeper import Keeper
 from trainer import life
 from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
+from trainer.engines import check_engine
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
@@ -90,6 +91,7 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
     config = load(argument, overrides)
     processes = processes or default_processes()
     resolve(config.parallel, processes * nodes.count)
+    check_engine(config.parallel, processes * nodes.count)
     folder = RunFolder(Path(config.run_dir))
     if nodes.is_first:
         check_folder(config, folder)

@@ -23,6 +23,7 @@ from slurm.lives import outcomes
 from slurm.request import add_flags, minutes, request_of
 from trainer import life
 from trainer.arguments import config_parser, take
+from trainer.engines import check_engine
 from trainer.events import read_events
 from trainer.folder import RunFolder, read_json, write_json
 from trainer.layout import resolve
@@ -100,6 +101,7 @@ class Submission:
         if r.gpus_per_node is None:
             raise UserError("how many GPUs has a node? --gpus-per-node 8 (or slurm.gpus_per_node; 0: ranks on the CPU)")
         resolve(self.config.parallel, r.nodes * self.processes)
+        check_engine(self.config.parallel, r.nodes * self.processes)
         check_folder(self.config, self.folder)
         if r.time is not None:
             limit = minutes(r.time)

@@ -150,7 +150,7 @@ def load(run: Run, origin: Origin) -> Checkpoint | Faults:
     with files of it. A collective."""
     assert origin.plan is not None
     carried = origin.plan.carried
-    run.engine.set_trainable(origin.trainable, held_elsewhere=carried.keys())
+    run.engine.set_trainable(origin.trainable, carried.keys(), _counts(run, origin))
     run.engine.initialise(run.config.run.seed, sorted(origin.plan.fresh))
     checkpoint = _read(run, origin)
     bad = checkpoint if isinstance(checkpoint, BadCheckpoint) else None
@@ -163,6 +163,14 @@ def load(run: Run, origin: Origin) -> Checkpoint | Faults:
     base = checkpoint if run.world.first else None
     run.store.adopt(base, carried, lineage=origin.everything, foreign=not origin.continuing)
     return checkpoint
+
+
+def _counts(run: Run, origin: Origin) -> dict[str, int]:
+    """Updates seen by the optimizer state that will be read, of each parameter that has any."""
+    assert origin.plan is not None
+    counts, read = origin.plan.counts, origin.plan.read
+    states = target_of(run, origin.trainable).state
+    return {name: counts.get(name, 0) for name in states if any(f"{name}.{key}" in read for key in states[name])}
 
 
 def set_aside(run: Run, origin: Origin, path: Path, reason: str, found_bad: set[Path]) -> bool:

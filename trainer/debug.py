@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.schema import Config, to_dict
 from models import IGNORE
 from trainer.data.loader import MicroBatch
-from trainer.engines.fsdp import FsdpEngine
+from trainer.engines.base import Engine
 from trainer.folder import RunFolder
 from trainer.life import FINISHED
 from trainer.run import Run
@@ -87,13 +87,13 @@ class CheckedRun(Run):
     def build(self) -> None:
         super().build()
         fresh = self.origin.path is None
-        self.engine = CheckedEngine(self.engine, self.config, fresh)  # type: ignore[assignment]
+        self.engine = CheckedEngine(self.engine, self.config, fresh)
 
 
 class CheckedEngine:
     """Passes everything on to an engine, and checks what goes in and what comes out. Raises RunFailed."""
 
-    def __init__(self, engine: FsdpEngine, config: Config, fresh: bool) -> None:
+    def __init__(self, engine: Engine, config: Config, fresh: bool) -> None:
         self._engine, self._config = engine, config
         self._expected_loss = math.log(config.model.vocab_size) if fresh else None
         self._loss = 0.0

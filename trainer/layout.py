@@ -41,6 +41,4 @@ def resolve(parallel: ParallelSection, world_size: int) -> Layout:
             f"{given}: {product} is not the {world_size} rank(s) of this run; "
             f"parallel.replicate=1 parallel.shard=-1 fits any number"
         )
-    if parallel.cpu_offload and world_size == 1:
-        raise UserError("parallel.cpu_offload needs at least 2 ranks: one process keeps everything on its device")
     return Layout(replicate, shard, tensor)

@@ -20,7 +20,7 @@ from trainer.console import Console, gib
 from trainer.data.loader import Loader, StepBatch, validation_batches
 from trainer.data.prepare import Interrupted, prepare
 from trainer.data.prepared import Prepared
-from trainer.engines.fsdp import FsdpEngine
+from trainer.engines import build_engine
 from trainer.events import Events, append_row
 from trainer.folder import RunFolder, checkpoint_name
 from trainer.heartbeat import Phase
@@ -74,7 +74,7 @@ class Run:
         with world.heartbeat.during(Phase.PREPARING):
             prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
         self.prepared = Prepared.open(prepared)
-        self.engine = FsdpEngine(config, world, self.task)
+        self.engine = build_engine(config, world, self.task)
         world.from_first(self._last_look_before_loading)
         self.origin = begin(self)
         self._say_frozen_ties()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
+from trainer.engines import check_engine
 from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat
 from trainer.layout import resolve
 from trainer.stacks import answer_monitor
@@ -24,7 +25,9 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
 
     `kind` is the class that puts the run together, for those who check or measure one.
     """
-    resolve(config.parallel, int(os.environ.get("WORLD_SIZE", 1)))  # refused before anything is touched
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    resolve(config.parallel, world_size)  # refused before anything is touched
+    check_engine(config.parallel, world_size)
     if HEARTBEATS_VARIABLE in os.environ:
         answer_monitor()
     heartbeat = Heartbeat.of_this_rank()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,19 @@ def put_together(ranks: Sequence[Memory]) -> tuple[Tensors, dict[str, str], list
             if groups.setdefault(part.key, part.group) != part.group or tensor.dtype != dtype:
                 wrong.append(f"{part.key}: rank {number} holds it as {part.group} {part.dtype}")
                 continue
-            if not prod(part.sizes):
+            if not part.content:
                 continue
-            content = torch.frombuffer(bytearray(part.content), dtype=dtype).view(part.sizes)
-            box = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))
-            if bool(seen[box].any()) and bits(tensor[box]) != bits(content):
+            content = torch.frombuffer(bytearray(part.content), dtype=dtype)
+            if part.start is not None:
+                here, held = tensor.view(-1), seen.view(-1)
+                box: tuple[slice, ...] = (slice(part.start, part.start + len(content)),)
+            else:
+                here, held, content = tensor, seen, content.view(part.sizes)
+                box = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))
+            if bool(held[box].any()) and bits(here[box]) != bits(content):
                 wrong.append(f"{part.key}: ranks hold different copies")
-            tensor[box] = content
-            seen[box] = True
+            here[box] = content
+            held[box] = True
     wrong += [f"{key}: no rank holds all of it" for key, seen in filled.items() if not bool(seen.all())]
     return whole, groups, wrong
 

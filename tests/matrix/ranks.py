@@ -33,6 +33,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    start: int | None  # of a flat range
     content: bytes
 
 
@@ -61,7 +62,8 @@ def memory(run: Run) -> Memory:
     for piece in run.engine.pieces():
         content = piece.tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(piece.tensor.dtype).removeprefix("torch.")
-        parts.append(Part(piece.key, piece.group, dtype, piece.shape, piece.offsets, piece.sizes, content))
+        place = piece.offsets, piece.sizes, piece.start
+        parts.append(Part(piece.key, piece.group, dtype, piece.shape, *place, content))
     return Memory(parts, run.engine.step_counts(), run.progress.state(), run.engine.trainable())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.checkpoint.load import Checkpoint, Wanted
-from trainer.checkpoint.pieces import Box, Ints, intersect
+from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect
 from trainer.checkpoint.plan import Plan
 
 
@@ -39,6 +39,11 @@ class Loading:
             offsets, sizes = shared
             out = out[inside]
         self._wanted.append(Wanted(stored, out, offsets, sizes, cast=True))
+
+    def want_range(self, key: str, shape: Ints, start: int, out: torch.Tensor) -> None:
+        """Have the flat range of tensor `key` that begins at `start` read into `out`, of one dimension."""
+        for box in boxes_of_range(shape, start, out.numel()):
+            self.want(key, box.offsets, box.sizes, out[box.start : box.start + box.numel].view(box.sizes))
 
     def read(self) -> None:
         """Fill everything that was wanted."""

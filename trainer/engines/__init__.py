@@ -1,0 +1,49 @@
+"""Which engine runs: the only place that knows. No torch until one is built."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from configs.errors import UserError
+from configs.schema import Config, ParallelSection
+
+if TYPE_CHECKING:
+    from trainer.engines.base import Engine
+    from trainer.tasks.lm import LanguageModelling
+    from trainer.world import World
+
+# Before 0.19.8 a step full of NaN was applied, and gradients were off in bf16; after 0.19 its inside may lie otherwise.
+DEEPSPEED = (0, 19, 8), (0, 20)
+
+
+def check_engine(parallel: ParallelSection, world_size: int) -> None:
+    """Raise UserError when the engine cannot run here, before anything is touched."""
+    if parallel.engine == "zero":
+        _check_deepspeed()
+    elif parallel.cpu_offload and world_size == 1:
+        raise UserError("parallel.cpu_offload needs at least 2 ranks: one process keeps everything on its device")
+
+
+def _check_deepspeed() -> None:
+    wanted = "parallel.engine=zero needs deepspeed>=0.19.8,<0.20"
+    how = "install it: pip install 'muster[deepspeed]', or use parallel.engine=fsdp"
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"{wanted}, and there is none\n{how}") from None
+    low, high = DEEPSPEED
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if not low <= numbers < high:
+        raise UserError(f"{wanted}, and {version} is installed\n{how}")
+
+
+def build_engine(config: Config, world: World, task: LanguageModelling) -> Engine:
+    """The engine that the config names."""
+    if config.parallel.engine == "zero":
+        from trainer.engines.zero import ZeroEngine
+
+        return ZeroEngine(config, world, task)
+    from trainer.engines.fsdp import FsdpEngine
+
+    return FsdpEngine(config, world, task)

@@ -6,7 +6,7 @@ in the same order, with the same number of micro batches: each call may hold col
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -22,10 +22,14 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def set_trainable(self, names: Iterable[str], held_elsewhere: Iterable[str] = ()) -> None:
+    def set_trainable(
+        self, names: Iterable[str], held_elsewhere: Iterable[str] = (), counts: Mapping[str, int] | None = None
+    ) -> None:
         """Build, or build anew, so that exactly these parameters train; the rest get no gradient and no optimizer
         state. The originals of those in `held_elsewhere` stand in a checkpoint: of them a copy in the compute dtype is
-        enough. A collective. All values are lost: `initialise` or `load` follows."""
+        enough. `counts` are the updates that the optimizer state of each which `load` will find has seen (0 where it
+        counts none), for an engine that keeps one count for several. A collective. All values are lost: `initialise`
+        or `load` follows."""
 
     def initialise(self, seed: int, names: Iterable[str] | None = None) -> None:
         """Fill parameters and buffers (default: all) from (seed, name): the same values at every world size and layout.
@@ -63,7 +67,8 @@ class Engine(Protocol):
         """Names of the parameters that train."""
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """This rank's local gradients by name, between `forward_backward` and `update`; for checks, not for speed."""
+        """Gradients by name, at least this rank's part, between `forward_backward` and `update`; for checks, not for
+        speed. A collective."""
 
     def pieces(self) -> list[Piece]:
         """This rank's part of parameters, buffers and optimizer state, without communication. The tensors are live."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -29,6 +28,7 @@ from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
+from trainer.engines.names import find_aliases
 from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
 from trainer.layout import resolve
 from trainer.optim import build_optimizers, counts_steps, state_keys
@@ -62,7 +62,7 @@ class FsdpEngine:
         self.stored: dict[str, torch.Tensor] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.model = self._on_meta()
-        self._aliases = _find_aliases(self.model)
+        self._aliases = find_aliases(self.model)
         self._infos = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in self.model.named_parameters()}
         kept = self.model.state_dict().keys()
         self._buffer_infos = {
@@ -76,7 +76,9 @@ class FsdpEngine:
             parameter.data = parameter.data.to(self._params)  # buffers keep the format that the model gave them
         return model
 
-    def set_trainable(self, names: Iterable[str], held_elsewhere: Iterable[str] = ()) -> None:
+    def set_trainable(
+        self, names: Iterable[str], held_elsewhere: Iterable[str] = (), counts: Mapping[str, int] | None = None
+    ) -> None:
         parallel, trainable = self.config.parallel, set(names)
         self.optimizers, self.stored, self.master = [], {}, None
         self.model = self._on_meta()  # the old one goes before the new one takes memory
@@ -300,9 +302,3 @@ class FsdpEngine:
 
     def after_load(self) -> None:
         self._parameters_changed()
-
-
-def _find_aliases(model: nn.Module) -> dict[str, str]:
-    first = {id(p): name for name, p in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in every if first[id(p)] != name}
