@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life slurm monitor faults matrix bench bench-checkpoint gpu tutorial picture slurm-deps
+.PHONY: help demo test schema clean life slurm monitor faults matrix matrix-zero bench bench-checkpoint gpu tutorial picture slurm-deps
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
@@ -12,6 +12,7 @@ help:
 	@echo "make life    every phase of a run with every cause of stopping and killing (25 minutes)"
 	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (3 minutes)"
 	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen (10 minutes)"
+	@echo "make matrix-zero  the same with DeepSpeed ZeRO writing or reading, and all that is tried of ZeRO; goes on where it ended"
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
@@ -67,7 +68,10 @@ faults: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/trainer/checkpoint tests/fuzz --full $(ARGS)
 
 matrix: $(VENV)/.test
-	@$(BIN)/python -m pytest tests/matrix --full $(ARGS)
+	@$(BIN)/python -m pytest tests/matrix --full --ignore tests/matrix/test_matrix_zero.py $(ARGS)
+
+matrix-zero: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/matrix/test_matrix_zero.py tests/trainer/test_zero.py --full $(ARGS)
 
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving

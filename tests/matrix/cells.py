@@ -16,7 +16,7 @@ STEPS = 3  # made by the writer
 MORE = 2  # made by the reader: the first one's loss shows the weights, the second one's the optimizer
 GLOBAL_BATCH = 7  # divides among no layout's data ranks
 
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {  # name -> (ranks, section `parallel`)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> (ranks, section `parallel`)
     "one process": (1, {}),
     "FSDP 2": (2, {"shard": 2}),
     "FSDP 3": (3, {"shard": 3}),
@@ -26,6 +26,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {  # name -> (ranks, section `p
     "TP 2": (2, {"tensor": 2, "shard": 1}),
     "TP 2 x FSDP 2": (4, {"tensor": 2, "shard": 2}),
 }
+ZERO: dict[str, tuple[int, dict[str, Any]]] = {
+    f"ZeRO-{stage} {ranks}": (ranks, {"engine": "zero", "zero_stage": stage})
+    for stage in (1, 2, 3)
+    for ranks in (2, 3, 4)
+}
+EVERY = LAYOUTS | ZERO
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,33 @@ DIAGONAL = [
     for i, writer in enumerate(_NAMES)
 ]
 
+ZERO_MATRIX = [
+    Cell(writer, reader, pattern)
+    for writer in EVERY
+    for pattern in PATTERNS
+    for reader in EVERY
+    if writer in ZERO or reader in ZERO
+]
+_EVERY = list(EVERY)
+ZERO_BESIDES = [  # each ZeRO layout with each pattern and variant, writing and reading
+    cell
+    for v, variant in enumerate(VARIANTS)
+    for i, zero in enumerate(ZERO)
+    for p, pattern in enumerate(PATTERNS)
+    for other in [_EVERY[(i + 5 * v + 3 * p) % len(_EVERY)]]
+    for cell in (Cell(zero, other, pattern, variant), Cell(other, zero, pattern, variant))
+]
+# In the normal run: each stage writes and reads, each pattern is there; two ranks suffice but for one cell.
+ZERO_DIAGONAL = [
+    Cell("ZeRO-1 2", "FSDP 2", "nothing frozen"),
+    Cell("FSDP 2", "ZeRO-1 2", "another set frozen than before"),
+    Cell("ZeRO-2 2", "ZeRO-3 3", "unfrozen again"),
+    Cell("ZeRO-3 3", "ZeRO-2 2", "frozen after having trained"),
+    Cell("ZeRO-3 2", "FSDP 2", "all but the head"),
+    Cell("FSDP 2", "ZeRO-3 2", "bottom blocks", "bf16"),
+    Cell("ZeRO-2 2", "ZeRO-1 2", "unfrozen again", "bf16"),
+]
+
 # Neither 3 nor 4 divides a size; of 5 rows the last of 4 ranks has none.
 MODEL: dict[str, Any] = {
     "vocab_size": 263,
@@ -142,7 +175,7 @@ def _config(root: Path, folder: Path, layout: str, variant: str) -> dict[str, An
         "train": {"steps": STEPS, "global_batch": GLOBAL_BATCH, "micro_batch": 2},
         "optim": {"lr": 1e-2, "schedule": "constant"},
         "precision": {"compute": "bf16" if variant == "bf16" else "fp32"},
-        "parallel": {**LAYOUTS[layout][1], "load_timeout_s": 60.0, "step_timeout_s": 60.0},
+        "parallel": {**EVERY[layout][1], "load_timeout_s": 60.0, "step_timeout_s": 60.0},
         "checkpoint": {"every_steps": 1, "keep": {"last": 100}},
     }
 

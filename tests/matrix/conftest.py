@@ -6,7 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.matrix.cells import BESIDES, LAYOUTS, MATRIX, PATTERNS, VARIANTS, Cell
+from tests.matrix.cells import (
+    BESIDES,
+    EVERY,
+    LAYOUTS,
+    MATRIX,
+    PATTERNS,
+    VARIANTS,
+    ZERO,
+    ZERO_BESIDES,
+    ZERO_MATRIX,
+    Cell,
+)
 from tests.matrix.harness import Matrix, Outcome
 
 OUTCOMES: dict[Cell, Outcome] = {}
@@ -28,7 +39,9 @@ def outcomes() -> dict[Cell, Outcome]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.getoption("full") or not OUTCOMES:
         return
-    for line in table():
+    lines = table() if any(cell in OUTCOMES for cell in MATRIX) else []
+    lines += zero_table() if any(cell in OUTCOMES for cell in ZERO_MATRIX) else []
+    for line in lines:
         terminalreporter.write_line(line)
 
 
@@ -49,6 +62,24 @@ def table() -> list[str]:
     for variant, meaning in VARIANTS.items():
         cells = [OUTCOMES.get(cell) for cell in BESIDES if cell.variant == variant]
         lines.append(f"| {variant}: {meaning} | {len(cells)} | {[*map(_words, cells)].count('ok')} | {_worst(cells)} |")
+    return lines
+
+
+def zero_table() -> list[str]:
+    """Of the cells with ZeRO: how many of the patterns held, by who wrote and who read."""
+    rows = [["written by", *EVERY, "largest difference of losses"], ["---"] * (len(EVERY) + 2)]
+    for writer in EVERY:
+        counts, every = [], []
+        for reader in EVERY:
+            cells = [OUTCOMES.get(Cell(writer, reader, pattern)) for pattern in PATTERNS]
+            every += cells
+            here = writer in ZERO or reader in ZERO
+            counts.append(f"{[*map(_words, cells)].count('ok')} of {len(cells)}" if here else "")
+        rows.append([writer, *counts, _worst(every)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    for variant in VARIANTS:
+        cells = [OUTCOMES.get(cell) for cell in {*ZERO_BESIDES} if cell.variant == variant]
+        lines.append(f"{variant}: {[*map(_words, cells)].count('ok')} of {len(cells)} cells ok, {_worst(cells)}")
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.matrix import checks
-from tests.matrix.cells import LAYOUTS, MORE, STEPS, Cell, reading, writing
+from tests.matrix.cells import EVERY, MORE, STEPS, Cell, reading, writing
 from tests.matrix.expected import History, model_of, plain_losses
 from tests.matrix.ranks import Memory, Told, go
 from tests.pool import Pool
@@ -139,7 +139,7 @@ class Matrix:
         return outcome
 
     def _go(self, layout: str, config: dict[str, Any], reads: bool) -> list[Told]:
-        size = LAYOUTS[layout][0]
+        size = EVERY[layout][0]
         pool = self._pools.setdefault(size, Pool(size))
         told: list[Told] = pool.run(go, config, reads)
         return told

@@ -80,7 +80,7 @@ def test_losses_are_those_of_fsdp(size: int, changes: dict[str, Any], pools: dic
         assert began == weights, stage
 
 
-# ---- what cannot be ---------------------------------------------------------------------------------------------------
+# ---- what cannot be -------------------------------------------------------------------------------------------------
 
 
 def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

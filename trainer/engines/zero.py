@@ -35,6 +35,7 @@ from trainer.seeds import generator
 from trainer.tasks.lm import LanguageModelling
 from trainer.world import World
 
+BUCKET_ELEMENTS = 500_000_000  # reduced at once, at most: DeepSpeed's own default
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -52,6 +53,9 @@ class ZeroEngine:
             self.model: Decoder = build_model(config.model)
         self._aliases = find_aliases(self.model)
         self._infos = {name: TensorInfo(tuple(p.shape), torch.float32) for name, p in self.model.named_parameters()}
+        # DeepSpeed takes memory for a bucket as large as it may be, even if the model is small.
+        numel = sum(math.prod(info.shape) for info in self._infos.values())
+        self._settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET_ELEMENTS, numel))
         kept = self.model.state_dict().keys()
         self._buffer_infos = {
             name: TensorInfo(tuple(b.shape), b.dtype) for name, b in self.model.named_buffers() if name in kept
@@ -237,7 +241,8 @@ class ZeroEngine:
             group["lr"] = group["peak_lr"] * lr_factor
         self._engine.step()
         self._parts.clear()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) else math.nan
 
     def gradients(self) -> dict[str, torch.Tensor]:
         found = {name: self._parts.gradient(name) for name in self._parts.fragments}
