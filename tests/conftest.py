@@ -15,6 +15,12 @@ import pytest
 from tests.left_out import LEFT_OUT
 
 
+@pytest.fixture(params=["fsdp", "zero"])
+def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Changes of a config with which the same test runs under each engine."""
+    return {} if request.param == "fsdp" else {"parallel__engine": "zero", "parallel__zero_stage": 3}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also what takes long: every phase, cause and cell")
 

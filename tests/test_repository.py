@@ -188,3 +188,37 @@ def test_promise_parser(tmp_path: Path) -> None:
     for bad in ("make run", "make VENV", "make .venv", "tests/test_b.py::test_x", "tests/test_a.py::test_y"):
         assert missing_proof(bad, tmp_path), bad
     assert missing_proof("tests/test_a.py::TestB::test_x", tmp_path)
+
+
+# ---- one test for both engines --------------------------------------------------------------------------------------
+
+
+def engine_specific(source: str) -> list[str]:
+    """Tests that take the fixture `engine` and then do otherwise under one of them: they skip, or look which it is."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        arguments = {a.arg for a in node.args.args} if isinstance(node, ast.FunctionDef) else set()
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and "engine" in arguments:
+            for inner in ast.walk(node):
+                skips = isinstance(inner, ast.Attribute) and inner.attr in {"skip", "skipif", "xfail", "importorskip"}
+                looks = isinstance(inner, ast.If | ast.IfExp | ast.Compare) and "engine" in ast.unparse(inner)
+                if skips or looks:
+                    found.append(f"{node.name}: {ast.unparse(inner).splitlines()[0]}")
+    return found
+
+
+def test_tests_of_both_engines_are_the_same() -> None:
+    tests = [path for path in python_files() if path.relative_to(ROOT).parts[0] == "tests"]
+    sources = {path: path.read_text("utf-8") for path in tests if path.name.startswith("test_")}
+    assert sum("engine: dict[str, Any]" in source for source in sources.values()) >= 3
+    assert {path: wrong for path, source in sources.items() if (wrong := engine_specific(source))} == {}
+    for path, source in sources.items():
+        assert not re.search(r"(skip|xfail)\w*\([^)]*(zero|fsdp|deep" + "speed)", source, re.IGNORECASE), path
+
+
+def test_an_engine_specific_skip_is_found() -> None:
+    head = "def test_x(engine, tmp_path):\n"
+    assert engine_specific(head + "    train(tiny(tmp_path, **engine))\n") == []
+    assert engine_specific(head + "    pytest.skip('not there')\n")
+    assert engine_specific(head + "    if engine:\n        return\n")
+    assert engine_specific("@pytest.mark.skipif(True)\n" + head + "    pass\n")

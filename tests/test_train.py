@@ -67,9 +67,10 @@ def test_loss_does_not_depend_on_the_layout(
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_resuming_equals_going_on_bit_for_bit(size: int, tmp_path: Path) -> None:
-    straight = tiny(tmp_path / "straight", train__steps=20, checkpoint__every_steps=10, model__dropout=0.1)
-    broken = tiny(tmp_path / "broken", train__steps=10, checkpoint__every_steps=10, model__dropout=0.1)
+def test_resuming_equals_going_on_bit_for_bit(size: int, engine: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"checkpoint__every_steps": 10, "model__dropout": 0.1, **engine}
+    straight = tiny(tmp_path / "straight", train__steps=20, **changes)
+    broken = tiny(tmp_path / "broken", train__steps=10, **changes)
     broken["data"] = straight["data"]
     straight["optim"]["schedule"] = broken["optim"]["schedule"] = "constant"  # else train.steps changes the rates
     assert train(straight, size) == [0] * size
@@ -120,9 +121,11 @@ def stop_at(step: int, config: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("step", [9, 10])
-def test_a_stop_leaves_no_trace_in_what_is_learned(size: int, step: int, tmp_path: Path) -> None:
+def test_a_stop_leaves_no_trace_in_what_is_learned(
+    size: int, step: int, engine: dict[str, Any], tmp_path: Path
+) -> None:
     """Stopped at a validation, at a save or between: losses, validations and the last checkpoint are the same bits."""
-    changes: dict[str, Any] = {"train__steps": 20, "train__validate_every_steps": 5, "checkpoint__every_steps": 10}
+    changes = {"train__steps": 20, "train__validate_every_steps": 5, "checkpoint__every_steps": 10, **engine}
     straight, broken = tiny(tmp_path / "straight", **changes), tiny(tmp_path / "broken", **changes)
     broken["data"] = straight["data"]
     assert train(straight, size) == [0] * size

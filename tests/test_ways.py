@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.distributed import free_port, tiny, train, write_config
 from trainer.events import read_rows
@@ -28,8 +29,8 @@ def finished(folder: Path, step: int) -> None:
     assert (end["reason"], end["step"], end["checkpoint"]) == ("finished", step, f"step-{step:08d}")
 
 
-def test_torchrun_on_one_node(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+def test_torchrun_on_one_node(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path, **engine)
     done = run([*TORCHRUN, "--nproc_per_node", "2", "-m", "trainer", str(config), "train.steps=4"])
     assert done.returncode == 0, done.stderr
     finished(tmp_path, 4)
@@ -74,8 +75,8 @@ def test_a_job_script_passes_the_warning_on(tmp_path: Path) -> None:
     assert end["checkpoint"] == f"step-{end['step']:08d}"
 
 
-def test_debug_in_one_process(tmp_path: Path) -> None:
-    config = write_config(tmp_path, freeze__frozen=["blocks.0.*"], train__steps=50)
+def test_debug_in_one_process(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path, freeze__frozen=["blocks.0.*"], train__steps=50, **engine)
     done = run([sys.executable, "-m", "trainer", str(config), "--debug"])
     assert done.returncode == 0, done.stderr
     assert "every check held" in done.stdout

@@ -96,11 +96,10 @@ def poison(run: Run, wish: StopWish, rank: int, steps: set[int], what: str) -> N
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_skipped_updates_change_nothing_and_are_survived(what: str, tmp_path: Path) -> None:
+def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict[str, Any], tmp_path: Path) -> None:
     steps = {3, 4, 6}  # never three in a row
-    run, outcomes = on_ranks(
-        tmp_path, 2, poison, 1, steps, what, train__steps=8, train__nonfinite_limit=3, data__record_samples=True
-    )
+    changes = {"train__steps": 8, "train__nonfinite_limit": 3, "data__record_samples": True, **engine}
+    run, outcomes = on_ranks(tmp_path, 2, poison, 1, steps, what, **changes)
     assert outcomes == [(0, 8), (0, 8)]
     assert run.end()["reason"] == "finished"
     # Whose loss was bad names its samples; of a bad gradient nobody knows whose it was, so rank 0 names its own.
