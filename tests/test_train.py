@@ -119,8 +119,7 @@ def stop_at(step: int, config: dict[str, Any]) -> int:
     return start(Config.model_validate(config), StopWish(), Stopped)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("step", [9, 10])
+@pytest.mark.parametrize(("size", "step"), [(1, 9), (2, 10)])
 def test_a_stop_leaves_no_trace_in_what_is_learned(
     size: int, step: int, engine: dict[str, Any], tmp_path: Path
 ) -> None:
