@@ -18,8 +18,19 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE_S = 5.0
+from configs.errors import UserError
+from trainer.life import TOLD_PREFIXES
+
+PATIENCE_S = 4.0  # a requeue leaves KillWait: 30 s at most sites, 5 s in a rehearsal
+_TO_SAY_S = 0.5  # after that, that it was too long
 Facts = dict[str, Any]
+
+
+def refuse_written_down(key: str, variable: str | None) -> None:
+    """Raises UserError for a webhook whose address would end up in the run folder."""
+    if variable is not None and variable.startswith(TOLD_PREFIXES):
+        prefix = next(prefix for prefix in TOLD_PREFIXES if variable.startswith(prefix))
+        raise UserError(f"{key}: variables {prefix}* are written into the run folder: give {variable} another name")
 
 
 class Hooks:
@@ -42,9 +53,9 @@ class Hooks:
             thread.start()
             self._running.append(thread)
 
-    def wait(self, seconds: float = PATIENCE_S) -> None:
-        """Until what was told is done, but no longer."""
-        until = time.monotonic() + seconds
+    def wait(self) -> None:
+        """Until what was told is done or given up. A look-up of a name heeds no time-out, and is left behind."""
+        until = time.monotonic() + PATIENCE_S + _TO_SAY_S
         for thread in self._running:
             thread.join(max(until - time.monotonic(), 0.0))
 
@@ -90,5 +101,7 @@ def _post(variable: str, facts: Facts) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
+    except TimeoutError:
+        return f"no answer within {PATIENCE_S:g} s"
     except urllib.error.URLError as error:
         return error.reason.strerror or "no answer" if isinstance(error.reason, OSError) else type(error).__name__

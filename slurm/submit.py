@@ -18,6 +18,7 @@ from configs.errors import UserError
 from configs.load import dump, load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
+from launch.hooks import refuse_written_down
 from slurm import limits, queue, snapshot
 from slurm.lives import outcomes
 from slurm.request import add_flags, minutes, request_of
@@ -103,6 +104,7 @@ class Submission:
         resolve(self.config.parallel, r.nodes * self.processes)
         check_engine(self.config.parallel, r.nodes * self.processes)
         check_folder(self.config, self.folder)
+        refuse_written_down("monitor.webhook", self.config.monitor.webhook)
         if r.time is not None:
             limit = minutes(r.time)
             if limit is not None and limit * 60 <= r.warning_s:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
-from launch.hooks import Hooks
+from configs.errors import UserError
+from launch.hooks import Hooks, refuse_written_down
 
 FACTS = {"event": "idle", "text": "run: idle: 9 % active", "activity_pct": 9.0}
 
@@ -35,7 +38,7 @@ def test_what_a_command_does_wrong_is_a_line(command: str, line: str, monkeypatc
     began = time.monotonic()
     hooks.tell(FACTS)
     assert time.monotonic() - began < 0.2
-    hooks.wait(5.0)
+    hooks.wait()
     assert said == [line]
 
 
@@ -82,3 +85,49 @@ def test_a_webhook_gets_json(server: tuple[str, list[bytes]], monkeypatch: pytes
     hooks.wait()
     refused, no_address = "webhook: Connection refused", "webhook: the environment variable MY_HOOK holds no address"
     assert said == ["webhook: HTTP 500", refused, f"{no_address} (http://...)", "webhook: no MY_HOOK set"]
+
+
+@pytest.mark.parametrize(
+    "address", ["secret", "http://secret:port/x", "http://127.0.0.1:9/secret", "http://secret.invalid/"]
+)
+def test_no_address_is_ever_said(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_HOOK", address)
+    said: list[str] = []
+    hooks = Hooks(None, "MY_HOOK", said.append)
+    hooks.tell(FACTS)
+    hooks.wait()
+    (line,) = said
+    assert line.startswith("webhook: ")
+    assert "secret" not in line
+
+
+def test_what_a_command_prints_is_thrown_away(capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    hooks = Hooks("echo secret; echo secret >&2; no-such-command", None, said.append)
+    hooks.tell(FACTS)
+    hooks.wait()
+    assert (said, capfd.readouterr()) == (["hook: exit code 127"], ("", ""))
+
+
+def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.hooks.PATIENCE_S", 0.5)
+    deaf = socket.create_server(("127.0.0.1", 0))  # takes a request, and never answers
+    monkeypatch.setenv("MY_HOOK", f"http://127.0.0.1:{deaf.getsockname()[1]}/")
+    said: list[str] = []
+    hooks = Hooks(f"trap '' TERM; sleep 60 & echo $! > {tmp_path}/child; wait", "MY_HOOK", said.append)
+    began = time.monotonic()
+    hooks.tell(FACTS)
+    hooks.wait()
+    assert time.monotonic() - began < 2.0
+    assert sorted(said) == ["hook: not done after 0.5 s, ended", "webhook: no answer within 0.5 s"]
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    deaf.close()
+
+
+def test_a_variable_that_is_written_down_is_refused() -> None:
+    refuse_written_down("slurm.webhook", "CHAT")
+    refuse_written_down("slurm.webhook", None)
+    for name in ("MUSTER_CHAT", "SLURM_JOB_CHAT", "NCCL_CHAT"):
+        with pytest.raises(UserError, match=r"slurm.webhook: variables .* are written into the run folder"):
+            refuse_written_down("slurm.webhook", name)
