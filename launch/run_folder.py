@@ -22,6 +22,8 @@ from trainer.life import Attempt
 from trainer.names import node_name
 
 JOB_FILE = Path("slurm/job.json")  # `slurm submit` notes there which job has the folder
+LIVES = Path("slurm/lives")  # and `slurm after` what the lives of jobs came to
+_ARRAY_MARK = JOB_FILE.parent
 _MARKS = (Path("attempts"), JOB_FILE, Path("LEASE"))
 _BLOCK_BYTES = 8 * 1024
 _LONGEST_ROW_BYTES = 1024 * 1024
@@ -57,6 +59,16 @@ class Holder:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a life of a job came to, said by what follows srun: it outlives the launcher and its node."""
+
+    time_s: float
+    job: str | None
+    reason: str | None
+    cause: str | None
+
+
+@dataclass(frozen=True)
 class RunView:
     """A run as its folder shows it now."""
 
@@ -70,12 +82,18 @@ class RunView:
     holder: Holder | None
     submitted: str | None  # the job that `slurm submit` noted last
     stop_asked: bool
+    outcomes: tuple[Outcome, ...]  # of jobs' lives, the latest last
 
     @property
     def jobs(self) -> list[str]:
         """Slurm's jobs that may have this run now, the likeliest first."""
         held, began = self.holder.job if self.holder else None, self.newest.job if self.newest else None
         return list(dict.fromkeys(number for number in (held, self.submitted, began) if number is not None))
+
+    def outcome_of(self, attempt: AttemptView) -> Outcome | None:
+        """What the life came to in which this attempt began, once that is over."""
+        began_s = attempt.began_s if attempt.began_s is not None else math.inf
+        return next((outcome for outcome in self.outcomes if outcome.time_s >= began_s), None)
 
 
 def is_run(folder: Path) -> bool:
@@ -84,14 +102,21 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself when it is a run's, else those right below it that are. Raises UserError."""
+    """The folder itself when it is a run's, else those below it that are, also in arrays. Raises UserError."""
     try:
-        if is_run(folder):
-            return [folder]
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and is_run(Path(entry.path)))
+        return [folder] if is_run(folder) else sorted(_runs_below(folder))
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from error
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir() and is_run(path):
+                yield path
+            elif entry.is_dir() and (path / _ARRAY_MARK).is_dir():  # several runs that were submitted as one job
+                yield from _runs_below(path)
 
 
 def view(folder: Path) -> RunView:
@@ -116,6 +141,7 @@ def _view(folder: RunFolder) -> RunView:
         holder=_holder(folder),
         submitted=text(facts_in(folder.root / JOB_FILE), "job"),
         stop_asked=folder.stop.exists(),
+        outcomes=_outcomes(folder),
     )
 
 
@@ -130,13 +156,18 @@ def attempt_view(folder: RunFolder, number: int) -> AttemptView:
         start_step=whole(start, "start_step"),
         last_step=whole(start, "last_step"),
         hosts=tuple(str(host) for host in hosts) if isinstance(hosts, list) else (),
-        job=text(environment, "SLURM_JOB_ID") if isinstance(environment, dict) else None,
+        job=_job_in(environment) if isinstance(environment, dict) else None,
         reason=text(end, "reason"),
         cause=text(end, "cause"),
         end_step=whole(end, "step"),
         requeue=end.get("requeue") is True,
         ended_s=amount(end, "time_s"),
     )
+
+
+def _job_in(environment: dict[str, Any]) -> str | None:
+    array, task = text(environment, "SLURM_ARRAY_JOB_ID"), text(environment, "SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array is not None and task is not None else text(environment, "SLURM_JOB_ID")
 
 
 def all_attempts(folder: RunFolder) -> list[AttemptView]:
@@ -161,6 +192,16 @@ def _holder(folder: RunFolder) -> Holder | None:
     pid, known = whole(lease, "pid"), amount(lease, "started_s") is not None
     alive = alive_here(lease, node_name()) if pid is not None and pid > 0 and known else None
     return Holder(text(lease, "node"), pid, text(lease, "job"), whole(lease, "attempt"), alive)
+
+
+def _outcomes(folder: RunFolder) -> tuple[Outcome, ...]:
+    try:
+        with os.scandir(folder.root / LIVES) as entries:
+            rows = [facts_in(Path(entry.path) / "outcome.json") for entry in entries]
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    found = [Outcome(amount(r, "time_s") or 0.0, text(r, "job"), text(r, "reason"), text(r, "cause")) for r in rows]
+    return tuple(sorted((o for o in found if o.time_s), key=lambda outcome: outcome.time_s))
 
 
 def last_row(path: Path, key: str, attempt: int | None = None) -> dict[str, Any]:

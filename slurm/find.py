@@ -41,10 +41,18 @@ def _below(word: str) -> list[Path]:
 def _of_job(word: str) -> list[Path]:
     if not is_job(word):
         return []
-    for folder in run_folder.runs_in(_RUNS) if _RUNS.is_dir() else []:
-        if word in run_folder.view(folder).jobs or any((folder / "slurm").glob(f"{word}_*")):
-            return [folder]
+    below = run_folder.runs_in(_RUNS) if _RUNS.is_dir() else []
+    if runs := [folder for folder in below if _had(folder, word)]:
+        return runs
     found = queue.folder_of(word)
-    if found is None or not found.is_dir():
+    runs = run_folder.runs_in(found) if found is not None and found.is_dir() else []
+    runs = [run for run in runs if _had(run, word)] or runs  # of an array all lie in one folder
+    if not runs:
         raise UserError(f"job {word}: its run folder is not known here; name the folder")
-    return [found]
+    return runs
+
+
+def _had(folder: Path, number: str) -> bool:
+    """Whether this job, or a task of this array, has or had the run."""
+    own = any(job == number or job.startswith(f"{number}_") for job in run_folder.view(folder).jobs)
+    return own or any((folder / "slurm").glob(f"{number}_*"))

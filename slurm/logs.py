@@ -57,9 +57,9 @@ class Log:
     def _find_output(self) -> Path | None:
         """The output of the job, which holds what all of its nodes and lives said."""
         for number in self.jobs:
-            submitted = self.folder / "slurm" / f"{number}_0_log.out"
-            if submitted.exists():
-                return submitted
+            for place in (self.folder, self.folder.parent):  # of an array all outputs lie above its runs
+                if (submitted := place / "slurm" / f"{number}_0_log.out").exists():
+                    return submitted
             told = queue.output_of(number)
             if told is not None and told.exists():
                 return told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from launch.run_folder import RunView, amount, whole
+from launch.run_folder import Outcome, RunView, amount, whole
 from launch.text import age_text
 from slurm.queue import Job, Life, Queue
 
@@ -23,7 +23,16 @@ def unexplained(view: RunView, answer: Queue) -> str | None:
         return None
     number, newest = view.submitted or view.jobs[0], view.newest
     told = newest is not None and newest.reason is not None and newest.job in (number, None)
+    outcome = _last_outcome(view)
+    # A task of an array notes its outcome under a number of its own.
+    told = told or (outcome is not None and (outcome.job == number or "_" in number))
     return None if told else number
+
+
+def _last_outcome(view: RunView) -> Outcome | None:
+    """What the last life came to, if the newest attempt was not begun in a later one."""
+    began_s = view.newest.began_s if view.newest is not None else None
+    return next((outcome for outcome in view.outcomes[-1:] if outcome.time_s >= (began_s or 0.0)), None)
 
 
 def lives(view: RunView, answer: Queue) -> bool:
@@ -75,6 +84,7 @@ def _over(view: RunView, answer: Queue, past: Sequence[Life]) -> str:
     if past:
         code = past[-1].exit_code.partition(":")[0]
         return past[-1].state.lower() + (f" (exit code {code})" if code not in ("0", "") else "")
-    if newest is not None and newest.reason is not None:
-        return newest.reason + (f" ({newest.cause})" if newest.cause else "")
+    for end in (_last_outcome(view), newest):
+        if end is not None and end.reason is not None:
+            return end.reason + (f" ({end.cause})" if end.cause else "")
     return "died" if newest is not None else "never began"

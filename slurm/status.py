@@ -91,8 +91,9 @@ class Look:
             return folders, views, queue.of(n for view in views if isinstance(view, RunView) for n in view.jobs)
         answer = queue.mine()
         below = run_folder.runs_in(Path("runs")) if Path("runs").is_dir() else []
-        submitted = [job.folder for job in answer.jobs.values() if job.folder is not None and job.folder.is_dir()]
-        folders = list({folder.resolve(): folder for folder in [*below, *submitted]}.values())
+        submitted = {job.folder for job in answer.jobs.values() if job.folder is not None and job.folder.is_dir()}
+        further = [run for folder in sorted(submitted) for run in run_folder.runs_in(folder)]
+        folders = list({folder.resolve(): folder for folder in [*below, *further]}.values())
         return folders, _read_all(folders), answer
 
 
@@ -172,7 +173,13 @@ def _left(facts: dict[str, object], last: int | None) -> str:
 def _restarts(view: RunView) -> str:
     if view.before is None:
         return "0"
-    return f"{view.attempts - 1}: {view.before.cause or view.before.reason or 'died'}"
+    return f"{view.attempts - 1}: {_cause(view, view.before) or view.before.reason or 'died'}"
+
+
+def _cause(view: RunView, attempt: AttemptView) -> str | None:
+    """Why it ended; where it could not say so itself, what its job's life came to."""
+    outcome = view.outcome_of(attempt) if attempt.reason is None else None
+    return outcome.cause if outcome is not None else attempt.cause
 
 
 def _checkpoint(view: RunView) -> str:
@@ -208,7 +215,7 @@ def _notes(rows: Sequence[Row], answer: Queue, no_accounting: str | None) -> lis
 def history(view: RunView, number: str | None) -> list[str]:
     """Every attempt of a run, and every life of its job."""
     attempts = run_folder.all_attempts(view.folder)
-    lines = ["", *table(_ATTEMPT_HEADER, [_attempt_cells(a, attempts[-1].number) for a in attempts], "attempt")]
+    lines = ["", *table(_ATTEMPT_HEADER, [_attempt_cells(view, a) for a in attempts], "attempt")]
     lives, no_accounting = queue.lives([number]) if number is not None else ({}, None)
     found = lives.get(number or "", [])
     if found:
@@ -222,7 +229,7 @@ def history(view: RunView, number: str | None) -> list[str]:
     return lines
 
 
-def _attempt_cells(attempt: AttemptView, newest: int) -> tuple[str, ...]:
+def _attempt_cells(view: RunView, attempt: AttemptView) -> tuple[str, ...]:
     first, last = ("?" if step is None else str(step) for step in (attempt.start_step, attempt.end_step))
     more = len(attempt.hosts) - _HOSTS_SHOWN
     return (
@@ -231,8 +238,8 @@ def _attempt_cells(attempt: AttemptView, newest: int) -> tuple[str, ...]:
         attempt.job or "-",
         (", ".join(attempt.hosts[:_HOSTS_SHOWN]) or "-") + (f" and {more} more" if more > 0 else ""),
         f"{first} to {last}",
-        attempt.reason or ("-" if attempt.number == newest else "died"),
-        attempt.cause or "-",
+        attempt.reason or ("-" if view.newest is not None and attempt.number == view.newest.number else "died"),
+        _cause(view, attempt) or "-",
     )
 
 

@@ -57,7 +57,7 @@ def _in_queue(number: str) -> str:
     answer = queue.of([number])
     if answer.silent is not None:
         raise UserError(f"Slurm does not answer: {answer.silent}")
-    if number not in answer.jobs:
+    if not answer.jobs:  # of an array: none of its tasks
         raise UserError(f"job {number} is not in the queue")
     return number
 

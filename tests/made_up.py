@@ -59,3 +59,11 @@ def lease(root: Path, job: str | None = None, attempt: int = 0, **facts: Any) ->
 def submitted(root: Path, job: str) -> None:
     (root / "slurm").mkdir(parents=True, exist_ok=True)
     write(root / "slurm/job.json", {"job": job, "time_s": time.time(), "user": "me"})
+
+
+def outcome(root: Path, job: str, life: int, reason: str, cause: str | None, age_s: float = 0.0) -> None:
+    """What `slurm after` wrote about a life of a job."""
+    place = root / f"slurm/lives/{job}-{life}"
+    place.mkdir(parents=True)
+    told = {"job": job, "life": life, "reason": reason, "cause": cause, "step": 40, "exit_code": 1, "again": None}
+    write(place / "outcome.json", told | {"failed_nodes": [], "time_s": time.time() - age_s})

@@ -22,8 +22,8 @@ from trainer.folder import RunFolder, read_json, write_json
 FINISHED, FAILED, USER_ERROR, STOPPED, REQUEUE = 0, 1, 2, 3, 75
 
 # Environment that explains a run. Anything else may hold secrets and is never written down.
-_CLUSTER = ("SLURM_JOB_", "SLURM_RESTART_COUNT", "SLURM_NNODES", "SLURM_NTASKS", "SLURMD_NODENAME", "MASTER_", "LOCAL_")
-_WORLD = ("RANK", "WORLD_SIZE")
+_CLUSTER = ("SLURM_JOB_", "SLURM_ARRAY_", "SLURM_RESTART_COUNT", "SLURM_NNODES", "SLURM_NTASKS", "SLURMD_NODENAME")
+_WORLD = ("MASTER_", "LOCAL_", "RANK", "WORLD_SIZE")
 _LIBRARIES = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "TORCHELASTIC_", "PYTORCH_", "OMP_", "MUSTER_")
 TOLD_PREFIXES = _CLUSTER + _WORLD + _LIBRARIES
 

@@ -33,14 +33,15 @@ _CONTENT = st.binary(max_size=20) | (_JSON | _OURS).map(lambda data: json.dumps(
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(_CONTENT, min_size=6, max_size=6))
+@given(st.lists(_CONTENT, min_size=7, max_size=7))
 def test_whatever_lies_there_is_read(contents: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         for number in ("000", "001"):
             (root / "attempts" / number).mkdir(parents=True)
-        (root / "slurm").mkdir()
+        (root / "slurm/lives/7-0").mkdir(parents=True)
         names = ["attempts/000/start.json", "attempts/001/end.json", "metrics.jsonl", "LEASE", "slurm/job.json"]
+        names += ["slurm/lives/7-0/outcome.json"]
         for name, content in zip([*names, "attempts/001/start.json"], contents, strict=True):
             (root / name).write_bytes(content)
         found = view(root)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -101,6 +102,22 @@ def newly_submitted(run: Path) -> None:
     made_up.submitted(run, "8")
 
 
+def given_up(run: Path) -> None:
+    in_place(run)
+    made_up.outcome(run, "7", 0, "failed", "SIGKILL", age_s=50.0)
+    made_up.outcome(run, "7", 1, "failed", "giving_up")
+
+
+def lost_its_node(run: Path) -> None:
+    training(run)
+    made_up.outcome(run, "7", 0, "failed", "node_lost")
+
+
+def begun_after_a_life(run: Path) -> None:
+    training(run)
+    made_up.outcome(run, "7", 0, "failed", "node_lost", age_s=500.0)
+
+
 QUEUED, RUNNING = in_queue("7", "PENDING", "Priority"), in_queue("7")
 LOST = "7|NODE_FAIL|1795350417|1795350516|node[1-2]|1:0\n"
 REFUSED = "8|FAILED|1795350417|1795350516|node1|2:0\n"
@@ -128,6 +145,9 @@ REFUSED = "8|FAILED|1795350417|1795350516|node1|2:0\n"
         (training, {"sacct": LOST}, "node_fail (exit code 1)"),
         (training, {}, "died"),
         (waiting, {}, "never began"),
+        (given_up, {"sacct": LOST}, "failed (giving_up)"),
+        (lost_its_node, {"sacct": LOST}, "failed (node_lost)"),
+        (begun_after_a_life, {"sacct": LOST}, "node_fail (exit code 1)"),
         (training, {"squeue": "!squeue: error: Unable to contact slurm controller"}, "held by node1"),
     ],
 )
@@ -164,15 +184,17 @@ def test_one_run_with_all_its_lives(tmp_path: Path) -> None:
     run = tmp_path / "r"
     made_up.attempt(run, 0, STOPPED, job="7")
     made_up.attempt(run, 1, None, job="7", start_step=40)  # its node died, and it could say no end
-    made_up.attempt(run, 2, None, job="7", start_step=40, hosts=[f"n{i}" for i in range(8)])
+    hosts = [f"n{i}" for i in range(8)]
+    made_up.attempt(run, 2, None, job="7", start_step=40, hosts=hosts, time_s=time.time())
     made_up.lease(run, "7", attempt=2)
+    made_up.outcome(run, "7", 1, "failed", "node_lost", age_s=50.0)
     lives = "".join(
         f"7|{state}|1795350417|{end}|node[1-2]|0:0\n"
         for state, end in (("REQUEUED", 1795350516), ("NODE_FAIL", 1795350600), ("RUNNING", "Unknown"))
     )
     done = verb(tmp_path, "status", "r", **SLURM | {"squeue": RUNNING, "sacct": lives})
     attempts, jobs = (part.splitlines()[1:] for part in done.stdout.split("\n\n")[1:])
-    assert [line.split()[-2:] for line in attempts] == [["stopped", "warning"], ["died", "-"], ["-", "-"]]
+    assert [line.split()[-2:] for line in attempts] == [["stopped", "warning"], ["died", "node_lost"], ["-", "-"]]
     assert "n0, n1, n2, n3 and 4 more" in attempts[2]
     assert [line.split()[1] for line in jobs] == ["requeued", "node_fail", "running"]
 
@@ -223,6 +245,32 @@ def test_a_job_of_mine_is_found_wherever_its_folder_lies(tmp_path: Path) -> None
     assert one(verb(here, "status", **SLURM | {"squeue": line}))["run"] == str(tmp_path / "far" / "r")
     by_number = SLURM | {"squeue": line, "scontrol": f"JobId=7 StdOut={tmp_path}/far/r/slurm/7_0_log.out Power=\n"}
     assert one(verb(here, "status", "7", **by_number))["state"] == "running"
+
+
+def test_the_runs_of_an_array(tmp_path: Path) -> None:
+    """They lie in one folder; the first is over, the second trains."""
+    array = tmp_path / "runs/lr"
+    (array / "slurm").mkdir(parents=True)
+    for task, raw, end in ((0, "7", FINISHED), (1, "8", None)):
+        environment = {"SLURM_JOB_ID": raw, "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": str(task)}
+        made_up.attempt(array / f"lr={task}", 0, end, environment=environment)
+        made_up.rows(array / f"lr={task}", range(1, 41))
+        made_up.submitted(array / f"lr={task}", f"8_{task}")
+        (array / f"slurm/8_{task}_0_log.out").write_text(f"task {task}\n")
+    made_up.lease(array / "lr=1", "8")
+    answers = SLURM | {"squeue": in_queue("8_1", folder=array).replace("8_1|8_1|", "8_1|8|")}
+    answers |= {
+        "sacct": "8_0|COMPLETED|1|2|node1|0:0\n",
+        "scontrol": f"JobId=8 StdOut={array}/slurm/8_1_0_log.out Power=\n",
+    }
+    for words in ((), ("runs",), ("runs/lr",), ("8",)):
+        rows = table(verb(tmp_path, "status", *words, **answers).stdout)
+        told = [(row["run"], row["job"], row["state"]) for row in rows]
+        assert told == [("runs/lr/lr=1", "8_1", "running"), ("runs/lr/lr=0", "8_0", "finished")], words
+    assert one(verb(tmp_path, "status", "8_1", **answers))["run"] == "runs/lr/lr=1"
+    assert verb(tmp_path, "logs", "8_1", **answers).stdout == "task 1\n"
+    assert verb(tmp_path, "logs", "runs/lr/lr=0", **answers).stdout == "task 0\n"
+    assert verb(tmp_path, "cancel", "8", **answers).stdout == "job 8 is cancelled\n"
 
 
 # ---- mistakes and odd folders ----------------------------------------------------------------------------------------
