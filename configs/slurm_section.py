@@ -40,3 +40,9 @@ class SlurmSection(Section):
     container: str | None = speed(None, "image in which the job runs (srun --container-image, of pyxis)", min_length=1)
     python: str | None = speed(None, "Python on the nodes; default: this one, `python` in a container", min_length=1)
     snapshot: bool = speed(True, "run a copy of the code, made now: a requeue then runs what was submitted")
+    hook: str | None = speed(
+        None, "shell command told when the job finishes, is stopped, fails or is requeued: $MUSTER_TEXT", min_length=1
+    )
+    webhook: str | None = speed(
+        None, "name of the environment variable with a URL, to which the same is posted", pattern=r"^[A-Za-z_]\w*$"
+    )

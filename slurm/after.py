@@ -16,7 +16,8 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
-from slurm import again
+from slurm import again, hooks
+from slurm.hooks import Happened
 from slurm.lives import Life, Outcome, end_of_life, failures_without_progress
 from trainer import life as lives
 from trainer.arguments import config_parser, take
@@ -71,14 +72,19 @@ class After:
         left_to_slurm = end.requeue and not (self.job.runs or self.job.timed_out)
         method = self.config.slurm.requeue if wanted else "slurm" if left_to_slurm else None
         self._record(end, code, method, failed)
-        return self._again(end, failed, code) if wanted else code
+        if wanted:
+            code = self._again(end, failed, code)
+        self._tell(end, requeued=wanted and code == lives.REQUEUE)
+        return code
 
     def _without(self, down: list[str]) -> int:
         """Slurm starts the job again by itself, as a node is down. There is KillWait left to keep it away from that."""
         step, name = self.folder.newest_checkpoint()
         again.exclude(self.job, again.to_exclude(self.job, down, self._say), self._say)
         self._say(f"lost {', '.join(down)}: Slurm has it down")
-        self._record(End("failed", step, name, requeue=True, cause="node_lost"), lives.FAILED, "slurm", down)
+        end = End("failed", step, name, requeue=True, cause="node_lost")
+        self._record(end, lives.FAILED, "slurm", down)
+        self._tell(end, requeued=True)
         return lives.FAILED
 
     def _wait_for_nodes(self) -> None:
@@ -148,6 +154,11 @@ class After:
             self._say(f"not started again: {refused}\nstart it by hand, or try another slurm.requeue than {method}")
             return lives.FAILED if end.reason == "failed" else code
         return lives.FINISHED if method == "chain" else lives.REQUEUE  # where 75 is requeued there would be two
+
+    def _tell(self, end: End, requeued: bool) -> None:
+        """The user's hooks. Last, as they may hang; they ignore SIGTERM as this does, so a requeue leaves KillWait."""
+        happened = Happened.of(end, requeued, self.config.run.name, str(self.folder.root), self.life.job)
+        hooks.tell(self.config.slurm, happened, self._say)
 
     def _write(self, event: str, **facts: object) -> None:
         if self.folder.root.exists():

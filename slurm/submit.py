@@ -104,6 +104,7 @@ class Submission:
         resolve(self.config.parallel, r.nodes * self.processes)
         check_engine(self.config.parallel, r.nodes * self.processes)
         check_folder(self.config, self.folder)
+        refuse_written_down("slurm.webhook", r.webhook)
         refuse_written_down("monitor.webhook", self.config.monitor.webhook)
         if r.time is not None:
             limit = minutes(r.time)

@@ -1,0 +1,36 @@
+"""Tell the user's hooks how a life of a job ended: finished, stopped, failed or requeued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from configs.slurm_section import SlurmSection
+from launch.hooks import Hooks
+from trainer.life import End
+
+
+@dataclass(frozen=True)
+class Happened:
+    """What a hook is told."""
+
+    event: str  # finished, stopped, failed, requeued
+    run: str
+    folder: str
+    job: str
+    step: int
+    cause: str
+    text: str  # all of it in a line, for people; the key that chat services show
+
+    @classmethod
+    def of(cls, end: End, requeued: bool, run: str, folder: str, job: str) -> Happened:
+        event, cause = "requeued" if requeued else end.reason, end.cause or ""
+        text = f"{run}: {event} at step {end.step}" + (f" ({cause})" if cause else "") + f", job {job}"
+        return cls(event, run, folder, job, end.step, cause, text)
+
+
+def tell(section: SlurmSection, happened: Happened, say: Callable[[str], None]) -> None:
+    """Wait for the hooks, as this process has nothing else to do, for seconds. Never raises."""
+    hooks = Hooks(section.hook, section.webhook, say)
+    hooks.tell(asdict(happened))
+    hooks.wait()
