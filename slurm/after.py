@@ -73,8 +73,8 @@ class After:
         method = self.config.slurm.requeue if wanted else "slurm" if left_to_slurm else None
         self._record(end, code, method, failed)
         if wanted:
-            code = self._again(end, failed, code)
-        self._tell(end, requeued=wanted and code == lives.REQUEUE)
+            return self._again(end, failed, code)
+        self._tell(end, requeued=False)
         return code
 
     def _without(self, down: list[str]) -> int:
@@ -152,7 +152,9 @@ class After:
         except UserError as refused:
             self._write("requeue_refused", why=str(refused))
             self._say(f"not started again: {refused}\nstart it by hand, or try another slurm.requeue than {method}")
+            self._tell(end, requeued=False)
             return lives.FAILED if end.reason == "failed" else code
+        self._tell(end, requeued=True)
         return lives.FINISHED if method == "chain" else lives.REQUEUE  # where 75 is requeued there would be two
 
     def _tell(self, end: End, requeued: bool) -> None:
