@@ -88,8 +88,11 @@ class ZeroEngine:
         trainable, held = set(names), set(held_elsewhere)
         self.model = self._allocate(trainable)
         self._named = dict(self.model.named_parameters())
-        checkpoint_activations(self.model.blocks, self.config.parallel.activation_checkpoint)
-        if self.config.parallel.compile:
+        parallel = self.config.parallel
+        checkpoint_activations(self.model.blocks, parallel.activation_checkpoint)
+        if self._stage == 3 and (parallel.compile or parallel.activation_checkpoint == "selective"):
+            self._make_leaves()
+        if parallel.compile:
             self._compile()
         trained = {name: p for name, p in self._named.items() if name in trainable}
         optimizer, groups = self._optimizer(trained, counts or {})
@@ -143,20 +146,23 @@ class ZeroEngine:
                 cut = own[0]
         return model
 
+    def _make_leaves(self) -> None:
+        """Stage 3 gathers by hooks, on which a graph breaks, and whose collectives selective checkpointing would take
+        for the block's own. As a leaf a block is gathered at once, by hooks around its forward, and has none inside."""
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(self.model, [type(self.model.blocks[0])])
+        for block in self.model.blocks:
+            if any(p.requires_grad for p in block.parameters()):
+                block.register_forward_pre_hook(_with_gradient)
+
     def _compile(self) -> None:
         if self._stage < 3:
             for block in self.model.blocks:
                 block.compile(fullgraph=True)
             return
-        # Stage 3 gathers by hooks, on which a graph breaks. As a leaf a block is gathered at once, by hooks of its own,
-        # and its forward has none inside.
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(self.model, [type(self.model.blocks[0])])
-        for block in self.model.blocks:
+        for block in self.model.blocks:  # the forward alone: the hooks of stage 3 stand around it
             block.forward = torch.compile(block.forward, fullgraph=True)
-            if any(p.requires_grad for p in block.parameters()):
-                block.register_forward_pre_hook(_with_gradient)
 
     def _optimizer(
         self, trained: Mapping[str, nn.Parameter], counts: Mapping[str, int]
