@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from slurm.cluster import Cluster
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, submit, wait_for, wait_for_end
@@ -14,6 +16,7 @@ from trainer.folder import RunFolder, read_json
 REQUEUEING = str(ROOT / "slurm/examples/requeueing.sbatch")
 
 
+@pytest.mark.full
 def test_a_script_that_starts_again_by_itself_and_tells(cluster: Cluster, tmp_path: Path) -> None:
     run, output, told = RunFolder(tmp_path / "run"), tmp_path / "job.txt", tmp_path / "told"
     hook = f'echo "$MUSTER_EVENT $MUSTER_STEP $MUSTER_CAUSE" >> {told}; [ $MUSTER_EVENT = finished ] || sleep 60'
