@@ -6,7 +6,6 @@ With MUSTER_TEST_SLURM=1, as in .ci/run, that is an error instead.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,16 +42,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in wanted]
         config.hook.pytest_deselected(items=wanted)
         config.stash[LEFT_OUT].add(f"{len(wanted)} Slurm tests could not run: {why}")
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """What ends a job ignores signals; run in this process, it must not leave that to the tests after it."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
