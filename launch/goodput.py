@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.run_folder import JOB_FILE
 from trainer import life
 from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder, read_json
@@ -96,7 +97,7 @@ def goodput(folder: RunFolder) -> Goodput:
     """Count it. An attempt that still runs counts up to its last sign."""
     attempts = _attempts(folder)
     total = Goodput(attempts=len(attempts))
-    submitted_s = (read_json(folder.root / "slurm" / "job.json") or {}).get("time_s")
+    submitted_s = (read_json(folder.root / JOB_FILE) or {}).get("time_s")
     before: _Attempt | None = None
     for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
         began_s = _begin(attempt, before, submitted_s, total)
@@ -111,24 +112,32 @@ def goodput(folder: RunFolder) -> Goodput:
 
 
 def _attempts(folder: RunFolder) -> list[_Attempt]:
-    rows, events = read_rows(folder.metrics), read_events(folder)
+    rows, events, watched = read_rows(folder.metrics), read_events(folder), _last_watched_s(folder.gpu)
     found = []
     for number in life.numbers(folder):
         path = folder.attempts / f"{number:03d}"
         start, end = read_json(path / "start.json") or {}, read_json(path / "end.json")
         mine = [row for row in rows if row.get("attempt") == number and "time_s" in row]
         told = [event for event in events if event.get("attempt") == number]
-        watched = _last_watched_s(folder.gpu, number)
-        signs = [start.get("time_s"), (end or {}).get("time_s"), watched, *(r["time_s"] for r in mine[-1:] + told[-1:])]
+        signs = [
+            start.get("time_s"),
+            (end or {}).get("time_s"),
+            watched.get(number),
+            *(r["time_s"] for r in mine[-1:] + told[-1:]),
+        ]
         last = max((sign for sign in signs if sign is not None), default=path.stat().st_mtime)
         found.append(_Attempt(number, start, end, mine, told, last))
     return found
 
 
-def _last_watched_s(folder: Path, attempt: int) -> float | None:
-    """The last time that a monitor saw an attempt."""
-    times = [r["time_s"] for p in folder.glob("*.jsonl") for r in read_rows(p) if r.get("attempt") == attempt]
-    return max(times, default=None)
+def _last_watched_s(folder: Path) -> dict[int, float]:
+    """The last time that a monitor saw each attempt."""
+    last: dict[int, float] = {}
+    for path in folder.glob("*.jsonl"):
+        for row in read_rows(path):
+            if (attempt := row.get("attempt")) is not None:
+                last[attempt] = max(last.get(attempt, 0.0), row["time_s"])
+    return last
 
 
 def _begin(attempt: _Attempt, before: _Attempt | None, submitted_s: float | None, total: Goodput) -> float:

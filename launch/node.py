@@ -21,10 +21,12 @@ from typing import Any
 
 import psutil
 
+from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
 from launch.agent import FAILURES_VARIABLE
 from launch.monitor.keeper import Keeper
+from launch.processes import kill
 from trainer import life
 from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
@@ -87,6 +89,8 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
 
     Raises UserError before anything starts.
     """
+    if processes is not None and processes < 1:
+        raise UserError(f"--nproc {processes}: at least 1 process is needed")
     nodes = nodes or Nodes()
     config = load(argument, overrides)
     processes = processes or default_processes()
@@ -343,12 +347,7 @@ def _kill_descendants() -> None:
         alive = [p for p in psutil.Process().children(recursive=True) if _is_alive(p)]
         if not alive:
             return
-        for process in alive:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(alive, timeout=5)
+        kill(alive)
 
 
 def _is_alive(process: psutil.Process) -> bool:

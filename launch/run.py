@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from configs.errors import UserError
 from trainer.arguments import config_parser, take
 
 
@@ -11,8 +10,6 @@ def main(arguments: list[str]) -> int:
     parser = config_parser("python -m launch run", "Run a config on this node: checks, torchrun, restarts, stopping.")
     parser.add_argument("--nproc", type=int, metavar="N", help="processes; default: one per GPU, 2 without GPUs")
     options = take(parser, arguments)
-    if options.nproc is not None and options.nproc < 1:
-        raise UserError(f"--nproc {options.nproc}: at least 1 process is needed")
     from launch.node import run_node
 
     return run_node(options.config, options.overrides, options.nproc)

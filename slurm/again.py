@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from configs.errors import UserError
-from slurm.limits import ask
+from launch.run_folder import JOB_FILE
+from slurm.limits import ask, facts_of
 from trainer.folder import RunFolder, read_json, write_json
 
 _CONTROLLER_PATIENCE_S = 600.0  # it may just be started again
@@ -50,8 +51,7 @@ def names(node_list: str) -> list[str]:
 
 def ask_job(number: str) -> Job:
     """What Slurm knows of this job."""
-    told = patiently("scontrol", "--oneliner", "show", "job", number)
-    facts = dict(word.split("=", 1) for word in told.split() if "=" in word)
+    facts = facts_of(patiently("scontrol", "--oneliner", "show", "job", number))
     return Job(
         number,
         facts["JobState"] == "RUNNING",
@@ -108,7 +108,7 @@ def by_chain(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[st
     script = patiently("scontrol", "write", "batch_script", job.number, "-")
     words = ["sbatch", "--parsable", f"--dependency=afterany:{job.number}", *flags]
     told = patiently(*words, script=script, environment=clean)
-    place = folder.root / "slurm" / "job.json"
+    place = folder.root / JOB_FILE
     holder = read_json(place)
     if holder is not None:
         write_json(place, holder | {"job": told.strip().partition(";")[0]})

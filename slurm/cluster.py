@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from configs.errors import UserError
+from launch.processes import kill
 from slurm.cluster_config import MARK, MOST_NODES, Home, Settings, write_files
 from slurm.cluster_net import (
     add_bridge,
@@ -220,13 +221,7 @@ class Cluster:
 
     def _kill_rest(self) -> None:
         """Jobs on plain nodes outlive their slurmd. A node's and its jobs' processes all carry the mark."""
-        left = [p for p in psutil.process_iter() if p.pid != os.getpid() and self._is_ours(p)]
-        for process in left:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(left, timeout=5)
+        kill([p for p in psutil.process_iter() if p.pid != os.getpid() and self._is_ours(p)])
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:

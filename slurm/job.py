@@ -10,7 +10,6 @@ import argparse
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from launch.node import Nodes, run_node
+from slurm.again import names
 from slurm.lives import Left, Life
 from trainer import life
 from trainer.arguments import config_parser, take
@@ -34,8 +34,6 @@ def main(arguments: list[str]) -> int:
     parser = config_parser("python -m slurm job", __doc__)
     parser.add_argument("--nproc", type=int, metavar="N", help="processes a node; default: one per GPU, 2 without GPUs")
     options = take(parser, arguments)
-    if options.nproc is not None and options.nproc < 1:
-        raise UserError(f"--nproc {options.nproc}: at least 1 process is needed")
     nodes = nodes_of_step(os.environ)
     os.environ["TERM"] = "dumb"  # srun --unbuffered gives a terminal, and the output is a file all the same
     try:
@@ -69,8 +67,8 @@ def _share(options: argparse.Namespace, nodes: Nodes) -> int:
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
     """The nodes that srun started this task on. Raises UserError when it is not one task on each."""
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")
-    told = [environment.get(name) for name in (*names, "SLURM_NODEID")]
+    needed = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")
+    told = [environment.get(name) for name in (*needed, "SLURM_NODEID")]
     if None in told:
         raise UserError("slurm job runs inside a job: srun --ntasks-per-node=1 python -m slurm job CONFIG")
     job, step, node_list, count, tasks, index = (word or "" for word in told)
@@ -83,13 +81,10 @@ def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
 
 
 def _first_host(node_list: str) -> str:
-    try:
-        done = subprocess.run(
-            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, timeout=60, check=True
-        )
-        return done.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise UserError(f"scontrol cannot tell the nodes {node_list} apart: {error}") from error
+    found = names(node_list)
+    if not found:
+        raise UserError(f"scontrol cannot tell the nodes {node_list!r} apart")
+    return found[0]
 
 
 def _find_names(nodes: Nodes) -> None:

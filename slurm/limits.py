@@ -61,6 +61,11 @@ def ask(
     return done.stdout
 
 
+def facts_of(line: str) -> dict[str, str]:
+    """`key=value` words of a line of `scontrol --oneliner`. A value with blanks is cut at the first."""
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
 def partitions() -> list[Partition]:
     """All of this cluster's. Raises NoSlurm where no cluster answers."""
     try:
@@ -81,7 +86,7 @@ def gpus_of(gres: str) -> int:
 
 def partition_of(line: str, gpus: dict[str, int]) -> Partition:
     """One line of `scontrol --oneliner show partition`."""
-    facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    facts = facts_of(line)
     name, most = facts["PartitionName"], facts.get("MaxNodes", "UNLIMITED")
     return Partition(
         name,

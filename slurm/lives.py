@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.run_folder import LIVES
 from trainer.folder import RunFolder, read_json, write_json
 from trainer.life import USER_ERROR, End, newest
 
@@ -71,7 +72,7 @@ class Life:
 
 
 def lives_of(folder: RunFolder) -> Path:
-    return folder.root / "slurm" / "lives"
+    return folder.root / LIVES
 
 
 def outcomes(folder: RunFolder, job: str | None = None) -> list[Outcome]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import UserError
-from slurm.limits import ask
+from slurm.limits import ask, facts_of
 from slurm.request import minutes
 
 _PATIENCE_S = 20.0  # a person waits; a controller that is being restarted answers later
@@ -156,11 +156,6 @@ def _remembered(numbers: list[str]) -> dict[str, list[Life]]:
             node_list, code = facts.get("NodeList", ""), facts.get("ExitCode", "")
             found[number] = [Life(number, facts.get("JobState", ""), began, ended, node_list, code)]
     return found
-
-
-def facts_of(line: str) -> dict[str, str]:
-    """`key=value` words of a line of `scontrol --oneliner`. A value with blanks is cut at the first."""
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 def _iso(told: str) -> float | None:

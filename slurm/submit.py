@@ -19,6 +19,7 @@ from configs.load import dump, load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from launch.hooks import refuse_written_down
+from launch.run_folder import JOB_FILE
 from slurm import limits, queue, snapshot
 from slurm.lives import outcomes
 from slurm.request import add_flags, minutes, request_of
@@ -193,7 +194,7 @@ class Submission:
 
     def refuse_living(self) -> None:
         """Raises UserError when a job that lives has the run folder."""
-        holder = read_json(self.place / "job.json")
+        holder = read_json(self.folder.root / JOB_FILE)
         if holder is not None and state(holder["job"]) is not None:
             other = holder["job"]
             raise UserError(f"{self.folder.root}: job {other} has it; end it first: python -m slurm stop {other}")
@@ -201,7 +202,7 @@ class Submission:
     def note(self, number: str) -> None:
         """Write down which job has the run folder."""
         self.place.mkdir(parents=True, exist_ok=True)
-        write_json(self.place / "job.json", {"job": number, "time_s": time.time(), "user": getpass.getuser()})
+        write_json(self.folder.root / JOB_FILE, {"job": number, "time_s": time.time(), "user": getpass.getuser()})
 
     def _sbatch(self) -> str:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -228,7 +229,7 @@ class Submission:
         except KeyboardInterrupt:
             print(f"\njob {number} goes on without being watched")
             return life.STOPPED
-        following = (read_json(self.place / "job.json") or {}).get("job", number)
+        following = (read_json(self.folder.root / JOB_FILE) or {}).get("job", number)
         if following != number:  # slurm.requeue: chain
             return self.follow(following)
         return self.outcome(number)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
+from launch.processes import kill
 from tests.distributed import train
 from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder, read_json
@@ -141,13 +142,7 @@ class Running(Watched):
 
     def kill_rest(self) -> None:
         for _ in range(3):  # a dying process may just have started another
-            left = self.processes()
-            for process in left:
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(left, timeout=5)
+            kill(self.processes())
         self.process.wait(timeout=5)
 
     # ---- waiting ----------------------------------------------------------------------------------------------------
