@@ -127,7 +127,8 @@ class BareLoop:
 
     def __init__(self, run: Any) -> None:
         from models import build_model
-        from trainer.engines.fsdp import DTYPES, make_mesh
+        from trainer.engines.fsdp import make_mesh
+        from trainer.engines.names import DTYPES
 
         self.config, self.world = run.config, run.world
         compute = DTYPES[self.config.precision.compute]

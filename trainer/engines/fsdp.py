@@ -23,20 +23,17 @@ from models import Decoder, build_model
 from models.flops import flops_per_token
 from trainer.checkpoint.loading import Loading
 from trainer.checkpoint.pieces import Group, Piece
-from trainer.checkpoint.plan import TensorInfo
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
-from trainer.engines.names import find_aliases
+from trainer.engines.names import DTYPES, Named
 from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
 from trainer.layout import resolve
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
 from trainer.tasks.lm import LanguageModelling
 from trainer.world import World
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
@@ -49,7 +46,7 @@ def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-class FsdpEngine:
+class FsdpEngine(Named):
     """See `trainer.engines.base.Engine` for what each method promises."""
 
     def __init__(self, config: Config, world: World, task: LanguageModelling) -> None:
@@ -61,13 +58,7 @@ class FsdpEngine:
         self.master: MasterWeights | None = None
         self.stored: dict[str, torch.Tensor] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.model = self._on_meta()
-        self._aliases = find_aliases(self.model)
-        self._infos = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in self.model.named_parameters()}
-        kept = self.model.state_dict().keys()
-        self._buffer_infos = {
-            name: TensorInfo(tuple(b.shape), b.dtype) for name, b in self.model.named_buffers() if name in kept
-        }
+        super().__init__(self._on_meta())
 
     def _on_meta(self) -> Decoder:
         with torch.device("meta"):
@@ -158,20 +149,8 @@ class FsdpEngine:
             local_part(stored).copy_(part)
         self._parameters_changed()
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}
-
     def trainable(self) -> set[str]:
         return {name for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def parameters(self) -> dict[str, TensorInfo]:
-        return dict(self._infos)
-
-    def buffers(self) -> dict[str, TensorInfo]:
-        return dict(self._buffer_infos)
-
-    def aliases(self) -> dict[str, str]:
-        return dict(self._aliases)
 
     def _parameters_changed(self, trained_only: bool = False) -> None:
         if self.master is not None:

@@ -1,6 +1,14 @@
-"""Names of a model's parameters."""
+"""What a model's tensors are called and what they are: the part of an engine that moves no numbers."""
 
+from __future__ import annotations
+
+import torch
 from torch import nn
+
+from models import Decoder
+from trainer.checkpoint.plan import TensorInfo
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def find_aliases(model: nn.Module) -> dict[str, str]:
@@ -8,3 +16,29 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if first[id(p)] != name}
+
+
+class Named:
+    """Every engine's base. What it says of names holds for each model that is built anew in the same form."""
+
+    def __init__(self, model: Decoder) -> None:
+        """`model`: on meta, parameters in the format in which they are stored."""
+        self.model = model
+        self._aliases = find_aliases(model)
+        self._infos = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+        kept = model.state_dict().keys()
+        self._buffer_infos = {
+            name: TensorInfo(tuple(b.shape), b.dtype) for name, b in model.named_buffers() if name in kept
+        }
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}
+
+    def parameters(self) -> dict[str, TensorInfo]:
+        return dict(self._infos)
+
+    def buffers(self) -> dict[str, TensorInfo]:
+        return dict(self._buffer_infos)
+
+    def aliases(self) -> dict[str, str]:
+        return dict(self._aliases)

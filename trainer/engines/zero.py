@@ -25,10 +25,9 @@ from models import Decoder, build_model
 from models.flops import flops_per_token
 from trainer.checkpoint.loading import Loading
 from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.plan import TensorInfo
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
-from trainer.engines.names import find_aliases
+from trainer.engines.names import DTYPES, Named
 from trainer.engines.partitions import Fragment, Partitions, partition_module, share_of
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
@@ -36,30 +35,23 @@ from trainer.tasks.lm import LanguageModelling
 from trainer.world import World
 
 BUCKET_ELEMENTS = 500_000_000  # reduced at once, at most: DeepSpeed's own default
-COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class ZeroEngine:
+class ZeroEngine(Named):
     """See `trainer.engines.base.Engine` for what each method promises."""
 
     def __init__(self, config: Config, world: World, task: LanguageModelling) -> None:
         self.config, self.world, self.task = config, world, task
         self.device = world.device
-        self._stage, self._compute = config.parallel.zero_stage, COMPUTE[config.precision.compute]
+        self._stage, self._compute = config.parallel.zero_stage, DTYPES[config.precision.compute]
         self._settings = deepspeed_settings(config)
         _start_deepspeed(world)
         world.from_first(self._check_settings)
         with torch.device("meta"):
-            self.model: Decoder = build_model(config.model)
-        self._aliases = find_aliases(self.model)
-        self._infos = {name: TensorInfo(tuple(p.shape), torch.float32) for name, p in self.model.named_parameters()}
+            super().__init__(build_model(config.model))
         # DeepSpeed takes memory for a bucket as large as it may be, even if the model is small.
         numel = sum(math.prod(info.shape) for info in self._infos.values())
         self._settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET_ELEMENTS, numel))
-        kept = self.model.state_dict().keys()
-        self._buffer_infos = {
-            name: TensorInfo(tuple(b.shape), b.dtype) for name, b in self.model.named_buffers() if name in kept
-        }
         self._engine: Any = None
         self._parts: Partitions
         self._named: dict[str, nn.Parameter] = {}
@@ -214,20 +206,8 @@ class ZeroEngine:
     def _share(self, name: str) -> tuple[int, int]:
         return share_of(math.prod(self._infos[name].shape), self.world.rank, self.world.size)
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}
-
     def trainable(self) -> set[str]:
         return {name for name, p in self._named.items() if p.requires_grad}
-
-    def parameters(self) -> dict[str, TensorInfo]:
-        return dict(self._infos)
-
-    def buffers(self) -> dict[str, TensorInfo]:
-        return dict(self._buffer_infos)
-
-    def aliases(self) -> dict[str, str]:
-        return dict(self._aliases)
 
     # ---- one update -------------------------------------------------------------------------------------------------
 
