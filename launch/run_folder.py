@@ -25,7 +25,7 @@ JOB_FILE = Path("slurm/job.json")  # `slurm submit` notes there which job has th
 LIVES = Path("slurm/lives")  # and `slurm after` what the lives of jobs came to
 _ARRAY_MARK = JOB_FILE.parent
 _MARKS = (Path("attempts"), JOB_FILE, Path("LEASE"))
-_BLOCK_BYTES = 8 * 1024
+_BLOCK_BYTES = 32 * 1024
 _LONGEST_ROW_BYTES = 1024 * 1024
 _ROWS_LOOKED_AT = 200
 
@@ -219,7 +219,13 @@ def last_row(path: Path, key: str, attempt: int | None = None) -> dict[str, Any]
 
 
 def rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole rows of a JSON-lines file from its end on. The last line may be half a row yet."""
+    """Whole rows of a JSON-lines file from its end on."""
+    return (row for line in lines_backwards(path) if (row := object_in(line)) is not None)
+
+
+def lines_backwards(path: Path) -> Iterator[bytes]:
+    """Lines of a file that is being written, from its end on; none when there is no file. The last may be half a line
+    yet. One that is too long to be a row ends it."""
     try:
         with open(path, "rb") as file:
             start, rest = file.seek(0, os.SEEK_END), b""
@@ -228,9 +234,7 @@ def rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
                 start = file.seek(start - size)
                 first, *lines = (file.read(size) + rest).split(b"\n")
                 rest = first if start > 0 else b""  # the line may begin in the block before
-                for line in reversed(lines if start > 0 else [first, *lines]):
-                    if (row := _object(line)) is not None:
-                        yield row
+                yield from reversed(lines if start > 0 else [first, *lines])
     except FileNotFoundError:
         return
 
@@ -238,12 +242,13 @@ def rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
 def facts_in(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} when there is none, or not yet a whole one."""
     try:
-        return _object(path.read_bytes()) or {}
+        return object_in(path.read_bytes()) or {}
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
-def _object(data: bytes) -> dict[str, Any] | None:
+def object_in(data: bytes) -> dict[str, Any] | None:
+    """The JSON object that these bytes are; None when they are anything else, such as half of one."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,33 +1,41 @@
-"""Lines that are shown again and again: in place on a terminal, one below the other elsewhere. Imports no torch."""
+"""A picture that is taken again and again: in place on a terminal, one below the other elsewhere. Imports no torch."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
-_HOME, _CLEAR_ALL, _CLEAR_REST, _CLEAR_LINE = "\x1b[H", "\x1b[2J", "\x1b[J", "\x1b[K"
+from rich.console import Console, RenderableType
+from rich.live import Live
 
 
-class Screen:
-    """One picture after another on stdout."""
+class Picture(NamedTuple):
+    """What is to be seen, and whether nothing will change any more."""
 
-    def __init__(self) -> None:
-        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self._begun = False
+    content: RenderableType
+    last: bool
 
-    def show(self, lines: Sequence[str]) -> None:
-        """Replace the last picture. What the terminal has no room for is counted."""
-        if not self._terminal:
-            print("\n".join([*lines, ""]), flush=True)
-            return
-        size = os.get_terminal_size(sys.stdout.fileno())
-        shown = list(lines)
-        if len(shown) > size.lines - 1:  # the cursor stands on the last
-            room = max(size.lines - 2, 1)
-            shown = [*shown[:room], f"and {len(shown) - room} more lines"]
-        # Overwritten line by line: a screen wiped first would flicker.
-        text = "".join(f"{line[: size.columns - 1]}{_CLEAR_LINE}\n" for line in shown)
-        sys.stdout.write(f"{_HOME if self._begun else _CLEAR_ALL + _HOME}{text}{_CLEAR_REST}")
-        sys.stdout.flush()
-        self._begun = True
+
+def show(look: Callable[[int, int | None], Picture], every_s: float) -> None:
+    """Until the last picture, or Ctrl-C. `look` is told how many columns there are, and how many lines: None where they
+    are not counted. The picture that stands at the end stays."""
+    console = Console(highlight=False)
+    in_place = console.is_terminal and not console.is_dumb_terminal
+    # A screen of its own: what scrolls up in the usual one would stay there.
+    live = Live(console=console, auto_refresh=False, screen=True) if in_place else None
+    picture: Picture | None = None
+    with live or contextlib.nullcontext(), contextlib.suppress(KeyboardInterrupt):
+        while True:
+            picture = look(console.width, console.height if in_place else None)
+            if live is not None:
+                live.update(picture.content, refresh=True)
+            else:
+                console.print(picture.content, soft_wrap=True)
+                console.print()
+            if picture.last:
+                break
+            time.sleep(every_s)
+    if in_place and picture is not None:
+        console.print(picture.content)

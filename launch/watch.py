@@ -6,16 +6,18 @@ import argparse
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from configs.errors import UserError
-from launch.monitor.rows import OtherVersion, Row, newest_rows, tail
+from launch.monitor.rows import OtherVersion, Row, newest_rows
+from launch.run_folder import amount, last_row, rows_backwards
+from launch.screen import Picture, show
 from trainer import life
 from trainer.console import duration, si
 from trainer.folder import RunFolder
@@ -57,15 +59,10 @@ def main(arguments: list[str]) -> int:
     watcher = Watcher(folder)
     if options.once:
         console = Console(highlight=False)
-        console.print(watcher.look(min(console.width, 100), None))
-        return 0
-    with Live(auto_refresh=False, screen=True) as live:
-        while True:
-            live.update(watcher.look(live.console.width, live.console.height), refresh=True)
-            try:
-                time.sleep(options.every)
-            except KeyboardInterrupt:
-                return 0
+        console.print(watcher.look(console.width, None))
+    else:
+        show(lambda width, height: Picture(watcher.look(width, height), last=False), options.every)
+    return 0
 
 
 class Watcher:
@@ -76,10 +73,10 @@ class Watcher:
         self._nodes: dict[str, NodeView] = {}
         self._notes: list[str] = []
 
-    def look(self, width: int, height: int | None) -> Group:
-        """The whole picture; `height` None shows every line."""
+    def look(self, width: int, height: int | None, state: str | None = None) -> Group:
+        """The whole picture; `height` None shows every line. `state`: how the run is, from who knows it better."""
         self._read_nodes()
-        head = [self._head(), *(Text(note, style="red") for note in self._notes)]
+        head = [*self._head(state), *(Text(note, style="red") for note in self._notes)]
         events = self._events()
         room = None if height is None else max(height - len(head) - len(events) - 3, 3)
         return Group(*head, self._table(width, room), *events)
@@ -101,18 +98,21 @@ class Watcher:
             view.row, view.age_s = rows[-1], time.time() - rows[-1]["time_s"]
             self._nodes[path.stem] = view
 
-    def _head(self) -> Text:
+    def _head(self, state: str | None) -> list[Text]:
         number = max(life.numbers(self.folder), default=None)
+        attempt = f"attempt {number}" if number is not None else "no attempt yet"
+        head = [Text(f"{self.folder.root.name}  {attempt}  {state or self._state(number)}", style="bold", no_wrap=True)]
+        if row := last_row(self.folder.metrics, "loss", number):
+            speed = amount(row, "tokens_per_s")
+            told = [f"step {row['step']:,}", f"loss {row['loss']:.4f}" if row["loss"] is not None else "loss nan"]
+            mfu = f"{row['mfu']:.1%}" if row.get("mfu") else "n/a"
+            told += [f"{si(speed)} tokens/s, MFU {mfu}"] if speed is not None else []
+            head.append(Text("  ".join([*told, f"{duration(max(time.time() - row['time_s'], 0))} ago"]), no_wrap=True))
+        return head
+
+    def _state(self, number: int | None) -> str:
         end = Attempt(self.folder, number).end if number is not None else None
-        state = f"{end.reason}{f' ({end.cause})' if end.cause else ''}" if end else "running"
-        text = Text(f"{self.folder.root.name}  attempt {number}  {state}", style="bold")
-        rows = [row for row in tail(self.folder.metrics, 20) if row.get("loss") is not None]
-        if rows:
-            row = rows[-1]
-            speed = f"{si(row['tokens_per_s'])} tokens/s, MFU " + (f"{row['mfu']:.1%}" if row.get("mfu") else "n/a")
-            age = f"  {duration(max(time.time() - row['time_s'], 0))} ago"
-            text.append(f"\nstep {row['step']:,}  loss {row['loss']:.4f}  {speed}{age}", style="not bold")
-        return text
+        return f"{end.reason}{f' ({end.cause})' if end.cause else ''}" if end else "running"
 
     def _table(self, width: int, room: int | None) -> Table:
         nodes = sorted(self._nodes.values(), key=lambda node: node.name)
@@ -133,7 +133,8 @@ class Watcher:
 
     def _events(self) -> list[Text]:
         files = sorted(self.folder.events.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)[-20:]
-        rows = [row for path in files for row in tail(path, 2 * _EVENTS) if row.get("event") not in _SILENT]
+        rows = [row for path in files for row in islice(rows_backwards(path), 2 * _EVENTS)]
+        rows = [row for row in rows if amount(row, "time_s") is not None and row.get("event") not in _SILENT]
         told = []
         for row in sorted(rows, key=lambda row: row["time_s"])[-_EVENTS:]:
             facts = {k: v for k, v in row.items() if k not in ("time_s", "event") and isinstance(v, str | int | float)}

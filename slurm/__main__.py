@@ -11,7 +11,7 @@ from launch.verbs import Verb, run_verb  # noqa: E402
 VERBS = {
     "submit": Verb("slurm.submit:main", "Submit a run; --dry-run prints the batch script."),
     "status": Verb("slurm.status:main", "How runs are: a table of all, or all lives of one."),
-    "watch": Verb("slurm.watch:main", "The same table, live."),
+    "watch": Verb("slurm.watch:main", "The same table, live; of one run every GPU."),
     "logs": Verb("slurm.logs:main", "What a run printed; -f follows it."),
     "stop": Verb("slurm.stop:stop_main", "Let a run save and end."),
     "cancel": Verb("slurm.stop:cancel_main", "Take a job out of the queue, or end it now."),

@@ -1,11 +1,18 @@
-"""`python -m slurm watch [RUN|JOB ...]`: the table of `status`, live, until none of its runs lives."""
+"""`python -m slurm watch [RUN|JOB ...]`: of one run what `launch watch` shows, of several the table of `status`. Until
+none of them lives."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from launch.screen import Screen
-from slurm.status import NOTHING, Look, runs_parser, table_of
+from rich.console import Group
+from rich.text import Text
+
+from launch.screen import Picture, show
+from launch.watch import Watcher
+from slurm.status import NOTHING, Look, Row, runs_parser, table_of
+from trainer.console import duration
 
 
 def main(arguments: list[str]) -> int:
@@ -13,14 +20,32 @@ def main(arguments: list[str]) -> int:
     parser = runs_parser("watch", __doc__)
     parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks; default: 5")
     options = parser.parse_args(arguments)
-    look, screen = Look(options.runs), Screen()
-    try:
-        while True:
-            rows, notes = look.now()
-            table = table_of(rows) if rows else [NOTHING]
-            screen.show([time.strftime("%H:%M:%S"), *table, *notes])
-            if not any(row.lives for row in rows):
-                return 0
-            time.sleep(options.every)
-    except KeyboardInterrupt:
-        return 0
+    look = Look(options.runs)
+    watchers: dict[str, Watcher] = {}  # what one remembers makes its sparklines
+
+    def picture(width: int, height: int | None) -> Picture:
+        rows, notes = look.now()
+        last = not any(row.lives for row in rows)
+        view = rows[0].view if options.runs and len(rows) == 1 else None
+        if view is None:
+            return Picture(_table(rows, notes, height), last)
+        watcher = watchers.setdefault(str(view.folder.root), Watcher(view.folder))
+        room = height - len(notes) if height is not None else None
+        return Picture(Group(watcher.look(width, room, _state(rows[0])), *(Text(note) for note in notes)), last)
+
+    show(picture, options.every)
+    return 0
+
+
+def _state(row: Row) -> str:
+    told = [row.state] if row.number is None else [f"job {row.number}", row.state]
+    left_s = row.job.left_s if row.job is not None else None
+    return "  ".join([*told, *([f"{duration(left_s)} left"] if left_s is not None else [])])
+
+
+def _table(rows: Sequence[Row], notes: Sequence[str], height: int | None) -> Group:
+    lines = [time.strftime("%H:%M:%S"), *(table_of(rows) if rows else [NOTHING]), *notes]
+    if height is not None and len(lines) > height:
+        room = max(height - 1, 1)
+        lines = [*lines[:room], f"and {len(lines) - room} more lines"]
+    return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))

@@ -67,3 +67,29 @@ def outcome(root: Path, job: str, life: int, reason: str, cause: str | None, age
     place.mkdir(parents=True)
     told = {"job": job, "life": life, "reason": reason, "cause": cause, "step": 40, "exit_code": 1, "again": None}
     write(place / "outcome.json", told | {"failed_nodes": [], "time_s": time.time() - age_s})
+
+
+_GPU = {
+    "gpu_pct": 99,
+    "tensor_pct": 44.0,
+    "memory_gib": 61.25,
+    "power_w": 640.5,
+    "temperature_c": 61,
+    "sm_clock_mhz": 1755,
+}
+
+
+def second(node: int, gpus: int, age_s: float, **changes: Any) -> dict[str, Any]:
+    """A node's row of gpu/<node>.jsonl; its last GPU does as `changes` say."""
+    devices = [{"uuid": f"GPU-{node}-{n}", "index": n, "sm_pct": 90.0, **_GPU, "throttled": []} for n in range(gpus)]
+    devices[-1] |= changes
+    ranks = [{"rank": gpus * node + n, "step": 40, "phase": "computing", "still_s": 0.1} for n in range(gpus)]
+    host = {"cpu_pct": 31.0}
+    return {
+        "kind": "second",
+        "time_s": time.time() - age_s,
+        "attempt": 0,
+        "host": host,
+        "gpus": devices,
+        "ranks": ranks,
+    }

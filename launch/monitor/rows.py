@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from launch.monitor.journal import VERSION
+from launch.run_folder import lines_backwards, object_in
 
 Row = dict[str, Any]
-_BLOCK_BYTES = 2**16
-_MOST_BLOCKS = 64
+_LINES_LOOKED_AT = 2000  # half an hour of seconds
 
 
 class OtherVersion(Exception):
@@ -29,41 +29,17 @@ def newest_rows(path: Path, kind: str, most: int) -> list[Row]:
     first = head(path)
     if first is not None and first.get("version") != VERSION:
         raise OtherVersion(f"{path} is of version {first.get('version')}, this is version {VERSION}")
-    return tail(path, most, b'{"kind": "%s"' % kind.encode())
-
-
-def tail(path: Path, most: int, begins: bytes = b"{") -> list[Row]:
-    """The last whole rows of a file of JSON lines that begin so, oldest first."""
-    try:
-        with open(path, "rb") as file:
-            size, blocks = file.seek(0, 2), 1
-            while True:
-                begin = max(size - blocks * _BLOCK_BYTES, 0)
-                file.seek(begin)
-                lines = file.read(size - begin).splitlines(keepends=True)[bool(begin) :]
-                lines = [line for line in lines if line.startswith(begins) and line.endswith(b"\n")]
-                if len(lines) >= most or begin == 0 or blocks >= _MOST_BLOCKS:
-                    break
-                blocks *= 4
-    except FileNotFoundError:
-        return []
-    return [row for line in lines[-most:] if (row := _row(line)) is not None]
+    begins = b'{"kind": "%s"' % kind.encode()  # so that only what is asked for is parsed
+    lines = (line for line in islice(lines_backwards(path), _LINES_LOOKED_AT) if line.startswith(begins))
+    rows = (row for line in lines if (row := object_in(line)) is not None)
+    return list(islice(rows, most))[::-1]
 
 
 def head(path: Path) -> Row | None:
     """The row that says what the file is."""
     try:
         with open(path, "rb") as file:
-            row = _row(file.readline())
+            row = object_in(file.readline())
     except FileNotFoundError:
         return None
     return row if row is not None and row.get("kind") == "node" else None
-
-
-def _row(line: bytes) -> Row | None:
-    """None for a row that is not whole: its writer died in the middle."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -14,43 +23,19 @@ from rich.console import Console
 from configs.errors import UserError
 from launch.monitor.rows import newest_rows
 from launch.watch import Watcher, main
+from tests.made_up import second
 from trainer.events import append_row
 from trainer.folder import RunFolder, write_json
 
-GPU = {
-    "gpu_pct": 99,
-    "tensor_pct": 44.0,
-    "memory_gib": 61.25,
-    "power_w": 640.5,
-    "temperature_c": 61,
-    "sm_clock_mhz": 1755,
-}
 
-
-def row(node: int, gpus: int, age_s: float, **changes: Any) -> dict[str, Any]:
-    """A second of a node whose GPU 1 does as `changes` say."""
-    devices = [{"uuid": f"GPU-{node}-{n}", "index": n, "sm_pct": 90.0, **GPU, "throttled": []} for n in range(gpus)]
-    devices[-1] |= changes
-    ranks = [{"rank": gpus * node + n, "step": 40, "phase": "computing", "still_s": 0.1} for n in range(gpus)]
-    host = {"cpu_pct": 31.0}
-    return {
-        "kind": "second",
-        "time_s": time.time() - age_s,
-        "attempt": 0,
-        "host": host,
-        "gpus": devices,
-        "ranks": ranks,
-    }
-
-
-def made_up(root: Path, nodes: int, gpus: int = 8, seconds: int = 20, age_s: float = 0.0, **changes: Any) -> RunFolder:
+def a_run(root: Path, nodes: int, gpus: int = 8, seconds: int = 20, age_s: float = 0.0, **changes: Any) -> RunFolder:
     folder = RunFolder(root / "run")
     for path in (folder.gpu, folder.events, folder.attempts / "000"):
         path.mkdir(parents=True)
     append_row(folder.metrics, {"time_s": time.time(), "step": 40, "loss": 2.5, "tokens_per_s": 1.2e6, "mfu": 0.41})
     for node in range(nodes):
         head = {"kind": "node", "version": 1, "node": f"node{node:03d}"}
-        rows = [head, *(row(node, gpus, age_s + seconds - n, **changes) for n in range(seconds))]
+        rows = [head, *(second(node, gpus, age_s + seconds - n, **changes) for n in range(seconds))]
         text = "".join(json.dumps(one) + "\n" for one in rows)
         (folder.gpu / f"node{node:03d}.jsonl").write_text(text)
     return folder
@@ -66,7 +51,7 @@ def seen(watcher: Watcher, height: int | None = None) -> str:
 
 
 def test_a_line_per_gpu(tmp_path: Path) -> None:
-    folder = made_up(tmp_path, 1, 2, sm_pct=25.0, throttled=["hw_thermal"])
+    folder = a_run(tmp_path, 1, 2, sm_pct=25.0, throttled=["hw_thermal"])
     append_row(folder.events / "a.jsonl", {"time_s": 1e9, "attempt": 0, "event": "slow_rank", "rank": 1})
     text = seen(Watcher(folder))
     assert "run  attempt 0  running" in text
@@ -79,7 +64,7 @@ def test_a_line_per_gpu(tmp_path: Path) -> None:
 
 
 def test_a_thousand_gpus_in_a_second(tmp_path: Path) -> None:
-    watcher = Watcher(made_up(tmp_path, 125))
+    watcher = Watcher(a_run(tmp_path, 125))
     for _ in range(2):  # the first look also reads what the sparklines need
         began = time.process_time()
         text = seen(watcher, height=24)
@@ -90,32 +75,32 @@ def test_a_thousand_gpus_in_a_second(tmp_path: Path) -> None:
 
 
 def test_the_idlest_come_first_when_there_is_no_room(tmp_path: Path) -> None:
-    folder = made_up(tmp_path, 60)
-    append_row(folder.gpu / "node044.jsonl", row(44, 8, 0.0) | {"gpus": [{"uuid": "x", "index": 0, "sm_pct": 2.0}]})
+    folder = a_run(tmp_path, 60)
+    append_row(folder.gpu / "node044.jsonl", second(44, 8, 0.0) | {"gpus": [{"uuid": "x", "index": 0, "sm_pct": 2.0}]})
     nodes = [line.split()[0] for line in seen(Watcher(folder), height=20).splitlines() if line.startswith("node0")]
     assert nodes[0] == "node044"
     assert len(nodes) < 20
 
 
 def test_a_lost_gpu_and_a_node_that_vanished(tmp_path: Path) -> None:
-    folder = made_up(tmp_path, 1, 2, lost=True)
+    folder = a_run(tmp_path, 1, 2, lost=True)
     assert "LOST" in seen(Watcher(folder))
-    silent = made_up(tmp_path / "other", 1, 2, age_s=100.0)
+    silent = a_run(tmp_path / "other", 1, 2, age_s=100.0)
     assert "silent 1:4" in seen(Watcher(silent))
 
 
 def test_half_a_row_is_not_seen_yet(tmp_path: Path) -> None:
-    folder = made_up(tmp_path, 1, 2)
+    folder = a_run(tmp_path, 1, 2)
     path = folder.gpu / "node000.jsonl"
     whole = newest_rows(path, "second", 1)
     with open(path, "a") as file:
-        file.write(json.dumps(row(0, 2, 0.0, sm_pct=1.0))[:200])
+        file.write(json.dumps(second(0, 2, 0.0, sm_pct=1.0))[:200])
     assert newest_rows(path, "second", 1) == whole
     assert "█████████ " in seen(Watcher(folder))
 
 
 def test_a_folder_of_another_version_is_said(tmp_path: Path) -> None:
-    folder = made_up(tmp_path, 1, 2)
+    folder = a_run(tmp_path, 1, 2)
     (folder.gpu / "node001.jsonl").write_text('{"kind": "node", "version": 2}\n')
     text = seen(Watcher(folder)).replace("\n", "")
     assert "is of version 2, this is version 1" in text
@@ -123,7 +108,7 @@ def test_a_folder_of_another_version_is_said(tmp_path: Path) -> None:
 
 
 def test_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = made_up(tmp_path, 1, 2)
+    folder = a_run(tmp_path, 1, 2)
     write_json(folder.attempts / "000" / "end.json", {"reason": "failed", "step": 4, "requeue": True, "cause": "hang"})
     assert main([str(folder.root), "--once"]) == 0
     assert "attempt 0  failed (hang)" in capsys.readouterr().out
@@ -132,3 +117,26 @@ def test_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         main([str(tmp_path), "--once"])
+
+
+def test_on_a_terminal_it_is_drawn_in_place_until_ctrl_c(tmp_path: Path) -> None:
+    folder = a_run(tmp_path, 1, 2)
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "launch", "watch", "--every", "0.2", str(folder.root)]
+    env = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen(command, env=env, stdin=end, stdout=end, stderr=end) as process:
+        os.close(end)
+        told, deadline = b"", time.monotonic() + 30
+        while told.count(b"step 40") < 3 and time.monotonic() < deadline:
+            told += os.read(terminal, 65536)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := os.read(terminal, 65536):
+                told += chunk
+        assert process.wait(10) == 0
+    os.close(terminal)
+    in_place, _, left = told.rpartition(b"\x1b[?1049l")  # back from the screen of its own
+    assert in_place.count(b"step 40") >= 3
+    assert left.count(b"step 40") == 1
+    assert b"Traceback" not in told

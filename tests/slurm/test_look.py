@@ -53,7 +53,9 @@ def test_a_job_is_looked_at_followed_and_stopped(cluster: Cluster, tmp_path: Pat
     assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", "stop_file", False)
     assert f"stopped at step {end['step']} (stop_file)" in followed
     assert "\x1b" not in followed  # one plain line a step, though srun gives the ranks a terminal
-    assert " stopped (stop_file)  " in watched.splitlines()[-2]
+    assert f"run  attempt 0  job {job}  " in watched  # running, or stopping already
+    assert "  stopped (stop_file)" in watched.rpartition("attempt 0")[2].splitlines()[0]
+    assert {"node1 r0", "node2 r1"} <= {line[:8] for line in watched.splitlines()}
 
     for told in (slurm(cluster, here, "status", job), slurm(cluster, here, "status", str(run.root))):
         _, attempts, lives = (part.splitlines() for part in told.split("\n\n"))
