@@ -69,12 +69,12 @@ class After:
             if count > self.config.run.give_up_after:
                 end, wanted, code = End("failed", end.step, end.checkpoint, False, "giving_up"), False, lives.FAILED
                 self._say(f"giving up after {count} lives without a new checkpoint")
-        left_to_slurm = end.requeue and not (self.job.runs or self.job.timed_out)
-        method = self.config.slurm.requeue if wanted else "slurm" if left_to_slurm else None
+        by_slurm = end.requeue and self.job.requeued
+        method = self.config.slurm.requeue if wanted else "slurm" if by_slurm else None
         self._record(end, code, method, failed)
         if wanted:
             return self._again(end, failed, code)
-        self._tell(end, requeued=False)
+        self._tell(end, requeued=by_slurm)
         return code
 
     def _without(self, down: list[str]) -> int:
@@ -132,7 +132,7 @@ class After:
         """A person who cancels means it, and whoever requeues the job needs no second request."""
         if self.job.runs or self.job.timed_out:
             return True
-        self._say("Slurm ends this job, and starts it again unless it was cancelled")
+        self._say("Slurm starts this job again" if self.job.requeued else "this job was cancelled")
         return False
 
     def _record(self, end: End, code: int, method: str | None, failed: list[str]) -> None:

@@ -20,11 +20,12 @@ _USABLE = ("idle", "mixed", "allocated", "completing", "planned")
 
 @dataclass(frozen=True)
 class Job:
-    """The job of this batch script, as the controller has it. `runs`: Slurm is not ending it. One that it ends shows as
-    COMPLETING, whether it was cancelled or will start again."""
+    """The job of this batch script, as the controller has it. `runs`: Slurm is not ending it. `requeued`: Slurm ends it
+    and starts it again. Cancelled jobs show as COMPLETING, too; the count of restarts, raised at once, tells which."""
 
     number: str
     runs: bool
+    requeued: bool
     timed_out: bool
     start_s: float
     partition: str
@@ -55,6 +56,7 @@ def ask_job(number: str) -> Job:
     return Job(
         number,
         facts["JobState"] == "RUNNING",
+        int(facts["Restarts"]) > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         facts["JobState"] == "TIMEOUT" or facts.get("Reason") == "TimeLimit",
         datetime.fromisoformat(facts["StartTime"]).timestamp(),
         facts["Partition"],
@@ -105,13 +107,17 @@ def by_chain(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[st
     """Submit the same script as a job of its own, which begins once this one has ended."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     flags = [f"--exclude={','.join(excluded)}"] if excluded else []
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is not None:
+        flags += [f"--array={task}"]  # the script asks for all tasks, and the others live their own lives
     script = patiently("scontrol", "write", "batch_script", job.number, "-")
     words = ["sbatch", "--parsable", f"--dependency=afterany:{job.number}", *flags]
     told = patiently(*words, script=script, environment=clean)
     place = folder.root / JOB_FILE
     holder = read_json(place)
     if holder is not None:
-        write_json(place, holder | {"job": told.strip().partition(";")[0]})
+        number = told.strip().partition(";")[0]
+        write_json(place, holder | {"job": number if task is None else f"{number}_{task}"})
 
 
 METHODS: dict[str, Callable[[Job, list[str], RunFolder, Callable[[str], None]], None]] = {

@@ -97,10 +97,10 @@ class ArraySubmission(Submission):
     def follow(self, number: str) -> int:
         """Wait for all; the worst outcome. Ctrl-C leaves the jobs running."""
         try:
-            while lives(number):
+            while lives(*(run.holder() or number for run in self.runs)):
                 time.sleep(_POLL_S)
         except KeyboardInterrupt:
             print(f"\njob {number} goes on without being watched")
             return life.STOPPED
-        codes = [run.outcome(number) for run in self.runs]
+        codes = [run.outcome() for run in self.runs]
         return next((code for code in (life.FAILED, life.USER_ERROR, life.REQUEUE, life.STOPPED) if code in codes), 0)

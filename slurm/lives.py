@@ -28,7 +28,7 @@ class Left:
 @dataclass(frozen=True)
 class Outcome:
     """What a life came to. `exit_code` is the run's; `again` how it was to be started again, if at all: "slurm" when
-    Slurm ended it, and starts it again unless it was cancelled."""
+    Slurm itself does so."""
 
     job: str
     life: int

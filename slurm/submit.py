@@ -194,10 +194,14 @@ class Submission:
 
     def refuse_living(self) -> None:
         """Raises UserError when a job that lives has the run folder."""
-        holder = read_json(self.folder.root / JOB_FILE)
-        if holder is not None and state(holder["job"]) is not None:
-            other = holder["job"]
+        other = self.holder()
+        if other is not None and state(other) is not None:
             raise UserError(f"{self.folder.root}: job {other} has it; end it first: python -m slurm stop {other}")
+
+    def holder(self) -> str | None:
+        """The job that was given the run folder last. With slurm.requeue=chain each life has a number of its own."""
+        told = read_json(self.folder.root / JOB_FILE)
+        return None if told is None else str(told["job"])
 
     def note(self, number: str) -> None:
         """Write down which job has the run folder."""
@@ -229,12 +233,12 @@ class Submission:
         except KeyboardInterrupt:
             print(f"\njob {number} goes on without being watched")
             return life.STOPPED
-        following = (read_json(self.folder.root / JOB_FILE) or {}).get("job", number)
-        if following != number:  # slurm.requeue: chain
+        following = self.holder()
+        if following is not None and following != number:
             return self.follow(following)
-        return self.outcome(number)
+        return self.outcome()
 
-    def outcome(self, number: str) -> int:
+    def outcome(self) -> int:
         """What the run came to, once its job is over."""
         ended = outcomes(self.folder)  # of whichever number: a task of an array has one of its own
         return ended[-1].exit_code if ended else life.FAILED
@@ -269,12 +273,10 @@ def state(number: str) -> str | None:
     return job.state if job is not None else None
 
 
-def lives(number: str) -> bool:
-    """While nobody answers, a job goes on: the controller may be down, the nodes are not."""
-    try:
-        return state(number) is not None
-    except UserError:
-        return True
+def lives(*numbers: str) -> bool:
+    """Whether one of them does. While nobody answers, jobs go on: the controller may be down, the nodes are not."""
+    answer = queue.of(numbers)
+    return answer.silent is not None or any(number in answer.jobs for number in numbers)
 
 
 def _say_next(number: str, job: Submission) -> None:

@@ -10,6 +10,7 @@ import functools
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, note: Note) -> None:
 
 @pytest.mark.full
 def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, note: Note) -> None:
-    run = Rehearsed(cluster, tmp_path)
+    run = Rehearsed(cluster, tmp_path, f'slurm.hook=echo "$MUSTER_EVENT" >> {tmp_path}/told')
     run.wait_for_step(7)
     began = time.time()
     call(cluster, "scontrol", "requeue", run.job)
@@ -95,6 +96,7 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, note: Note) -> None:
     assert run.events("requeue_asked") == []
     assert run.lost_steps() == 0
     assert losses(run.folder) == straight()
+    wait_for("the hook", lambda: (tmp_path / "told").read_text().split() == ["requeued", "finished"], 10)
     note("`scontrol requeue`", "SIGTERM to every node", run.seconds_until_again(began), 0)
 
 
@@ -163,6 +165,21 @@ def test_a_stop_is_not_requeued_and_goes_on_elsewhere(cluster: Cluster, tmp_path
     assert [start["world_size"] for start in run.starts()] == [4, 2]
     assert run.lost_steps() == 0
     assert losses(run.folder).keys() == straight().keys()
+
+
+@pytest.mark.full
+def test_what_is_cancelled_stays_so(cluster: Cluster, tmp_path: Path) -> None:
+    """Saved all the same, as there is time for it."""
+    run = Rehearsed(cluster, tmp_path, f'slurm.hook=echo "$MUSTER_EVENT" >> {tmp_path}/told')
+    run.wait_for_step(7)
+    call(cluster, sys.executable, "-m", "slurm", "cancel", str(run.folder.root))
+    (outcome,) = run.finish()
+    assert (outcome.reason, outcome.cause, outcome.again) == ("stopped", "terminate", None)
+    wait_for("the hook", lambda: (tmp_path / "told").read_text() == "stopped\n", 10)
+    wait_for("end of the job", lambda: job_state(cluster, run.job) == "CANCELLED")
+    step, _ = run.folder.newest_checkpoint()
+    assert step == run.rows()[-1]["step"] > 5
+    assert "this job was cancelled" in run.output
 
 
 @pytest.mark.full

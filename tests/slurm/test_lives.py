@@ -73,11 +73,11 @@ def test_an_end_is_that_of_an_attempt_of_this_life(tmp_path: Path) -> None:
 def test_a_node_is_excluded_where_enough_others_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = "node1 mixed\nnode2 down*\nnode3 idle\nnode4 drained\n"
     monkeypatch.setattr(again, "patiently", lambda *command: answer)
-    job = Job("7", True, False, 0.0, "low", 1, [])
+    job = Job("7", True, False, False, 0.0, "low", 1, [])
     told: list[str] = []
     assert again.to_exclude(job, ["node1"], told.append) == ["node1"]
     assert again.down(["node1", "node2"]) == ["node2"]
     assert told == []
-    two = Job("7", True, False, 0.0, "low", 2, ["node2"])
+    two = Job("7", True, False, False, 0.0, "low", 2, ["node2"])
     assert again.to_exclude(two, ["node1"], told.append) == ["node2"]
     assert told == ["node1: not excluded, as partition low has too few other nodes"]

@@ -18,7 +18,7 @@ from slurm.cluster import Cluster
 from slurm.limits import Partition, check, gpus_of, partition_of
 from slurm.request import _read_file, cluster_file, minutes
 from tests.distributed import write_config
-from tests.slurm.jobs import ROOT, call, environment
+from tests.slurm.jobs import ROOT, call, environment, wait_for
 from trainer.events import Events, read_rows
 from trainer.folder import RunFolder, read_json
 
@@ -138,6 +138,33 @@ def test_an_array_is_one_job_of_several_runs(cluster: Cluster, tmp_path: Path) -
         assert read_json(run / "attempts/000/end.json")["reason"] == "finished"
     first, second = (read_rows(run / "metrics.jsonl")[-1]["loss"] for run in runs)
     assert first != second
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["scontrol", "chain"])
+def test_a_task_of_an_array_is_started_again_alone(method: str, cluster: Cluster, tmp_path: Path) -> None:
+    config = write_config(tmp_path, train__steps=2000, checkpoint__every_steps=0)
+    words = ("--nodes=1", "--gpus-per-node=1", "--cpus-per-task=1", f"--requeue={method}")
+    done = submit(config, *words, "--array=optim.lr=[1e-3,3e-4]", cluster=cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [RunFolder(tmp_path / f"run/optim.lr={lr}") for lr in ("1e-3", "3e-4")]
+    numbers = [read_json(run.root / "slurm/job.json")["job"] for run in runs]
+    for run in runs:
+        wait_for("rows", lambda run=run: len(read_rows(run.metrics)) > 3)
+    call(cluster, "scancel", "--signal=USR2", numbers[0])
+    wait_for("the second life", lambda: (runs[0].attempts / "001/start.json").exists())
+    for run in runs:
+        run.stop.touch()
+    wait_for("the end", lambda: not queue_of(cluster))
+    assert [len(list(run.attempts.glob("*/end.json"))) for run in runs] == [2, 1]
+    followed = read_json(runs[0].root / "slurm/job.json")["job"]
+    assert followed.endswith("_0")
+    assert (followed == numbers[0]) == (method == "scontrol")
+    assert read_json(runs[1].root / "slurm/job.json")["job"] == numbers[1]
+
+
+def queue_of(cluster: Cluster) -> list[str]:
+    return call(cluster, "squeue", "-h", "-r", "-o", "%i").split()
 
 
 def test_a_full_disk_is_told_and_nothing_submitted(cluster: Cluster, tmp_path: Path) -> None:
