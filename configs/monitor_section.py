@@ -41,6 +41,12 @@ class MonitorSection(Section):
     gpm: Literal["auto", "on", "off"] = speed(
         "auto", "SM, tensor and DRAM activity on Hopper and newer; auto: not while DCGM runs on the node"
     )
+    prometheus_port: int | None = speed(
+        None, "port of each node at which Prometheus reads the newest row, under /metrics", ge=1, le=65535
+    )
+    prometheus_host: str = speed(
+        "127.0.0.1", "address it listens at; 0.0.0.0 shows the readings to everybody who reaches the node", min_length=1
+    )
 
     @model_validator(mode="after")
     def _forwards(self) -> MonitorSection:

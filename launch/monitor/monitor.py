@@ -17,6 +17,7 @@ from launch.monitor.hang import HangWatch, culprits, describe, share
 from launch.monitor.host import Host, Processes
 from launch.monitor.journal import Journal
 from launch.monitor.keeper import Orders
+from launch.monitor.prometheus import Endpoint
 from launch.monitor.rollup import Minute
 from launch.monitor.rows import newest
 from launch.monitor.windows import Windows
@@ -50,6 +51,18 @@ class Monitor:
         self.gpus = Gpus(self.tell, settings.gpm)
         self.minute = Minute()
         self.windows = Windows(settings, node_name(), self.folder.gpu, self.tell)
+        self.endpoint = self._endpoint(settings.prometheus_port)
+
+    def _endpoint(self, port: int | None) -> Endpoint | None:
+        if port is None:
+            return None
+        host = self.settings.prometheus_host
+        try:
+            return Endpoint(host, port, self.folder, node_name())
+        except OSError as error:
+            line = f"no endpoint for Prometheus at {host}:{port}: {error.strerror or error}; the run goes on without"
+            self.tell("no_prometheus", line, address=f"{host}:{port}", error=error.strerror or str(error))
+            return None
 
     def tell(self, event: str, line: str | None, **facts: Any) -> None:
         """An event, and for people a line; kept back while the run folder holds no run yet."""
@@ -119,6 +132,8 @@ class Monitor:
             self._begin()
         self.minute.add(values)
         self._write("second", values)
+        if self.endpoint is not None:
+            self.endpoint.show({"time_s": round(time.time(), 3), "attempt": self.events.attempt, **values})
         beats = [beat for beat in beats if beat.attempt >= 0]
         window = self.windows.add(beats, values)
         if window is not None:

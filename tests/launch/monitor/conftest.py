@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.launch.monitor.node import Node
 from tests.launch.monitor.standin import Reader, build
 
 
@@ -26,3 +28,17 @@ def reader(library: Path, tmp_path: Path) -> Iterator[Callable[..., Reader]]:
     yield make
     for one in readers:
         one.close()
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
+    nodes: list[Node] = []
+
+    def make(**settings: Any) -> Node:
+        nodes.append(Node(tmp_path, monkeypatch, **settings))
+        return nodes[-1]
+
+    yield make
+    for one in nodes:
+        if one.keeper.process is not None:
+            one.keeper.process.kill()

@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,63 +17,9 @@ from configs.schema import Config
 from launch.monitor import monitor as module
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
+from tests.launch.monitor.node import Node
 from trainer.console import Console
-from trainer.events import Events, read_rows
-from trainer.folder import RunFolder
-from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat, Heartbeats, Phase
 from trainer.names import node_name
-
-
-class Node:
-    """A node of a run, with a launcher's side and one rank that is this process."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-        self.folder = RunFolder(folder / "run")
-        self.folder.root.mkdir()
-        self.folder.config.write_text("run: {}\n")
-        self.heartbeats = Heartbeats.make(2)
-        self.events = Events(self.folder, node_name(), "launcher")
-        config = Config.model_validate({**tiny(folder), "monitor": {"interval_s": 0.05, **settings}})
-        local = folder / "local"
-        local.mkdir()
-        self.keeper = Keeper(config, self.folder, self.heartbeats, local, Console(rank=0), self.events)
-        monkeypatch.setenv(HEARTBEATS_VARIABLE, self.heartbeats.path)
-        self.keeper.start()
-        self.rank = Heartbeat.at(self.heartbeats.path, 0, rank=0)
-        self.rank.attempt = 3
-        self.rank.enter(Phase.COMPUTING, 17)
-
-    def rows(self, kind: str = "second") -> list[dict[str, Any]]:
-        return [row for row in read_rows(self.folder.gpu / f"{node_name()}.jsonl") if row["kind"] == kind]
-
-    def told(self, event: str) -> list[dict[str, Any]]:
-        rows = read_rows(self.events.path) + read_rows(self.folder.events / f"{node_name()}-monitor.jsonl")
-        return [row for row in rows if row["event"] == event]
-
-    def wait_for(self, what: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, f"no {what}"
-            self.keeper.poll()
-            time.sleep(0.01)
-
-    def pid(self) -> int:
-        assert self.keeper.process is not None
-        return self.keeper.process.pid
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
-    nodes: list[Node] = []
-
-    def make(**settings: Any) -> Node:
-        nodes.append(Node(tmp_path, monkeypatch, **settings))
-        return nodes[-1]
-
-    yield make
-    for one in nodes:
-        if one.keeper.process is not None:
-            one.keeper.process.kill()
 
 
 def test_rows_rollups_and_ranks(node: Callable[..., Node]) -> None:
