@@ -149,6 +149,7 @@ class Supervisor:
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
         self._launched_s = _began_s()
         self._failures_told = 0
+        self._agent_died = False
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
 
@@ -197,6 +198,7 @@ class Supervisor:
                     break  # it hangs, and every rank's stack is written
                 time.sleep(_POLL_S)
         finally:
+            self._agent_died = (agent.poll() or 0) < 0  # by itself, not by what follows
             agent.kill()
             status = agent.wait()
             self.monitor.stop()
@@ -251,7 +253,7 @@ class Supervisor:
         if attempt is None or attempt.number <= before:
             self.console.say(f"the workers ended (status {status}) before an attempt began")
             return End("failed", 0, None, requeue=True, cause="start_failed")
-        if status < 0 and self.monitor.hang is None:
+        if self._agent_died:
             self.events.attempt = attempt.number
             self.events.write("agent_died", status=status)
             self.console.say(f"the agent died ({_cause(status)})")
@@ -264,7 +266,7 @@ class Supervisor:
 
     def _outcome_of_many(self, before: int, status: int) -> int:
         """This node's exit code when there are others, who have lost its agent and cannot meet a new one."""
-        if status < 0 and not self.nodes.is_first:
+        if self._agent_died and not self.nodes.is_first:
             self.events.write("agent_died", status=status)
         if status < 0 or (status and self.nodes.is_first):
             return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED

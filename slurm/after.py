@@ -66,7 +66,7 @@ class After:
         wanted = end.requeue and self._may_live_again()
         if wanted and end.reason == "failed":
             count = failures_without_progress(self.folder, end.step) + 1
-            if count > self.config.run.give_up_after:
+            if count >= self.config.run.give_up_after:
                 end, wanted, code = End("failed", end.step, end.checkpoint, False, "giving_up"), False, lives.FAILED
                 self._say(f"giving up after {count} lives without a new checkpoint")
         by_slurm = end.requeue and self.job.requeued

@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.heartbeat import Beat
 from trainer.stacks import FLIGHT, FLIGHT_SIGNAL, STACKS, STACKS_SIGNAL
 
+STOPPED = "T"
 _ANSWER_S = 3.0
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
 _COLLECTIVES = re.compile(r"/torch/distributed/(?!tensor/)")  # DTensor's own code computes, too
@@ -35,9 +36,15 @@ class Standstill:
     waits: bool | None
     collectives: int | None
 
+    @property
+    def gone(self) -> bool:
+        return self.state in "XZ"
+
 
 def ask(beats: list[Beat], node: str, folder: Path) -> list[Standstill]:
-    """Ask all ranks of a node at once. The answers also go to `folder`: `stack-<rank>.txt` and `flight-<rank>.json`."""
+    """Ask all ranks of a node at once. The answers also go to `folder`: `stack-<rank>.txt` and `flight-<rank>.json`.
+
+    One whose process was stopped does not answer, until `wake`."""
     states = {beat.rank: _state(beat.pid) for beat in beats}
     files = {beat.rank: (_memory(beat.pid, STACKS), _memory(beat.pid, FLIGHT)) for beat in beats}
     for beat in beats:
@@ -45,20 +52,42 @@ def ask(beats: list[Beat], node: str, folder: Path) -> list[Standstill]:
         if all(files[beat.rank]):
             os.kill(beat.pid, STACKS_SIGNAL)
             os.kill(beat.pid, FLIGHT_SIGNAL)
-            os.kill(beat.pid, signal.SIGCONT)  # one that was stopped answers only so; its attempt ends anyway
-    _wait_for([path for pair in files.values() for path in pair if path])
+    _wait_for([path for rank, pair in files.items() for path in pair if path and states[rank] != STOPPED])
     found = []
     for beat in beats:
-        stacks, flight = (_read(path) for path in files[beat.rank])
-        if stacks:
-            (folder / f"stack-{beat.rank:05d}.txt").write_bytes(stacks)
-        if flight:
-            (folder / f"flight-{beat.rank:05d}.json").write_bytes(flight)
+        stacks, flight = _keep(beat.rank, files[beat.rank], folder)
         place, waits = where(stacks.decode(errors="replace"))
         still_s = round(time.monotonic() - beat.time_s, 1)
         who = (beat.rank, node, beat.pid, beat.step, beat.phase.word, still_s)
         found.append(Standstill(*who, states[beat.rank], place, waits, collectives(flight)))
     return found
+
+
+def wake(found: list[Standstill], folder: Path) -> None:
+    """Let those go on that were stopped: they then answer what they were asked. Not before all nodes have looked: the
+    ranks that wait for them go on, too, and a monitor that comes later would see no hang."""
+    for standstill in found:
+        if standstill.state != STOPPED:
+            continue
+        files = _memory(standstill.pid, STACKS), _memory(standstill.pid, FLIGHT)
+        if all(files):
+            os.kill(standstill.pid, signal.SIGCONT)
+            _wait_for([path for path in files if path])
+            _keep(standstill.rank, files, folder)
+
+
+def _keep(rank: int, files: tuple[str | None, str | None], folder: Path) -> tuple[bytes, bytes]:
+    """Write down what a rank answered: its record of collectives, and then its stacks, which are waited for."""
+    stacks, flight = (_read(path) for path in files)
+    if flight:
+        (folder / f"flight-{rank:05d}.json").write_bytes(flight)
+    if stacks:
+        stacks_of(rank, folder).write_bytes(stacks)
+    return stacks, flight
+
+
+def stacks_of(rank: int, folder: Path) -> Path:
+    return folder / f"stack-{rank:05d}.txt"
 
 
 def _state(pid: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.monitor.ask import Standstill
+from launch.monitor.ask import STOPPED, Standstill
 from trainer.folder import read_json, write_json
 from trainer.heartbeat import Beat, Phase
 
@@ -52,8 +52,8 @@ class HangWatch:
 def culprits(found: list[Standstill]) -> tuple[list[Standstill], str]:
     """(The ranks that the others wait for, why these); all of them when nothing tells them apart."""
     for why, guilty in (
-        ("its process is gone", [s for s in found if s.state in "XZ"]),
-        ("its process was stopped", [s for s in found if s.state in "Tt"]),
+        ("its process is gone", [s for s in found if s.gone]),
+        ("its process was stopped", [s for s in found if s.state in (STOPPED, "t")]),
         ("it waits for a device", [s for s in found if s.state == "D"]),
         ("it is at an earlier step", [s for s in found if s.step < max(o.step for o in found)]),
         ("the others wait in a collective", [s for s in found if s.waits is False]),
@@ -70,7 +70,8 @@ def _fewest(found: list[Standstill]) -> list[Standstill]:
 
 
 def share(found: list[Standstill], attempt: Path, node: str, nodes: list[str]) -> list[Standstill]:
-    """Write down this node's findings, and wait a while for those of the others. What the folder shows then."""
+    """Write down this node's findings, and wait a while for those of the others. What the folder shows then: a node
+    whose monitor died is missing."""
     write_json(attempt / f"hang-{node}.json", [asdict(standstill) for standstill in found])
     deadline = time.monotonic() + _NODES_S
     while True:

@@ -81,8 +81,9 @@ class Keeper:
 
     def poll(self) -> bool:
         """Whether the attempt hangs and is to be ended. Cheap enough for every turn of the launcher."""
-        self._look_after()
         self.hang = self.hang or read_verdict(self._verdict)
+        if self.hang is None:
+            self._look_after()
         return self.hang is not None
 
     def _look_after(self) -> None:

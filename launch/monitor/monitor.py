@@ -6,12 +6,13 @@ import os
 import select
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from configs.monitor_section import MonitorSection
 from launch.hooks import Hooks
-from launch.monitor.ask import ask
+from launch.monitor.ask import STOPPED, ask, stacks_of, wake
 from launch.monitor.gpus import Gpus
 from launch.monitor.hang import HangWatch, culprits, describe, share
 from launch.monitor.host import Host, Processes
@@ -21,16 +22,18 @@ from launch.monitor.prometheus import Endpoint
 from launch.monitor.rollup import Minute
 from launch.monitor.rows import newest
 from launch.monitor.windows import Windows
-from trainer.events import Events
+from trainer.events import Events, tolerate_unwritable
 from trainer.folder import RunFolder, read_json, write_json
 from trainer.heartbeat import Beat, Heartbeat, Heartbeats, Phase
-from trainer.life import Attempt
+from trainer.life import Attempt, End
 from trainer.names import node_name
 
 ROLLUP_S = 60.0
 ALERTS = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone"}  # of which the user's hooks are told
 _JUMP_S = 5.0  # by which the clock may differ from the time that passed before it is said
 _OTHERS_S = 30.0  # age of another node's newest row, at most, for it to say something
+_FIRST_NODE_S = 20.0  # that the first node may take to gather what all have found, and to tell the user's hooks
+_WAKE_S = 5.0  # that ranks which had been stopped may take to tell where they were
 _PAUSE_S = 10.0  # between two rows before it is said
 
 
@@ -109,7 +112,8 @@ class Monitor:
                 self.tell("clock_jumped", f"the clock of this node jumped by {seconds} s", seconds=seconds)
                 clock = time.time() - now
             last = now
-            self.tick()
+            if self.tick():
+                break
             if now - rolled >= ROLLUP_S:
                 self._roll_up()
                 rolled = now
@@ -118,8 +122,8 @@ class Monitor:
                 break
         self._roll_up()
 
-    def tick(self) -> None:
-        """One row."""
+    def tick(self) -> bool:
+        """One row. Returns whether the attempt hangs, and is ended."""
         self.own.beat()
         beats = [beat for beat in self.heartbeats.ranks() if beat is not None]
         self.events.attempt = max((beat.attempt for beat in beats if beat.attempt >= 0), default=None)
@@ -138,8 +142,8 @@ class Monitor:
         window = self.windows.add(beats, values)
         if window is not None:
             self._write("window", window)
-        if self.hang.look(beats, time.monotonic()) and not self._verdict.exists() and not self._others_take_time():
-            self._end_hang(beats)
+        hangs = self.hang.look(beats, time.monotonic()) and not self._others_take_time()
+        return hangs and self._end_hang(beats)
 
     def _rank(self, beat: Beat) -> dict[str, Any]:
         still_s = round(time.monotonic() - beat.time_s, 2)
@@ -156,17 +160,30 @@ class Monitor:
                         return True
         return False
 
-    def _end_hang(self, beats: list[Beat]) -> None:
-        """Ask every rank where it is, name the culprit, and have the launcher end the attempt."""
+    def _end_hang(self, beats: list[Beat]) -> bool:
+        """Ask every rank where it is, name the culprit, and have the launcher end the attempt.
+
+        The first node says how the attempt ended. The others wait for that: ranks that lose their peers fail within
+        milliseconds, and would write down that as the cause. Returns whether it is a hang."""
         attempt = Attempt(self.folder, max(beat.attempt for beat in beats))
         found = ask(beats, node_name(), attempt.path)
+        if all(standstill.gone for standstill in found):
+            return False  # the launcher sees that, and has just not come to an end
         nodes = (read_json(attempt.path / "start.json") or {}).get("hosts", [node_name()])
-        guilty, why = culprits(share(found, attempt.path, node_name(), nodes))
-        line, facts = describe(guilty, why)
-        if node_name() == min(nodes):
+        known = share(found, attempt.path, node_name(), nodes)
+        wake(found, attempt.path)
+        line, facts = describe(*culprits(known))
+        if node_name() == min(standstill.node for standstill in known):
             self.tell("hang", f"{line}; stacks of all ranks: {attempt.path}", **facts)
-        self.hooks.wait()  # after this the launcher ends everything
+            woken = [stacks_of(standstill.rank, attempt.path) for standstill in known if standstill.state == STOPPED]
+            _wait_for(lambda: all(path.exists() for path in woken), _WAKE_S)
+            self.hooks.wait()  # after this the launchers end everything
+            with tolerate_unwritable():
+                attempt.write_end(End("failed", *self.folder.newest_checkpoint(), requeue=True, cause="hang"))
+        else:
+            _wait_for(lambda: attempt.end is not None, _FIRST_NODE_S)
         write_json(self._verdict, facts)
+        return True
 
     def _roll_up(self) -> None:
         if self.minute.rows:
@@ -177,6 +194,12 @@ class Monitor:
         if self.journal is not None:
             head = {"kind": kind, "time_s": round(time.time(), 3), "attempt": self.events.attempt}
             self.journal.write(head | values)
+
+
+def _wait_for(condition: Callable[[], bool], patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _ended(wait_s: float) -> bool:

@@ -265,19 +265,21 @@ def test_killed_node(when: str, node: int, cluster: Cluster, tmp_path: Path, not
 
 @pytest.mark.full
 def test_frozen_rank(cluster: Cluster, tmp_path: Path, note: Note) -> None:
-    run = Rehearsed(cluster, tmp_path, parallel__step_timeout_s=10.0)
+    run = Rehearsed(cluster, tmp_path, monitor__hang_s=10.0)
     run.wait_for_step(7)
     began = time.time()
     run.kill_rank(3, signal.SIGSTOP)
-    (outcome,) = run.finish()
-    assert outcome.reason == "finished"
+    first, second = run.finish()
+    assert (first.reason, first.cause, first.failed_nodes, second.reason) == ("failed", "hang", [], "finished")
+    (hang,) = run.events("hang")
+    assert [(rank["rank"], rank["node"], rank["state"]) for rank in hang["ranks"]] == [(3, "node2", "T")]
+    assert hang["why"] == "its process was stopped"
+    assert "hang: rank 3 on node2" in run.output
+    attempt = run.folder.attempts / "000"
+    assert [len(list(attempt.glob(f"{name}-*"))) for name in ("stack", "flight", "hang")] == [4, 4, 2]
     assert losses(run.folder) == straight()
-    note(
-        "SIGSTOP of a rank (`parallel.step_timeout_s` 10)",
-        "the others",
-        run.seconds_until_again(began),
-        run.lost_steps(),
-    )
+    seconds = run.seconds_until_again(began)
+    note("SIGSTOP of a rank (`monitor.hang_s` 10)", "the monitors of both nodes", seconds, run.lost_steps())
 
 
 # ---- something around the run breaks ---------------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def test_a_name_that_does_not_resolve(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path) -> None:
     """Each life loses its agent before a checkpoint; the third is the last."""
-    run = Rehearsed(cluster, tmp_path, checkpoint__every_steps=0, run__give_up_after=2)
+    run = Rehearsed(cluster, tmp_path, checkpoint__every_steps=0, run__give_up_after=3)
     for life in range(3):
         run.wait_for_life(life)
         run.process("agent", run.starts()[-1]["hosts"][1]).kill()
@@ -382,3 +384,20 @@ def test_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path) -> N
     assert [o.cause for o in outcomes] == ["node_lost", "node_lost", "giving_up"]
     assert outcomes[-1].exit_code == 1
     assert "too few other nodes" in run.output  # two of three had failed
+    assert "giving up after 3 lives without a new checkpoint" in run.output
+
+
+@pytest.mark.full
+def test_lives_in_which_nothing_begins_end_it(cluster: Cluster, tmp_path: Path) -> None:
+    """No attempt tells of them: the lives themselves are counted."""
+    prolog = tmp_path / "prolog"
+    prolog.write_text("#!/bin/sh\necho export PYTHONHOME=/nowhere\n")  # only where srun starts something
+    prolog.chmod(0o755)
+    run = Rehearsed(cluster, tmp_path, f"slurm.srun=[--task-prolog={prolog}]", run__give_up_after=2)
+    outcomes = run.finish()
+    assert [(o.cause, o.again, o.failed_nodes) for o in outcomes] == [
+        ("start_failed", "scontrol", []),
+        ("giving_up", None, []),
+    ]
+    assert run.starts() == []
+    assert "giving up after 2 lives without a new checkpoint" in run.output
