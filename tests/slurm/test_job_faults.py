@@ -330,7 +330,7 @@ def read_only(cluster: Cluster, folder: Path) -> Iterator[None]:
         node = cluster.alive(name)
         assert node is not None
         shells.append(str(node.children()[0].pid))
-    inside: Callable[[str], list[str]] = lambda pid: ["nsenter", "--mount", f"--target={pid}"]  # noqa: E731
+    inside: Callable[[str], list[str]] = lambda pid: ["nsenter", "--mount", "--pid", f"--target={pid}"]  # noqa: E731
     for pid in shells:
         subprocess.run([*inside(pid), "mount", "--bind", str(folder), str(folder)], check=True)
         subprocess.run([*inside(pid), "mount", "-o", "remount,bind,ro", str(folder)], check=True)
