@@ -29,6 +29,9 @@ class RunSection(Section):
     accept_changes: list[str] = speed([], "keys that may differ from what this folder was begun with")
     log_every_steps: int = speed(10, "steps between two rows of metrics.jsonl", ge=1)
     tensorboard: bool = speed(True, "also write the metrics for TensorBoard")
+    wandb: str | None = speed(
+        None, "project of Weights & Biases that gets the metrics, too; needs muster[wandb]", min_length=1
+    )
     stop_grace_s: float = speed(120.0, "how long a stopping run may take to save before it is ended by force", gt=0)
     max_restarts: int = speed(3, "restarts in place after a failure, by `launch run`", ge=0)
     give_up_after: int = speed(3, "attempts without a new checkpoint before the run is given up", ge=1)

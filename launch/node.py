@@ -40,6 +40,7 @@ from trainer.life import End
 from trainer.names import PRETEND_VARIABLE, node_name
 from trainer.parents import PARENT_VARIABLE
 from trainer.preflight import check_folder
+from trainer.series import check_series
 from trainer.start import LAUNCHED_VARIABLE
 from trainer.stop import REQUEST_VARIABLE, Kind, StopWish, write_request
 
@@ -95,6 +96,7 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
     config = load(argument, overrides)
     processes = processes or default_processes()
     resolve(config.parallel, processes * nodes.count)
+    check_series(config.run)
     check_engine(config.parallel, processes * nodes.count)
     folder = RunFolder(Path(config.run_dir))
     if nodes.is_first:

@@ -133,6 +133,7 @@ def _attempt(run: Run, changes: Changes) -> End:
     except StopRequested as request:
         return stopped(run, request.cause)
     run.meter = Meter(config, world, folder, run.console, attempt.number, run.flops_per_token())
+    world.from_first(lambda: run.meter.begin_series(run.progress.step + 1))
     hosts = sorted(set(world.gather(world.node)))
     if world.first:
         for change in changes:

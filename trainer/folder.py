@@ -60,6 +60,14 @@ class RunFolder:
         return self.root / "gpu"
 
     @property
+    def readings(self) -> Path:
+        return self.gpu / "readings.json"
+
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

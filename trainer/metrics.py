@@ -1,40 +1,21 @@
-"""What is measured, and where it goes: metrics.jsonl, TensorBoard, the live line. Rank 0 only, but for the sums."""
+"""What is measured, and where it goes: metrics.jsonl, the series, the live line. Rank 0 only, but for the sums."""
 
 from __future__ import annotations
 
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs.schema import Config
 from trainer.console import Console, duration, si
-from trainer.events import append_row, tolerate_unwritable
+from trainer.events import append_row
 from trainer.folder import RunFolder
 from trainer.peaks import peak_flops_per_s
+from trainer.series import Readings, Series, open_series
 from trainer.step import StepResult
 from trainer.world import World
-
-
-class TensorBoard:
-    """Scalars as an event file, through tensorboard's own writer (its torch front end takes seconds to import)."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._writer = EventFileWriter(str(folder))
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def memory_gib(device: torch.device) -> float:
@@ -56,8 +37,13 @@ class Meter:
         self.config, self.world, self.folder, self.console, self.attempt = config, world, folder, console, attempt
         self.flops_per_token = flops_per_token
         self._peak = peak_flops_per_s(world.device, config.precision.compute)
-        self._board: TensorBoard | None = None
+        self._series: list[Series] = []
+        self._readings = Readings(folder.readings)
         self._steps, self._seconds, self._wait_s, self._samples = 0, 0.0, 0.0, 0
+
+    def begin_series(self, first_step: int) -> None:
+        """From here on rows also go where the config asks for. Raises UserError."""
+        self._series = open_series(self.config, self.folder, first_step, self.console.say)
 
     def add(self, seconds: float, wait_s: float, samples: int) -> None:
         """One step of this rank."""
@@ -95,19 +81,17 @@ class Meter:
         self.write({"step": step, **values})
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row to metrics.jsonl and TensorBoard. NaN is no JSON: such a number is written as null.
+        """One row to metrics.jsonl and the series. NaN is no JSON: such a number is written as null.
 
         `phases_s` are rank 0's seconds in each phase since its process began, so that a lost row loses no time.
         """
         clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
         head = {"time_s": round(time.time(), 3), "attempt": self.attempt}
         append_row(self.folder.metrics, {**head, **clean, "phases_s": self.world.heartbeat.seconds()})
-        if self.config.run.tensorboard:
-            scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
-            with tolerate_unwritable():
-                board, self._board = self._board or TensorBoard(self.folder.tensorboard), None
-                board.write(row["step"], scalars)
-                self._board = board  # one that failed once fails for ever: the next row begins a new file
+        scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
+        readings = self._readings.new() if self._series else {}
+        for series in self._series:
+            series.write(row["step"], scalars | readings)
 
     def _line(self, row: dict[str, Any]) -> str:
         last = self.config.train.steps
@@ -120,6 +104,5 @@ class Meter:
         )
 
     def close(self) -> None:
-        if self._board is not None:
-            with tolerate_unwritable():
-                self._board.close()
+        for series in self._series:
+            series.close()

@@ -11,6 +11,7 @@ from trainer import life
 from trainer.engines import check_engine
 from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat
 from trainer.layout import resolve
+from trainer.series import check_series
 from trainer.stacks import answer_monitor
 from trainer.stop import StopWish
 
@@ -27,6 +28,7 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     resolve(config.parallel, world_size)  # refused before anything is touched
+    check_series(config.run)
     check_engine(config.parallel, world_size)
     if HEARTBEATS_VARIABLE in os.environ:
         answer_monitor()

@@ -12,9 +12,12 @@ from configs.monitor_section import MonitorSection
 from launch.monitor.rollup import Minute
 from launch.monitor.rows import newest
 from launch.monitor.slow import RankWindow, idle, is_training, rank_window, stragglers
+from trainer.events import tolerate_unwritable
+from trainer.folder import write_json
 from trainer.heartbeat import Beat
 
 Tell = Callable[..., None]
+_READINGS = ("sm_pct", "tensor_pct", "dram_pct", "gpu_pct", "memory_gib", "power_w", "temperature_c", "sm_clock_mhz")
 
 
 class Windows:
@@ -45,15 +48,20 @@ class Windows:
             self._last[beat.rank] = (beat, now)
         if now - self._began_s < self._settings.window_s:
             return None
-        ranks = self._ranks(row)
+        rolled = self._minute.row()
+        ranks, others = self._ranks(row, rolled), self._others()
         self._start()
         if ranks and all(is_training(rank) and rank.steps > 0 for rank in ranks):
-            self._name_slow(ranks)
+            self._name_slow(ranks, [RankWindow(**values) for other in others.values() for values in other["ranks"]])
             self._name_idle(ranks)
-        return {"ranks": [asdict(rank) for rank in ranks]}
+        window = {"ranks": [asdict(rank) for rank in ranks], "readings": readings(ranks, rolled["gpus"])}
+        if any(rank.rank == 0 for rank in ranks):  # which is on this node, and hands them on
+            with tolerate_unwritable():
+                nodes = {self._node: window, **others}
+                write_json(self._folder / "readings.json", {node: nodes[node]["readings"] for node in sorted(nodes)})
+        return window
 
-    def _ranks(self, row: dict[str, Any]) -> list[RankWindow]:
-        rolled = self._minute.row()
+    def _ranks(self, row: dict[str, Any], rolled: dict[str, Any]) -> list[RankWindow]:
         by_rank = {values["rank"]: values for values in rolled["ranks"]}
         gpus = {values["uuid"]: values for values in rolled["gpus"]}
         found = []
@@ -66,17 +74,19 @@ class Windows:
                 found.append(rank_window(self._first[rank], self._last[rank], self._node, both))
         return found
 
-    def _everywhere(self, ranks: list[RankWindow]) -> list[RankWindow]:
-        others = []
+    def _others(self) -> dict[str, dict[str, Any]]:
+        """The other nodes' newest windows."""
+        found = {}
         for path in self._folder.glob("*.jsonl"):
             row = newest(path, "window") if path.stem != self._node else None
             if row is not None and abs(time.time() - row["time_s"]) < 2 * self._settings.window_s:
-                others += [RankWindow(**values) for values in row["ranks"]]
-        return ranks + [rank for rank in others if is_training(rank)]
+                found[path.stem] = row
+        return found
 
-    def _name_slow(self, ranks: list[RankWindow]) -> None:
+    def _name_slow(self, ranks: list[RankWindow], others: list[RankWindow]) -> None:
         mine = {rank.rank for rank in ranks}
-        found = [one for one in stragglers(self._everywhere(ranks), self._settings.slow_share) if one[0].rank in mine]
+        everywhere = ranks + [rank for rank in others if is_training(rank)]
+        found = [one for one in stragglers(everywhere, self._settings.slow_share) if one[0].rank in mine]
         for rank, times, why in found:
             if rank.rank in self._suspected and rank.rank not in self._slow:
                 self._slow.add(rank.rank)
@@ -97,3 +107,10 @@ class Windows:
             shares = {n: round(sum(r.phases_pct.get(n, 0.0) for r in ranks) / len(ranks), 1) for n in names}
             line = f"idle: {activity:.0f} % active over {seconds:g} s: {why}"
             self._tell("idle", line, activity_pct=round(activity, 1), seconds=seconds, why=why, phases_pct=shares)
+
+
+def readings(ranks: list[RankWindow], gpus: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """(Mean, lowest) over the node's ranks and GPUs of what tells how hard they work; `gpus` are rollups."""
+    found = {"activity_pct": [rank.activity_pct for rank in ranks if rank.activity_pct is not None]}
+    found |= {name: [gpu[name][0] for gpu in gpus if name in gpu] for name in _READINGS}
+    return {name: [round(sum(each) / len(each), 3), min(each)] for name, each in found.items() if each}

@@ -19,6 +19,8 @@ from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
 from tests.launch.monitor.node import Node
 from trainer.console import Console
+from trainer.events import append_row
+from trainer.folder import read_json
 from trainer.names import node_name
 
 
@@ -37,6 +39,27 @@ def test_rows_rollups_and_ranks(node: Callable[..., Node]) -> None:
     (minute,) = one.rows("minute")  # the last one, at its end
     assert minute["rows"] == len(one.rows())
     assert [e["error"] for e in one.told("no_gpus")] == ["NVML Shared Library Not Found"]
+
+
+def test_what_the_gpus_did_is_handed_to_rank_0_by_window(
+    node: Callable[..., Node], library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
+    monkeypatch.setenv("STANDIN_NVML", str(tmp_path / "gpus.txt"))
+    (tmp_path / "gpus.txt").write_text("gpus 2\nset nvmlDeviceGetPowerUsage@0 100000\n")
+    one = node(window_s=1.0)
+    one.wait_for("a row", one.rows)
+    other, soon_s = {"activity_pct": [50.0, 10.0]}, time.time() + 1.0
+    append_row(one.folder.gpu / "b.jsonl", {"kind": "window", "time_s": soon_s, "ranks": [], "readings": other})
+    append_row(one.folder.gpu / "c.jsonl", {"kind": "window", "time_s": 1.0, "ranks": [], "readings": other})  # is gone
+    one.wait_for("readings", one.folder.readings.exists)
+    found = read_json(one.folder.readings)
+    assert found.keys() == {node_name(), "b"}
+    assert found["b"] == other
+    mine = found[node_name()]
+    assert mine["power_w"] == [200.75, 100.0]  # of two GPUs the mean and the lowest
+    assert mine.keys() >= {"activity_pct", "sm_pct", "tensor_pct", "memory_gib", "sm_clock_mhz"}
+    assert one.rows("window")[-1]["readings"] == mine
 
 
 def test_a_killed_monitor_is_started_again(node: Callable[..., Node], capfd: pytest.CaptureFixture[str]) -> None:
