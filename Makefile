@@ -16,7 +16,7 @@ help:
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
-	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the picture of the README"
+	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the pictures of the docs"
 	@echo "make slurm   every fault of a Slurm job, on a cluster of this machine"
 	@echo "make monitor every cause seeded in real runs and named by the monitor, and what the monitor costs (10 minutes)"
 	@echo "make slurm-deps   install a Slurm to rehearse on (apt; then: python -m slurm cluster up)"
@@ -91,6 +91,7 @@ tutorial: $(VENV)/.test
 
 picture: $(VENV)/.test
 	@$(BIN)/python benchmarks/picture.py
+	@$(BIN)/python benchmarks/watch_picture.py
 
 # A real Slurm for `python -m slurm cluster up`, and a database for its accounting; no service of them is of use, or needed.
 slurm-deps:

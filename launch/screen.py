@@ -18,9 +18,9 @@ class Picture(NamedTuple):
     last: bool
 
 
-def show(look: Callable[[int, int | None], Picture], every_s: float) -> None:
-    """Until the last picture, or Ctrl-C. `look` is told how many columns there are, and how many lines: None where they
-    are not counted. The picture that stands at the end stays."""
+def show(look: Callable[[int | None], Picture], every_s: float) -> None:
+    """Until the last picture, or Ctrl-C. `look` is told how many lines there are, None where they are not counted. What
+    stands there at the end stays."""
     console = Console(highlight=False)
     in_place = console.is_terminal and not console.is_dumb_terminal
     # A screen of its own: what scrolls up in the usual one would stay there.
@@ -28,7 +28,7 @@ def show(look: Callable[[int, int | None], Picture], every_s: float) -> None:
     picture: Picture | None = None
     with live or contextlib.nullcontext(), contextlib.suppress(KeyboardInterrupt):
         while True:
-            picture = look(console.width, console.height if in_place else None)
+            picture = look(console.height if in_place else None)
             if live is not None:
                 live.update(picture.content, refresh=True)
             else:

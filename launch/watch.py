@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
     watcher = Watcher(folder)
     if options.once:
         console = Console(highlight=False)
-        console.print(watcher.look(console.width, None))
+        console.print(watcher.look(None))
     else:
-        show(lambda width, height: Picture(watcher.look(width, height), last=False), options.every)
+        show(lambda height: Picture(watcher.look(height), last=False), options.every)
     return 0
 
 
@@ -73,13 +73,13 @@ class Watcher:
         self._nodes: dict[str, NodeView] = {}
         self._notes: list[str] = []
 
-    def look(self, width: int, height: int | None, state: str | None = None) -> Group:
+    def look(self, height: int | None, state: str | None = None) -> Group:
         """The whole picture; `height` None shows every line. `state`: how the run is, from who knows it better."""
         self._read_nodes()
         head = [*self._head(state), *(Text(note, style="red") for note in self._notes)]
         events = self._events()
         room = None if height is None else max(height - len(head) - len(events) - 3, 3)
-        return Group(*head, self._table(width, room), *events)
+        return Group(*head, self._table(room), *events)
 
     def _read_nodes(self) -> None:
         self._notes = []
@@ -114,19 +114,20 @@ class Watcher:
         end = Attempt(self.folder, number).end if number is not None else None
         return f"{end.reason}{f' ({end.cause})' if end.cause else ''}" if end else "running"
 
-    def _table(self, width: int, room: int | None) -> Table:
+    def _table(self, room: int | None) -> Table:
         nodes = sorted(self._nodes.values(), key=lambda node: node.name)
         few = sum(len(_devices(node.row)) for node in nodes) <= _ONE_LINE_PER_GPU
         names, lines = (_GPU_COLUMNS, _gpu_lines(nodes)) if few else (_NODE_COLUMNS, _node_lines(nodes))
-        table = Table(box=None, padding=(0, 1, 0, 0), width=min(width, 100))
+        table = Table(box=None, padding=(0, 1, 0, 0))
         shown = lines if room is None or len(lines) <= room else sorted(lines)[: room - 1]  # the idlest
-        for place, name in enumerate(names):
+        told = [place for place in range(len(names)) if any(cells[place] for _, cells in lines)]  # of a CPU no watts
+        for name, place in ((names[place], place) for place in told):
             widest = max([len(name), *(len(cells[place]) for _, cells in shown)])
             side: Literal["left", "right"] = "right" if name in _NUMBERS else "left"
             least = None if name == names[-1] else widest  # only the last one gives way
             table.add_column(name, no_wrap=True, overflow="ellipsis", justify=side, min_width=least)
         for _, cells in shown:
-            table.add_row(*cells)
+            table.add_row(*(cells[place] for place in told))
         if len(shown) < len(lines):
             table.add_row(f"{len(lines) - len(shown)} more", "are busier")
         return table

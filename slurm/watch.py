@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     look = Look(options.runs)
     watchers: dict[str, Watcher] = {}  # what one remembers makes its sparklines
 
-    def picture(width: int, height: int | None) -> Picture:
+    def picture(height: int | None) -> Picture:
         rows, notes = look.now()
         last = not any(row.lives for row in rows)
         view = rows[0].view if options.runs and len(rows) == 1 else None
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
             return Picture(_table(rows, notes, height), last)
         watcher = watchers.setdefault(str(view.folder.root), Watcher(view.folder))
         room = height - len(notes) if height is not None else None
-        return Picture(Group(watcher.look(width, room, _state(rows[0])), *(Text(note) for note in notes)), last)
+        return Picture(Group(watcher.look(room, _state(rows[0])), *(Text(note) for note in notes)), last)
 
     show(picture, options.every)
     return 0

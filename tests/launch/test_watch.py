@@ -43,7 +43,7 @@ def a_run(root: Path, nodes: int, gpus: int = 8, seconds: int = 20, age_s: float
 
 def seen(watcher: Watcher, height: int | None = None) -> str:
     console = Console(width=80, file=io.StringIO(), highlight=False)
-    console.print(watcher.look(80, height))
+    console.print(watcher.look(height))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines()), text

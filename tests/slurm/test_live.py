@@ -52,5 +52,5 @@ def test_watch_of_one_run_is_the_picture_of_launch_watch(tmp_path: Path) -> None
     here = done.stdout.splitlines()
     assert there[0] == "r  attempt 0  job 7  finished"
     assert here[0] == "r  attempt 0  finished"
-    assert [line[:10].rstrip() for line in here[3:7]] == ["node1 G0", "node1 G1", "node2 G0", "node2 G1"]
+    assert [line[:8] for line in here[3:7]] == ["node1 G0", "node1 G1", "node2 G0", "node2 G1"]
     assert there[2:7] == here[2:7]
