@@ -70,8 +70,14 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("target", type=Path, metavar="DST", help="a new name")
     kinds = ("muster", "torch", "dcp")
-    convert.add_argument("--from", dest="kind", choices=kinds, metavar="KIND", help="of SRC; default: found by looking")
-    convert.add_argument("--to", required=True, choices=kinds, metavar="KIND", help="muster, torch or dcp")
+    convert.add_argument(
+        "--from",
+        dest="kind",
+        choices=(*kinds, "deepspeed"),
+        metavar="KIND",
+        help="of SRC: muster, torch, dcp or deepspeed; default: found by looking",
+    )
+    convert.add_argument("--to", default="muster", choices=kinds, metavar="KIND", help="muster (default), torch or dcp")
     convert.add_argument("--take", choices=("everything", "weights"), default="everything", help="default: everything")
     return top
 

@@ -9,10 +9,10 @@ from launch.checkpoint.text import Progress
 from launch.text import size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.convert.convert import convert
-from trainer.convert.state import Kind, State
+from trainer.convert.state import Kind, State, Target
 
 
-def convert_checkpoint(source: Path, target: Path, to: Kind, kind: Kind | None, weights_only: bool) -> int:
+def convert_checkpoint(source: Path, target: Path, to: Target, kind: Kind | None, weights_only: bool) -> int:
     """Returns the exit code."""
     progress = Progress("converted", 0)
 

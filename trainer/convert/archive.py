@@ -25,7 +25,7 @@ import torch
 from configs.errors import UserError
 from trainer.checkpoint.files import STEP_BYTES, WRITE_BYTES, bytes_of
 from trainer.checkpoint.pieces import DTYPE_NAMES, Ints
-from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, unpickle
+from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, Names, unpickle
 
 _OPEN_FILES = 64
 _SPAN_LIMIT_BYTES = 1 << 30
@@ -129,7 +129,9 @@ class Record:
 class Archive:
     """One archive in a part of a file. Opening it reads its directory and its pickle."""
 
-    def __init__(self, files: Files, name: str, start: int, length: int, label: str = "") -> None:
+    def __init__(
+        self, files: Files, name: str, start: int, length: int, label: str = "", more: Names | None = None
+    ) -> None:
         self.files, self.name = files, name
         self.where = f"{files.path(name)}{f' ({label})' if label else ''}"
         if start < 0 or start + length > files.size(name):
@@ -152,7 +154,7 @@ class Archive:
         order = self._small("byteorder") if self._prefix + "byteorder" in self._entries else b"little"
         if order != b"little":
             raise UserError(f"{self.where}: written on a machine of another byte order")
-        self.root = unpickle(f"{self.where}, data.pkl", self._small("data.pkl"))
+        self.root = unpickle(f"{self.where}, data.pkl", self._small("data.pkl"), more)
 
     def record(self, key: str) -> Record:
         """Where a record lies."""

@@ -1,4 +1,5 @@
-"""Checkpoints of one kind into another: Muster's, a file of torch.save, a folder of torch.distributed.checkpoint.
+"""Checkpoints of one kind into another: Muster's, a file of torch.save, a folder of torch.distributed.checkpoint; and
+DeepSpeed's into any of them.
 
 Nothing in a source is run. Tensors stream through a few buffers, so memory does not grow with the checkpoint. The
 target is written under a partial name, fsynced and renamed: it is whole or it is not there.
@@ -22,8 +23,9 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import FORMAT, MANIFEST
 from trainer.convert.dcp import METADATA, read_dcp, write_dcp
+from trainer.convert.deepspeed import find_deepspeed, read_deepspeed
 from trainer.convert.muster import write_muster
-from trainer.convert.state import Kind, State, state_of
+from trainer.convert.state import Kind, State, Target, state_of
 from trainer.convert.torch_file import ZIP_MAGIC, read_torch, write_torch
 from trainer.folder import RunFolder, checkpoint_name, committed_steps
 
@@ -35,7 +37,7 @@ class Conversion:
     source: Path
     source_kind: Kind
     target: Path
-    target_kind: Kind
+    target_kind: Target
     step: int
     tensors: int
     nbytes: int
@@ -46,7 +48,7 @@ class Conversion:
 def convert(
     source: Path,
     target: Path,
-    to: Kind,
+    to: Target,
     kind: Kind | None = None,
     weights_only: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -89,6 +91,8 @@ def open_state(path: Path, kind: Kind | None = None, weights_only: bool = False)
         return read_torch(path, weights_only)
     if kind == "dcp":
         return read_dcp(path, weights_only)
+    if kind == "deepspeed":
+        return read_deepspeed(path, weights_only)
     return state_of(open_checkpoint(path), weights_only)
 
 
@@ -112,14 +116,19 @@ def find_kind(path: Path, kind: Kind | None = None) -> tuple[Kind, Path]:
         what = "a folder without a checkpoint" if path.is_dir() else "a file of another kind"
         raise UserError(
             f"{path}: {what}; wanted: a Muster checkpoint or run folder, a file of torch.save, or a folder of "
-            "torch.distributed.checkpoint"
+            "torch.distributed.checkpoint or of DeepSpeed's ZeRO"
         )
     if kind is not None and found[0] != kind:
         raise UserError(f"{path}: --from {kind} was said, but this is {_KIND_WORDS[found[0]]}")
     return found
 
 
-_KIND_WORDS = {"muster": "a Muster checkpoint", "torch": "a file of torch.save", "dcp": "a DCP folder"}
+_KIND_WORDS: dict[Kind, str] = {
+    "muster": "a Muster checkpoint",
+    "torch": "a file of torch.save",
+    "dcp": "a DCP folder",
+    "deepspeed": "a folder of DeepSpeed's",
+}
 
 
 def _look(path: Path) -> tuple[Kind, Path] | None:
@@ -136,6 +145,9 @@ def _look(path: Path) -> tuple[Kind, Path] | None:
         steps = committed_steps(folder)
         if steps:
             return "muster", folder / checkpoint_name(steps[-1])
+    found = find_deepspeed(path, names)
+    if found is not None:
+        return "deepspeed", found
     return None
 
 

@@ -27,7 +27,7 @@ from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect, tili
 from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
 from trainer.convert.names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
 from trainer.convert.state import PART_BYTES, Content, Range, State, stream, take
-from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, ArchivedTensor, Record, record_type, unpickle
+from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, ArchivedTensor, Names, Record, record_type, unpickle
 
 METADATA = ".metadata"
 FILE_LIMIT_BYTES = 4 << 30  # a new file begins beyond this
@@ -37,11 +37,11 @@ _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _OLD_MODULE = "torch.distributed._shard.sharded_tensor.metadata"
 
 
-def _names() -> dict[tuple[str, str], Any]:
+def _names() -> Names:
     """The types of a `.metadata`."""
     of_metadata = ["Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"]
     of_metadata += ["TensorProperties", "MetadataIndex", "StorageMeta"]
-    names: dict[tuple[str, str], Any] = {(_METADATA_MODULE, name): record_type(name) for name in of_metadata}
+    names: Names = {(_METADATA_MODULE, name): record_type(name) for name in of_metadata}
     names[_OLD_MODULE, "TensorProperties"] = names[_METADATA_MODULE, "TensorProperties"]
     names["torch.distributed.checkpoint.filesystem", "_StorageInfo"] = record_type("_StorageInfo")
     encodings = record_type("_MEM_FORMAT_ENCODING")

@@ -87,15 +87,15 @@ def sort_leaves(state: State, leaves: Iterable[tuple[Path_, Any]], weights_only:
                 _add_state(state, name, match["state"], leaf, dotted)
         elif _OPTIM_OTHER.search(dotted):
             if not weights_only:
-                _add_value(state, dotted, leaf)
+                add_value(state, dotted, leaf)
         elif dotted == FACTS:
             facts = leaf
-        elif is_step and not _model_name(path) and (step := _whole(leaf)) is not None:
+        elif is_step and not _model_name(path) and (step := whole_number(leaf)) is not None:
             state.facts["step"] = step
         elif is_content(leaf):
             _add_tensor(state, _model_name(path) if has_model else dotted, dotted, "model", leaf)
         else:
-            _add_value(state, dotted, leaf)
+            add_value(state, dotted, leaf)
     _untie(state)
     if facts is not None:
         _add_facts(state, facts)
@@ -142,7 +142,7 @@ def _add_tensor(state: State, name: str | None, dotted: str, group: Group, leaf:
 
 def _add_state(state: State, name: str, kind: str, leaf: Any, dotted: str) -> None:
     if kind == "step":
-        count = _whole(leaf)
+        count = whole_number(leaf)
         if count is None:
             raise UserError(f"{state.path}: {dotted} is not a whole number of steps")
         state.step_counts[name] = count
@@ -152,7 +152,7 @@ def _add_state(state: State, name: str, kind: str, leaf: Any, dotted: str) -> No
         dtype = torch.float64 if isinstance(leaf, float) else torch.int64
         _add_tensor(state, f"{name}.{kind}", dotted, "optim", Number(leaf, dtype))
     elif leaf is not None:
-        _add_value(state, dotted, leaf)
+        add_value(state, dotted, leaf)
 
 
 class Number:
@@ -167,7 +167,7 @@ class Number:
         out.fill_(self.value)
 
 
-def _whole(leaf: Any) -> int | None:
+def whole_number(leaf: Any) -> int | None:
     """A count: a whole number, or a tensor that holds one; else None."""
     if is_content(leaf):
         if tuple(leaf.shape) not in ((), (1,)) or leaf.dtype == torch.bool:
@@ -180,7 +180,7 @@ def _whole(leaf: Any) -> int | None:
     return int(leaf) if leaf == int(leaf) and leaf >= 0 else None
 
 
-def _add_value(state: State, dotted: str, leaf: Any) -> None:
+def add_value(state: State, dotted: str, leaf: Any) -> None:
     try:
         state.values[dotted] = json.loads(json.dumps(leaf, allow_nan=False))
     except (TypeError, ValueError, RecursionError):

@@ -22,8 +22,9 @@ from trainer.checkpoint.files import bytes_of
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.pieces import Group, Ints
 
-Kind = Literal["muster", "torch", "dcp"]
-KINDS: tuple[Kind, ...] = ("muster", "torch", "dcp")
+Target = Literal["muster", "torch", "dcp"]
+Kind = Target | Literal["deepspeed"]
+TARGETS: tuple[Target, ...] = ("muster", "torch", "dcp")
 
 PART_BYTES = 8 << 20
 _PARTS_AHEAD = 4

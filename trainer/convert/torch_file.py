@@ -34,19 +34,19 @@ def read_torch(path: Path, weights_only: bool) -> State:
     archive = Archive(files, "", 0, files.size(""))
     if not isinstance(archive.root, dict):
         raise UserError(f"{path}: it holds a {type(archive.root).__name__}, not a state dict")
-    opened = _open(archive, archive.root)
+    opened = with_contents(archive, archive.root)
     sort_leaves(state, leaves_of(str(path), opened), weights_only)
     return state
 
 
-def _open(archive: Archive, thing: Any) -> Any:
+def with_contents(archive: Archive, thing: Any) -> Any:
     """The same structure with contents for tensors."""
     if isinstance(thing, ArchivedTensor):
         return ArchivedContent(archive, thing)
     if isinstance(thing, dict):
-        return {key: _open(archive, value) for key, value in thing.items()}
+        return {key: with_contents(archive, value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
-        return type(thing)(_open(archive, value) for value in thing)
+        return type(thing)(with_contents(archive, value) for value in thing)
     return thing
 
 

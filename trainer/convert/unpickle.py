@@ -20,6 +20,8 @@ from configs.errors import UserError
 
 PICKLE_LIMIT_BYTES = 1 << 30
 
+Names = dict[tuple[str, str], Any]  # (module, name) -> what stands in for it
+
 _STORAGES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -136,6 +138,11 @@ class _TensorType:
     __setstate__ = _keep
 
 
+def stand_in(function: Callable[..., Any]) -> Any:
+    """For a callable that a pickle may name: `function` is called in its place, with whatever the pickle gives."""
+    return _Call(function)
+
+
 def _ints(values: Any) -> tuple[int, ...]:
     found = tuple(values)
     if len(found) > 64 or not all(type(n) is int and 0 <= n < 1 << 62 for n in found):
@@ -191,9 +198,9 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def _names() -> dict[tuple[str, str], Any]:
+def _names() -> Names:
     """What an archive's pickle may name. Made anew each time, so that nothing a pickle did outlives it."""
-    names: dict[tuple[str, str], Any] = {
+    names: Names = {
         ("collections", "OrderedDict"): _Sealed("Dict", (_Dict,), {"__slots__": ()}),
         ("torch", "Size"): _Call(_ints),
         ("torch", "device"): _Call(_nothing),
@@ -214,7 +221,7 @@ def _names() -> dict[tuple[str, str], Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, names: dict[tuple[str, str], Any]) -> None:
+    def __init__(self, file: io.BytesIO, names: Names) -> None:
         super().__init__(file)
         self._known = names
 
@@ -238,7 +245,7 @@ class Refused(pickle.UnpicklingError):
     """A name that is not admitted."""
 
 
-def unpickle(where: str, content: bytes, more: dict[tuple[str, str], Any] | None = None) -> Any:
+def unpickle(where: str, content: bytes, more: Names | None = None) -> Any:
     """The object in a pickle, made of plain Python, `ArchivedTensor` and stand-ins.
 
     `more` are further names that it may use. Raises UserError, naming `where`, for anything that is not admitted or no

@@ -14,7 +14,7 @@ from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
 from trainer.convert.convert import convert
-from trainer.convert.state import KINDS, Kind
+from trainer.convert.state import TARGETS, Kind
 
 
 def peak_bytes() -> int:
@@ -72,7 +72,7 @@ def main(folder: Path, megabytes: int) -> None:
         sources[kind] = folder / kind
         grown[f"muster to {kind}"] = in_a_process(folder, sources["muster"], sources[kind], kind)  # type: ignore[arg-type]
     for kind in ("torch", "dcp"):
-        for to in KINDS:
+        for to in TARGETS:
             if to != kind:
                 target = folder / f"{kind}-{to}"
                 grown[f"{kind} to {to}"] = in_a_process(folder, sources[kind], target, to)
