@@ -34,14 +34,27 @@ def _cannot_run() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
-    if not wanted or os.environ.get(_REQUIRED):
-        return
-    why = _cannot_run()
+    wanted, mounting = using("cluster", items), using("may_mount", items)
+    why = None if not wanted or os.environ.get(_REQUIRED) else _cannot_run()
     if why is not None:
-        items[:] = [item for item in items if item not in wanted]
-        config.hook.pytest_deselected(items=wanted)
-        config.stash[LEFT_OUT].add(f"{len(wanted)} Slurm tests could not run: {why}")
+        leave_out(wanted, f"Slurm tests could not run: {why}", config, items)
+    elif mounting and not namespaces_allowed():
+        leave_out(mounting, "Slurm test could not run: nothing may be mounted here", config, items)
+
+
+def using(fixture: str, items: list[pytest.Item]) -> list[pytest.Item]:
+    return [item for item in items if fixture in getattr(item, "fixturenames", ())]
+
+
+def leave_out(left: list[pytest.Item], why: str, config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
+    config.stash[LEFT_OUT].add(f"{len(left)} {why}")
+
+
+@pytest.fixture
+def may_mount() -> None:
+    """For tests that mount something in a namespace of their own; they are left out where that is not allowed."""
 
 
 @pytest.fixture(scope="session")

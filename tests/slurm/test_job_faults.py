@@ -297,7 +297,7 @@ def test_controller_started_again(cluster: Cluster, tmp_path: Path, note: Note) 
     for supervisor in run.processes("supervisor"):
         supervisor.send_signal(signal.SIGUSR2)
     run.wait("the stop", lambda: run.events("ended"))
-    time.sleep(5)
+    time.sleep(30)  # scontrol itself gives up after less than 20
     assert run.events("requeue_asked") == []
     cluster.up()
     first, second = run.finish()

@@ -167,7 +167,7 @@ def queue_of(cluster: Cluster) -> list[str]:
     return call(cluster, "squeue", "-h", "-r", "-o", "%i").split()
 
 
-def test_a_full_disk_is_told_and_nothing_submitted(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_and_nothing_submitted(cluster: Cluster, tmp_path: Path, may_mount: None) -> None:
     """What the job would run has no room in the run folder."""
     place = tmp_path / "run/slurm"
     place.mkdir(parents=True)
