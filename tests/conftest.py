@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.left_out import LEFT_OUT
+
+# How long an example takes depends on what else runs here: that is no failure of what is tested.
+settings.register_profile("muster", deadline=None)
+settings.load_profile("muster")
 
 
 @pytest.fixture(params=["fsdp", "zero"])

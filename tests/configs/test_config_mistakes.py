@@ -251,7 +251,7 @@ WRONG: list[Any] = ["", "x", "'5'", "-7", "2.5", "true", "[]", "[x, [1]]", "{a: 
 LEAVES = [key.replace("*", "0") for key in all_keys()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(LEAVES), st.sampled_from(WRONG)), min_size=1, max_size=4))
 def test_any_value_anywhere_is_taken_or_explained(drawn: list[tuple[str, str]]) -> None:
     overrides = [f"{key}={value}" for key, value in drawn]

@@ -32,7 +32,7 @@ _OURS = st.dictionaries(st.sampled_from(_KEYS), _JSON | st.dictionaries(st.sampl
 _CONTENT = st.binary(max_size=20) | (_JSON | _OURS).map(lambda data: json.dumps(data).encode())
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(_CONTENT, min_size=7, max_size=7))
 def test_whatever_lies_there_is_read(contents: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as place:

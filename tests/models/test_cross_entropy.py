@@ -46,7 +46,7 @@ def gradients(loss: Callable[..., LossSums], *args: Any) -> tuple[LossSums, Tens
     return sums, grad_hidden, grad_weight
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(1, 40), vocab=st.integers(2, 60), chunk=st.integers(1, 90), seed=st.integers(0, 10**6),
     z_loss=st.sampled_from([0.0, 1e-4, 0.1]),
@@ -119,7 +119,7 @@ def in_parts(ranks: int, hidden: Tensor, weight: Tensor, targets: Tensor, *args:
     return [future.result() for future in futures]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(1, 40), vocab=st.integers(6, 60), ranks=st.integers(2, 3), chunk=st.integers(1, 90),
     seed=st.integers(0, 10**6), z_loss=st.sampled_from([0.0, 0.1]),

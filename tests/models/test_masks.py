@@ -22,7 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
 rows = st.lists(st.integers(0, 3), min_size=1, max_size=24)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(row=rows, window=st.none() | st.integers(1, 30))
 def test_the_mask_says_what_the_words_say(row: list[int], window: int | None) -> None:
     """A token sees itself and those before it, within the window, with no change of document in between."""

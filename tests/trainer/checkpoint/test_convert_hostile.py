@@ -183,7 +183,7 @@ def drain(path: Path) -> dict[str, bytes]:
         state.close()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_files_are_refused_or_read_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -239,7 +239,7 @@ JSON = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_fuzzed_manifests(sound: Path, data: st.DataObject) -> None:
     """A value anywhere in it replaced by anything: BadCheckpoint, or a manifest that holds together."""
     fields = json.loads((sound / "manifest.json").read_bytes())
@@ -259,7 +259,7 @@ def test_fuzzed_manifests(sound: Path, data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=300) | st.integers(0, 10**5).map(lambda n: b"[" * n))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_fuzzed_bytes_of_small_files(sound: Path, content: bytes) -> None:
     with_digest = content + b',"digest":"' + digest(content + b',"digest":""}\n').encode() + b'"}\n'
     manifest = Checkpoint(sound).manifest
@@ -292,7 +292,7 @@ ENTRY = {"dtype": st.sampled_from(["F32", "I8", "X", 3]), "shape": JSON, "data_o
 @example(header(b"{}", 1 << 63), 10)
 @example(header(b"[" * 100_000), 100_008)
 @example(header(b'{"a":{"dtype":"I8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}'), 6000)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_fuzzed_headers(raw: bytes, size: int) -> None:
     """BadCheckpoint, or entries that fill the file exactly."""
     try:

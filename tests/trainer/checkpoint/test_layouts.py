@@ -59,7 +59,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[Piece]]:
 
 
 @given(cut_tensors(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_cut_reads_back_as_any_box_or_range(written: tuple[torch.Tensor, list[Piece]], data: st.DataObject) -> None:
     full, pieces = written
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def test_reading_across_blocks(tmp_path: Path, rows: int) -> None:
 
 
 @given(SHAPES, st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_range_is_few_boxes_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
     total = math.prod(shape)
     start = data.draw(st.integers(0, total))
@@ -126,7 +126,7 @@ def test_a_range_is_few_boxes_in_order(shape: tuple[int, ...], data: st.DataObje
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tiling_faults_are_found(data: st.DataObject) -> None:
     """Against counting elements one by one."""
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))

@@ -59,7 +59,7 @@ def rows(batch: StepBatch) -> list[tuple[list[int], list[int], list[int]]]:
     micro_batch=st.integers(1, 5),
     start=st.integers(0, 100_000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_all_ranks_together_hold_each_sample_of_the_order_once(
     corpus: Any, world_size: int, global_batch: int, micro_batch: int, start: int
 ) -> None:

@@ -64,7 +64,7 @@ sources = st.lists(st.tuples(st.integers(1, 20_000), st.floats(0.05, 50.0)), min
 
 
 @given(sources=sources, seed=st.integers(-(2**40), 2**40), first_block=st.sampled_from([0, 1, 10**9]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_each_block_holds_its_quotas_and_each_epoch_each_sample_once(
     sources: list[tuple[int, float]], seed: int, first_block: int
 ) -> None:
@@ -87,7 +87,7 @@ def test_each_block_holds_its_quotas_and_each_epoch_each_sample_once(
 
 
 @given(sources=sources, seed=st.integers(0, 2**32), positions=st.lists(st.integers(0, 2**45), min_size=1, max_size=30))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_position_alone_gives_the_same(sources: list[tuple[int, float]], seed: int, positions: list[int]) -> None:
     order = Order([s for s, _ in sources], [w for _, w in sources], seed)
     together = np.stack(order.draw(np.array(positions)))
