@@ -1,7 +1,7 @@
 """What the monitor costs: its CPU time at several rates, with eight stand-in GPUs, as a Markdown table.
 
     python benchmarks/monitor.py [--seconds 20] [--hz 0.1 1 ...] [--json FILE]
-    python benchmarks/monitor.py --pairs 3           the speed of a run with the monitor and without, in turns
+    python benchmarks/monitor.py --pairs 3 [--steps 70]    the speed of a run with the monitor and without, in turns
 
 The stand-in is the tests': the real nvidia-ml-py through a library that answers at once, so the time that a real driver
 takes is not in it. CPU seconds are the kernel's count of the monitor's process, start-up left out.
@@ -68,11 +68,11 @@ def measure(folder: Path, hz: float, seconds: float) -> dict[str, Any]:
     }
 
 
-def speed(folder: Path, number: int, enabled: bool) -> float:
+def speed(folder: Path, number: int, enabled: bool, steps: int) -> float:
     """Median tokens/s of the demo on two ranks, its first rows left out."""
     run = folder / f"speed-{number}-{enabled}"
     settings = [f"run.dir={run}", f"data.cache={folder / 'cache'}", f"monitor.enabled={str(enabled).lower()}"]
-    settings += ["train.steps=70", "checkpoint.every_steps=0", "run.log_every_steps=5", "run.tensorboard=false"]
+    settings += [f"train.steps={steps}", "checkpoint.every_steps=0", "run.log_every_steps=5", "run.tensorboard=false"]
     command = [sys.executable, "-m", "launch", "run", "demo", "--nproc", "2", *settings]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, timeout=300)
@@ -80,11 +80,13 @@ def speed(folder: Path, number: int, enabled: bool) -> float:
     return statistics.median(row["tokens_per_s"] for row in rows[4:])
 
 
-def compare(folder: Path, pairs: int) -> list[dict[str, Any]]:
+def compare(folder: Path, pairs: int, steps: int) -> list[dict[str, Any]]:
     """Pairs of runs, the one with the monitor first in every other pair."""
     ratios = []
     for number in range(pairs):
-        found = {enabled: speed(folder, number, enabled) for enabled in ((True, False), (False, True))[number % 2]}
+        found = {
+            enabled: speed(folder, number, enabled, steps) for enabled in ((True, False), (False, True))[number % 2]
+        }
         ratios.append(found[True] / found[False])
         print(f"pair {number}: {found[True]:,.0f} / {found[False]:,.0f} tokens/s = {ratios[-1]:.3f}", flush=True)
     print(f"with the monitor / without: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
@@ -110,10 +112,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--hz", type=float, nargs="+", default=[0.1, 0.5, 1, 2, 5, 10, 20])
     parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=70, help="of each run of a pair")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="muster-bench-") as name:
-        rows = compare(Path(name), options.pairs) if options.pairs else curve(Path(name), options.hz, options.seconds)
+        folder = Path(name)
+        if options.pairs:
+            rows = compare(folder, options.pairs, options.steps)
+        else:
+            rows = curve(folder, options.hz, options.seconds)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
