@@ -113,4 +113,4 @@ def readings(ranks: list[RankWindow], gpus: list[dict[str, Any]]) -> dict[str, l
     """(Mean, lowest) over the node's ranks and GPUs of what tells how hard they work; `gpus` are rollups."""
     found = {"activity_pct": [rank.activity_pct for rank in ranks if rank.activity_pct is not None]}
     found |= {name: [gpu[name][0] for gpu in gpus if name in gpu] for name in _READINGS}
-    return {name: [round(sum(each) / len(each), 3), min(each)] for name, each in found.items() if each}
+    return {name: [round(sum(each) / len(each), 3), round(min(each), 3)] for name, each in found.items() if each}
