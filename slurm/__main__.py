@@ -15,7 +15,9 @@ VERBS = {
     "logs": Verb("slurm.logs:main", "What a run printed; -f follows it."),
     "stop": Verb("slurm.stop:stop_main", "Let a run save and end."),
     "cancel": Verb("slurm.stop:cancel_main", "Take a job out of the queue, or end it now."),
-    "cluster": Verb("slurm.cluster:main", "Start, stop or show a real Slurm cluster on this machine, to rehearse on."),
+    "cluster": Verb(
+        "slurm.cluster_command:main", "A real Slurm cluster on this machine, to rehearse on: up, down, status."
+    ),
     "job": Verb("slurm.job:main", "What runs on each node of a job, by srun, one task a node."),
     "after": Verb("slurm.after:main", "What follows srun: says what came of the run, and has it started again."),
 }

@@ -6,13 +6,11 @@ namespaces are not allowed the nodes are plain daemons, told apart by their port
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,6 +38,7 @@ _ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server-core"}
 _APT = "apt-get install --no-install-recommends"
 _MAX_SOCKET_PATH = 107  # of a unix socket
 _SLOTS = 32
+NODES, GPUS = 2, 4  # unless told
 _PATIENCE_S = 180.0  # for a daemon that lives: a busy machine takes a minute for what takes a second on another
 _DATABASE_FLAGS = ("--skip-networking", "--skip-grant-tables", "--skip-log-bin", "--innodb-buffer-pool-size=64M")
 
@@ -47,6 +46,11 @@ _DATABASE_FLAGS = ("--skip-networking", "--skip-grant-tables", "--skip-log-bin",
 def default_home() -> Home:
     """Where a cluster lies unless told: one per user."""
     return Home(Path(tempfile.gettempdir()) / f"muster-cluster-{os.getuid()}")
+
+
+def typed(verb: str, home: Home) -> str:
+    """What a person types for this cluster."""
+    return f"python -m slurm cluster {verb}" + ("" if home == default_home() else f" --dir {home.root}")
 
 
 def missing() -> str | None:
@@ -165,7 +169,7 @@ class Cluster:
     def _wait(self, daemon: str, ready: Callable[[], bool], what: str) -> None:
         """Until `ready`; gives up at once when the daemon has died."""
         if not _until(_PATIENCE_S, lambda: ready() or self.alive(daemon) is None) or self.alive(daemon) is None:
-            raise UserError(f"{what}; see {self.home.root / 'log'} (to clear away: python -m slurm cluster down)")
+            raise UserError(f"{what}; see {self.home.root / 'log'} (to clear away: {typed('down', self.home)})")
 
     def _start_munge(self) -> None:
         home = self.home
@@ -251,41 +255,54 @@ def find(home: Home) -> Cluster | None:
 
 
 @one_at_a_time()
-def start(home: Home, nodes: int, gpus: int, plain: bool = False, **changes: int | bool) -> Cluster:
-    """Start a cluster, or what is missing of the one that is there. Raises UserError when that cannot be done here."""
+def start(
+    home: Home, nodes: int | None = None, gpus: int | None = None, plain: bool = False, **changes: int | bool
+) -> Cluster:
+    """Start a cluster, or what is missing of the one that is there. Raises UserError when that cannot be done here, or
+    when the one that is there has another size than is asked for."""
     cluster = find(home)
+    if cluster is not None:
+        _check_size(cluster, nodes, gpus)
+    how_many, with_gpus = NODES if nodes is None else nodes, GPUS if gpus is None else gpus
     if cluster is None:
-        _check(home, nodes, gpus)
+        _check(home, how_many, with_gpus)
     why = missing()
     if why is not None:
         raise UserError(why)
-    if cluster is None:
-        isolated = not plain and namespaces_allowed()
-        if not isolated and nodes > MOST_NODES:
-            raise UserError(f"--nodes {nodes}: at most {MOST_NODES} plain nodes")
-        settings = Settings(
-            nodes=nodes,
-            gpus=gpus,
-            cpus=max(8, 2 * gpus),  # pretended as well: Slurm counts them, nothing binds to them
-            memory_mib=16000,
-            isolated=isolated,
-            accounting=no_accounting() is None,
-            slot=_free_slot(),
-            host=socket.gethostname().split(".")[0],
-            **changes,  # type: ignore[arg-type]
-        )
-        home.root.mkdir(parents=True, exist_ok=True)
-        home.write_settings(settings)
-        write_files(home, settings)
-        cluster = Cluster(home, settings)
-    elif (cluster.settings.nodes, cluster.settings.gpus) != (nodes, gpus):
-        s = cluster.settings
-        raise UserError(
-            f"{home.root} holds a cluster of {s.nodes} node(s) with {s.gpus} GPU(s) each: "
-            f"python -m slurm cluster down, then up again"
-        )
+    cluster = cluster or _make(home, how_many, with_gpus, not plain and namespaces_allowed(), changes)
     cluster.up()
     return cluster
+
+
+def _make(home: Home, nodes: int, gpus: int, isolated: bool, changes: dict[str, int | bool]) -> Cluster:
+    """Its files; nothing runs yet."""
+    if not isolated and nodes > MOST_NODES:
+        raise UserError(f"--nodes {nodes}: at most {MOST_NODES} plain nodes")
+    settings = Settings(
+        nodes=nodes,
+        gpus=gpus,
+        cpus=max(8, 2 * gpus),  # pretended as well: Slurm counts them, nothing binds to them
+        memory_mib=16000,
+        isolated=isolated,
+        accounting=no_accounting() is None,
+        slot=_free_slot(),
+        host=socket.gethostname().split(".")[0],
+        **changes,  # type: ignore[arg-type]
+    )
+    home.root.mkdir(parents=True, exist_ok=True)
+    home.write_settings(settings)
+    write_files(home, settings)
+    return Cluster(home, settings)
+
+
+def _check_size(cluster: Cluster, nodes: int | None, gpus: int | None) -> None:
+    """Raise UserError when another size is asked for than it has."""
+    s, home = cluster.settings, cluster.home
+    if nodes not in (None, s.nodes) or gpus not in (None, s.gpus):
+        raise UserError(
+            f"{home.root} holds a cluster of {s.nodes} node(s) with {s.gpus} GPU(s) each: "
+            f"{typed('down', home)}, then up again"
+        )
 
 
 def _check(home: Home, nodes: int, gpus: int) -> None:
@@ -318,64 +335,3 @@ def _free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-# ---- what a person types ---------------------------------------------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m slurm cluster", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="up|down|status")
-    up = verbs.add_parser("up", help="start it, or bring back nodes and daemons that died")
-    up.add_argument("--nodes", type=int, default=2, metavar="N", help="how many nodes; default: 2")
-    up.add_argument("--gpus", type=int, default=4, metavar="N", help="GPUs a node pretends to have; default: 4")
-    up.add_argument("--plain", action="store_true", help="nodes as plain daemons, without namespaces")
-    down = verbs.add_parser("down", help="stop it and remove all it left on this machine")
-    status = verbs.add_parser("status", help="what runs; exit code 1 unless all of it does")
-    for verb in (up, down, status):
-        verb.add_argument("--dir", type=Path, metavar="DIR", help=f"its folder; default: {default_home().root}")
-    return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Returns the exit code."""
-    options = _parser().parse_args(arguments)
-    home = Home(options.dir.absolute()) if options.dir is not None else default_home()
-    if options.verb == "up":
-        began = time.monotonic()
-        cluster = start(home, options.nodes, options.gpus, options.plain)
-        _tell(cluster)
-        print(f"up in {time.monotonic() - began:.1f} s. Now:   . {home.env}")
-        print("to stop:         python -m slurm cluster down")
-        return 0
-    found = find(home)
-    if found is None:
-        print(f"no cluster in {home.root}")
-        return 0 if options.verb == "down" else 1
-    if options.verb == "down":
-        found.down()
-        print(f"{home.root} is gone")
-        return 0
-    return _tell(found)
-
-
-def _tell(cluster: Cluster) -> int:
-    """Print what runs; 1 unless all of it does."""
-    s = cluster.settings
-    kind = "namespaces, each with its own name, address and processes" if s.isolated else "plain daemons"
-    print(f"{s.nodes} node(s) as {kind}; {s.gpus} pretended GPU(s) on each")
-    daemons = ["munged", "slurmctld", *(["mariadbd", "slurmdbd"] if s.accounting else [])]
-    dead = [name for name in daemons if cluster.alive(name) is None]
-    states = cluster.states()
-    for name in s.names:
-        running = cluster.alive(name) is not None
-        print(f"  {name:<8}{states.get(name, 'unknown'):<14}{'' if running else 'its daemon is dead'}".rstrip())
-    for name in dead:
-        print(f"  {name} is dead: python -m slurm cluster up brings it back")
-    if not s.accounting:
-        print(f"  {no_accounting() or 'no accounting: the cluster was started without'}")
-    return 0 if not dead and len(cluster.ready_nodes()) == s.nodes else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

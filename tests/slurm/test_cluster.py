@@ -16,6 +16,7 @@ import pytest
 from slurm import cluster as clusters
 from slurm import cluster_net
 from slurm.cluster import Cluster
+from slurm.cluster_command import tell
 from slurm.cluster_config import MARK, Home
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, job_state, submit, wait_for, wait_for_end
@@ -93,7 +94,7 @@ def test_a_crashed_node_is_noticed_and_comes_back(cluster: Cluster, tmp_path: Pa
     cluster.kill_node(2)
     wait_for("news of the crash", lambda: cluster.states()["node2"].startswith("down"))
     assert wait_for_end(cluster, job, tmp_path / "job.txt") == "NODE_FAIL"
-    assert clusters._tell(cluster) == 1
+    assert tell(cluster) == 1
     cluster.up()
     assert sorted(cluster.ready_nodes()) == ["node1", "node2", "node3"]
 

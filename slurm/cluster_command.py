@@ -1,0 +1,66 @@
+"""`python -m slurm cluster up|down|status`: a real Slurm cluster on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from slurm.cluster import GPUS, NODES, Cluster, default_home, find, no_accounting, start, typed
+from slurm.cluster_config import Home
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm cluster", description="A real Slurm cluster on this machine."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="up|down|status")
+    up = verbs.add_parser("up", help="start it, or bring back nodes and daemons that died")
+    up.add_argument("--nodes", type=int, metavar="N", help=f"how many nodes; default: {NODES}, or those it has")
+    up.add_argument("--gpus", type=int, metavar="N", help=f"GPUs a node pretends to have; default: {GPUS}")
+    up.add_argument("--plain", action="store_true", help="nodes as plain daemons, without namespaces")
+    down = verbs.add_parser("down", help="stop it and remove all it left on this machine")
+    status = verbs.add_parser("status", help="what runs; exit code 1 unless all of it does")
+    for verb in (up, down, status):
+        verb.add_argument("--dir", type=Path, metavar="DIR", help=f"its folder; default: {default_home().root}")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    home = Home(options.dir.absolute()) if options.dir is not None else default_home()
+    if options.verb == "up":
+        began = time.monotonic()
+        cluster = start(home, options.nodes, options.gpus, options.plain)
+        tell(cluster)
+        print(f"up in {time.monotonic() - began:.1f} s. Now:   . {home.env}")
+        print(f"to stop:         {typed('down', home)}")
+        return 0
+    found = find(home)
+    if found is None:
+        print(f"no cluster in {home.root}")
+        return 0 if options.verb == "down" else 1
+    if options.verb == "down":
+        found.down()
+        print(f"{home.root} is gone")
+        return 0
+    return tell(found)
+
+
+def tell(cluster: Cluster) -> int:
+    """Print what runs; 1 unless all of it does."""
+    s = cluster.settings
+    kind = "namespaces, each with its own name, address and processes" if s.isolated else "plain daemons"
+    print(f"{s.nodes} node(s) as {kind}; {s.gpus} pretended GPU(s) on each")
+    daemons = ["munged", "slurmctld", *(["mariadbd", "slurmdbd"] if s.accounting else [])]
+    dead = [name for name in daemons if cluster.alive(name) is None]
+    states = cluster.states()
+    for name in s.names:
+        running = cluster.alive(name) is not None
+        print(f"  {name:<8}{states.get(name, 'unknown'):<14}{'' if running else 'its daemon is dead'}".rstrip())
+    for name in dead:
+        print(f"  {name} is dead: {typed('up', cluster.home)} brings it back")
+    if not s.accounting:
+        print(f"  {no_accounting() or 'no accounting: the cluster was started without'}")
+    return 0 if not dead and len(cluster.ready_nodes()) == s.nodes else 1
