@@ -6,6 +6,7 @@ into text once, when it is first asked for, and one client is served at a time: 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -58,7 +59,9 @@ class _Server(TCPServer):
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away in the middle is its own affair."""
+        """A client that went away in the middle is its own affair; anything else is ours, and ends this loudly."""
+        if not isinstance(sys.exception(), OSError):
+            raise
 
 
 class _Handler(BaseHTTPRequestHandler):

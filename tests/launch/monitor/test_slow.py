@@ -153,7 +153,9 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
         for rank, process in run.workers().items():
             for thread in process.threads():
                 os.sched_setaffinity(thread.id, {rank})
-        hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+        # Each in a session of its own: the kernel shares a core among sessions first.
+        busy = "import time\nend = time.monotonic() + 200\nwhile time.monotonic() < end: pass"
+        hogs = [subprocess.Popen([sys.executable, "-c", busy], start_new_session=True) for _ in range(8)]
         try:
             for hog in hogs:
                 os.sched_setaffinity(hog.pid, {1})
