@@ -1,7 +1,7 @@
 """What the monitor costs: its CPU time at several rates, with eight stand-in GPUs, as a Markdown table.
 
     python benchmarks/monitor.py [--seconds 20] [--hz 0.1 1 ...] [--json FILE]
-    python benchmarks/monitor.py --pairs 3 [--steps 70]    the speed of a run with the monitor and without, in turns
+    python benchmarks/monitor.py --pairs 10          the steps of a run with the monitor and without, in turns
 
 The stand-in is the tests': the real nvidia-ml-py through a library that answers at once, so the time that a real driver
 takes is not in it. CPU seconds are the kernel's count of the monitor's process, start-up left out.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeat, Heartbeats
 
 GPUS = 8
+TURN_S = 5.0  # a monitor that stands still for ten says so
 
 
 def measure(folder: Path, hz: float, seconds: float) -> dict[str, Any]:
@@ -68,29 +70,45 @@ def measure(folder: Path, hz: float, seconds: float) -> dict[str, Any]:
     }
 
 
-def speed(folder: Path, number: int, enabled: bool, steps: int) -> float:
-    """Median tokens/s of the demo on two ranks, its first rows left out."""
-    run = folder / f"speed-{number}-{enabled}"
-    settings = [f"run.dir={run}", f"data.cache={folder / 'cache'}", f"monitor.enabled={str(enabled).lower()}"]
-    settings += [f"train.steps={steps}", "checkpoint.every_steps=0", "run.log_every_steps=5", "run.tensorboard=false"]
-    command = [sys.executable, "-m", "launch", "run", "demo", "--nproc", "2", *settings]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, timeout=300)
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "tokens_per_s" in row]
-    return statistics.median(row["tokens_per_s"] for row in rows[4:])
+def compare(folder: Path, pairs: int, seconds: float) -> list[dict[str, Any]]:
+    """One run of the demo on two ranks whose monitor is stopped and let go in turns: other work of the machine, which
+    comes and goes over minutes, meets both alike. `seconds` is a turn's length."""
+    run = RunFolder(folder / "demo")
+    command = [sys.executable, "-m", "launch", "run", "demo", "--nproc", "2", f"run.dir={run.root}"]
+    command += ["train.steps=100000", "checkpoint.every_steps=0", "train.validate_every_steps=0"]
+    command += ["run.log_every_steps=1", "run.tensorboard=false", f"data.cache={folder / 'cache'}"]
+    found: list[dict[str, Any]] = []
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as launcher:
+        try:
+            _wait(lambda: len(read_rows(run.metrics)) > 20, 120)
+            processes = psutil.Process(launcher.pid).children(recursive=True)
+            (monitor,) = [process for process in processes if "launch.monitor" in process.cmdline()]
+            ranks = [process.pid for process in processes if "trainer" in process.cmdline()[:4]]
+            for number in range(pairs):
+                turns = ((True, False), (False, True))[number % 2]
+                both = {watched: turn(run, monitor, ranks, watched, seconds) for watched in turns}
+                found.append({name: both[True][name] / both[False][name] for name in both[True]})
+                print(f"pair {number}: {both[True]} / {both[False]}", flush=True)
+        finally:
+            launcher.send_signal(signal.SIGINT)
+    for name in found[0]:
+        low, middle, high = statistics.quantiles([ratios[name] for ratios in found], n=4)
+        print(f"{name} with the monitor / without: median {middle:.3f}, the middle half {low:.3f} to {high:.3f}")
+    return found
 
 
-def compare(folder: Path, pairs: int, steps: int) -> list[dict[str, Any]]:
-    """Pairs of runs, the one with the monitor first in every other pair."""
-    ratios = []
-    for number in range(pairs):
-        found = {
-            enabled: speed(folder, number, enabled, steps) for enabled in ((True, False), (False, True))[number % 2]
-        }
-        ratios.append(found[True] / found[False])
-        print(f"pair {number}: {found[True]:,.0f} / {found[False]:,.0f} tokens/s = {ratios[-1]:.3f}", flush=True)
-    print(f"with the monitor / without: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    return [{"ratio": ratio} for ratio in ratios]
+def turn(run: RunFolder, monitor: psutil.Process, ranks: list[int], watched: bool, seconds: float) -> dict[str, float]:
+    """Of the steps of a turn the median time, and the mean CPU time of all ranks."""
+    if watched:
+        monitor.resume()
+    else:
+        monitor.suspend()
+    before, cpu_s = len(read_rows(run.metrics)), sum(map(_cpu_s, ranks))
+    time.sleep(seconds)
+    rows, cpu_s = read_rows(run.metrics)[before:], sum(map(_cpu_s, ranks)) - cpu_s
+    monitor.resume()
+    # The first was under way before.
+    return {"step_s": statistics.median(row["step_s"] for row in rows[1:]), "step_cpu_s": round(cpu_s / len(rows), 4)}
 
 
 def _cpu_s(pid: int) -> float:
@@ -99,8 +117,8 @@ def _cpu_s(pid: int) -> float:
     return sum(int(path.read_text().split()[0]) for path in threads) / 1e9
 
 
-def _wait(condition: Any) -> Any:
-    deadline = time.monotonic() + 20
+def _wait(condition: Any, timeout_s: float = 20.0) -> Any:
+    deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -112,13 +130,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--hz", type=float, nargs="+", default=[0.1, 0.5, 1, 2, 5, 10, 20])
     parser.add_argument("--pairs", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=70, help="of each run of a pair")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="muster-bench-") as name:
         folder = Path(name)
         if options.pairs:
-            rows = compare(folder, options.pairs, options.steps)
+            rows = compare(folder, options.pairs, TURN_S)
         else:
             rows = curve(folder, options.hz, options.seconds)
     if options.json:

@@ -103,11 +103,13 @@ class Watcher:
         attempt = f"attempt {number}" if number is not None else "no attempt yet"
         head = [Text(f"{self.folder.root.name}  {attempt}  {state or self._state(number)}", style="bold", no_wrap=True)]
         if row := last_row(self.folder.metrics, "loss", number):
-            speed = amount(row, "tokens_per_s")
-            told = [f"step {row['step']:,}", f"loss {row['loss']:.4f}" if row["loss"] is not None else "loss nan"]
-            mfu = f"{row['mfu']:.1%}" if row.get("mfu") else "n/a"
-            told += [f"{si(speed)} tokens/s, MFU {mfu}"] if speed is not None else []
-            head.append(Text("  ".join([*told, f"{duration(max(time.time() - row['time_s'], 0))} ago"]), no_wrap=True))
+            names = ("step", "loss", "tokens_per_s", "mfu", "time_s")
+            step, loss, speed, mfu, time_s = (amount(row, name) for name in names)
+            told = [f"step {step:,.0f}"] if step is not None else []
+            told += [f"loss {loss:.4f}" if loss is not None else "loss nan"]
+            told += [f"{si(speed)} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}"] if speed is not None else []
+            told += [f"{duration(max(time.time() - time_s, 0))} ago"] if time_s is not None else []
+            head.append(Text("  ".join(told), no_wrap=True))
         return head
 
     def _state(self, number: int | None) -> str:
