@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +60,11 @@ def main() -> None:
 def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
     """One rank's part; rank 0's rows count."""
     from trainer import world as worlds
-    from trainer.folder import RunFolder
-    from trainer.life import Attempt
-    from trainer.loop import train
-    from trainer.metrics import Meter
-    from trainer.run import Run
-    from trainer.stop import StopWish
 
     world = worlds.start(config)
-    folder = RunFolder(Path(config.run_dir))
-    attempt = Attempt(folder, world.from_first(lambda: Attempt.open(folder).number))
-    run = Run(config, world, folder, attempt, StopWish())
-    run.console.rank = -1  # no lines between the figures
-    run.build()
-    run.meter = Meter(config, world, folder, run.console, attempt.number, run.flops_per_token())
+    run = open_run(config, world)
     bare = BareLoop(run)
-
-    def ours(steps: int, save_every: int = 0) -> None:
-        train_section = config.train.model_copy(update={"steps": run.progress.step + steps})
-        checkpoint = config.checkpoint.model_copy(update={"every_steps": save_every})
-        run.config = config.model_copy(update={"train": train_section, "checkpoint": checkpoint})
-        train(run)
-        run.poll_saves(wait=True)
-
+    ours = partial(train_on, run)
     tokens = config.train.global_batch * config.data.seq_len
     rows = [_row("ours / bare", ours, bare.run, SEGMENT_STEPS, pairs, tokens, world)]
     if saving:
@@ -92,6 +75,34 @@ def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def open_run(config: Config, world: Any) -> Any:
+    """A run that says nothing, built and ready to train."""
+    from trainer.folder import RunFolder
+    from trainer.life import Attempt
+    from trainer.metrics import Meter
+    from trainer.run import Run
+    from trainer.stop import StopWish
+
+    folder = RunFolder(Path(config.run_dir))
+    attempt = Attempt(folder, world.from_first(lambda: Attempt.open(folder).number))
+    run = Run(config, world, folder, attempt, StopWish())
+    run.console.rank = -1  # no lines between the figures
+    run.build()
+    run.meter = Meter(config, world, folder, run.console, attempt.number, run.flops_per_token())
+    return run
+
+
+def train_on(run: Any, steps: int, save_every: int = 0) -> None:
+    """Some more steps, by the real loop."""
+    from trainer.loop import train
+
+    train_section = run.config.train.model_copy(update={"steps": run.progress.step + steps})
+    checkpoint = run.config.checkpoint.model_copy(update={"every_steps": save_every})
+    run.config = run.config.model_copy(update={"train": train_section, "checkpoint": checkpoint})
+    train(run)
+    run.poll_saves(wait=True)
+
+
 def _row(
     name: str, a: Callable[[int], None], b: Callable[[int], None], steps: int, pairs: int, tokens: int, world: Any
 ) -> dict[str, Any]:
@@ -99,7 +110,7 @@ def _row(
     times: list[tuple[float, float]] = []
     for pair in range(pairs):
         first, second = (a, b) if pair % 2 == 0 else (b, a)
-        measured = [_seconds(first, steps, world), _seconds(second, steps, world)]
+        measured = [seconds(first, steps, world), seconds(second, steps, world)]
         times.append((measured[0], measured[1]) if pair % 2 == 0 else (measured[1], measured[0]))
     ratios = sorted(y / x for x, y in times)
     return {
@@ -113,7 +124,7 @@ def _row(
     }
 
 
-def _seconds(function: Callable[[int], None], steps: int, world: Any) -> float:
+def seconds(function: Callable[[int], None], steps: int, world: Any) -> float:
     world.barrier()
     began = time.perf_counter()
     function(steps)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,9 +37,9 @@ def kill(run: Running, victim: str) -> None:
 
 
 def test_killed_and_started_again_in_place(
-    phase: Phase, victim: str, tmp_path: Path, note: Callable[..., None]
+    phase: Phase, victim: str, engine: dict[str, Any], tmp_path: Path, note: Callable[..., None]
 ) -> None:
-    phase.write(tmp_path)
+    phase.write(tmp_path, **engine)
     # Of three ranks that are started again the new ones must not meet the old ones' addresses; two would not notice.
     three = ("--nproc", "3") if (phase.name, victim) == ("step", "rank 1") else ()
     with running(LAUNCH, tmp_path, *three) as run:

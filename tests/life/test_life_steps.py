@@ -67,7 +67,7 @@ class Engine:
 
 
 class Poisoned(Engine):
-    """On one rank, at some steps, the loss (or only the gradient) is not finite. No skip may change a number."""
+    """On one rank, at some steps, the loss, its gradient or both are not finite. No skip may change a number."""
 
     def __init__(self, engine: Any, rank: int, steps: set[int], what: str) -> None:
         super().__init__(engine)
@@ -76,8 +76,8 @@ class Poisoned(Engine):
 
     def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         poison = float("nan") if self.step in self.bad else 1.0
-        sums = self.inner.forward_backward(micro_batch, scale * poison, last)
-        return sums * poison if self.what == "loss" else sums
+        sums = self.inner.forward_backward(micro_batch, scale * (1.0 if self.what == "loss alone" else poison), last)
+        return sums if self.what == "gradient" else sums * poison
 
     def update(self, *arguments: Any, **named: Any) -> float:
         skipped = self.step in self.poisoned
@@ -95,7 +95,7 @@ def poison(run: Run, wish: StopWish, rank: int, steps: set[int], what: str) -> N
     run.engine = Poisoned(run.engine, rank, steps, what)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", [pytest.param("loss", marks=pytest.mark.full), "gradient", "loss alone"])
 def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict[str, Any], tmp_path: Path) -> None:
     steps = {3, 4, 6}  # never three in a row
     changes = {"train__steps": 8, "train__nonfinite_limit": 3, "data__record_samples": True, **engine}
@@ -103,10 +103,10 @@ def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict
     assert outcomes == [(0, 8), (0, 8)]
     assert run.end()["reason"] == "finished"
     # Whose loss was bad names its samples; of a bad gradient nobody knows whose it was, so rank 0 names its own.
-    rank = 1 if what == "loss" else 0
+    rank = 0 if what == "gradient" else 1
     assert run.told_by(f"rank{1 - rank:05d}", "nonfinite") == []
     told = run.told_by(f"rank{rank:05d}", "nonfinite")
-    assert [(e["step"], e["what"]) for e in told] == [(step, what) for step in sorted(steps)]
+    assert [(e["step"], e["what"]) for e in told] == [(step, what.split()[0]) for step in sorted(steps)]
     assert set(told[0]["samples"]) <= set(range(16, 24))  # of step 3
     assert all(n % 2 == rank for n in told[0]["samples"])
     rows = {row["step"]: row for row in run.rows()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,8 +73,16 @@ def test_a_run_that_fails_a_check_exits_1_and_says_which(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pattern_that_names_an_upper_layer_holds(tmp_path: Path) -> None:
-    config = tiny(tmp_path, model__layers=5, freeze__frozen=["blocks.4.*"])
+def test_a_pattern_that_names_an_upper_layer_holds(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, model__layers=5, freeze__frozen=["blocks.4.*"], **engine)
+    assert train(config, debug=True) == [0]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 2])
+def test_so_it_does_at_the_other_stages_of_zero(stage: int, tmp_path: Path) -> None:
+    zero = {"parallel__engine": "zero", "parallel__zero_stage": stage}
+    config = tiny(tmp_path, model__layers=5, freeze__frozen=["blocks.4.*"], **zero)
     assert train(config, debug=True) == [0]
 
 

@@ -12,11 +12,13 @@ import pytest
 from configs.errors import UserError
 from configs.schema import Config, ParallelSection
 from tests.distributed import tiny
-from tests.matrix.checks import losses, put_together
+from tests.matrix.checks import put_together
 from tests.matrix.ranks import go
 from tests.pool import Pool
 from tests.stored import bits
 from trainer.engines import check_engine
+from trainer.events import read_rows
+from trainer.folder import RunFolder
 
 STEPS = 20
 # Of losses between 5 and 5.6; seen: 5e-7 in fp32, where a number's last bit is 4.8e-7, and 1.2e-4 in bf16.
@@ -49,14 +51,17 @@ def pools() -> Iterator[dict[int, Pool]]:
         pool.close()
 
 
-def trained(pool: Pool, root: Path, name: str, changes: dict[str, Any]) -> tuple[list[float], dict[str, bytes]]:
-    """Losses of a whole run, and the weights that it began with, put together from all ranks."""
+def trained(
+    pool: Pool, root: Path, name: str, changes: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """The metrics of a whole run, and the weights that it began with, put together from all ranks."""
     config = tiny(root, run__dir=str(root / name), checkpoint__every_steps=0, **changes)
     told = pool.run(go, config, False, timeout_s=240.0)
     assert not told[0].refused, told[0].refused
     whole, _, wrong = put_together([rank.loaded for rank in told])
     assert not wrong
-    return losses(root / name, 0), {key: bits(tensor.float()) for key, tensor in whole.items()}
+    rows = read_rows(RunFolder(root / name).metrics)
+    return rows, {key: bits(tensor.float()) for key, tensor in whole.items()}
 
 
 @pytest.mark.parametrize(
@@ -66,18 +71,26 @@ def trained(pool: Pool, root: Path, name: str, changes: dict[str, Any]) -> tuple
         *[pytest.param(size, changes, id=f"{name}-{size}", marks=pytest.mark.full) for name, size, changes in FURTHER],
     ],
 )
-def test_losses_are_those_of_fsdp(size: int, changes: dict[str, Any], pools: dict[int, Pool], tmp_path: Path) -> None:
+def test_losses_and_metrics_are_those_of_fsdp(
+    size: int, changes: dict[str, Any], pools: dict[int, Pool], tmp_path: Path
+) -> None:
     pool = pools.setdefault(size, Pool(size))
     every = {"train__steps": STEPS, "train__global_batch": 16, "train__micro_batch": 4, **changes}
     offloaded = every.get("parallel__cpu_offload", False) and size > 1
     expected, weights = trained(pool, tmp_path, "fsdp", {**every, "parallel__cpu_offload": offloaded})
     assert len(expected) == STEPS
-    assert expected[-1] < expected[0] - 0.1
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.1
+    tolerance = TOLERANCE[every.get("precision__compute", "fp32")]
     for stage in (1, 2, 3):
         zero = {"parallel__engine": "zero", "parallel__zero_stage": stage}
         found, began = trained(pool, tmp_path, f"zero{stage}", {**every, **zero})
-        assert found == pytest.approx(expected, abs=TOLERANCE[every.get("precision__compute", "fp32")]), stage
         assert began == weights, stage
+        assert [set(row) for row in found] == [set(row) for row in expected]
+        for key in ("step", "target_tokens", "consumed_samples", "lr"):
+            assert [row[key] for row in found] == [row[key] for row in expected], (stage, key)
+        for key, factor in (("loss", 1), ("grad_norm", 10)):
+            wanted = pytest.approx([row[key] for row in expected], abs=factor * tolerance)
+            assert [row[key] for row in found] == wanted, (stage, key)
 
 
 # ---- what cannot be -------------------------------------------------------------------------------------------------

@@ -350,6 +350,7 @@ def _start_deepspeed(world: World) -> None:
         os.environ.update({key: os.environ.get(key, value) for key, value in alone.items()})  # DeepSpeed reads them
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    # A short cut for CPU ranks of one host: not needed, and compiled at the first start.
+    # A short cut for CPU ranks of one host: not needed, and compiled at the first start, behind a lock on which every
+    # later start waits if that one is killed. Nothing public declines it: it is taken wherever this table has it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
