@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life slurm monitor faults matrix matrix-zero bench bench-checkpoint gpu tutorial picture slurm-deps
+.PHONY: help demo test schema clean life slurm monitor faults matrix matrix-zero bench bench-checkpoint bench-zero gpu tutorial picture slurm-deps
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make matrix-zero  the same with DeepSpeed ZeRO writing or reading, and all that is tried of ZeRO; goes on where it ended"
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
+	@echo "make bench-zero   FSDP2 against ZeRO 1, 2 and 3, and our ZeRO against bare DeepSpeed"
 	@echo "make gpu     the tests and the speed table that need an NVIDIA GPU"
 	@echo "make tutorial, make picture   run docs/tutorial.md as written; draw the pictures of the docs"
 	@echo "make slurm   every fault of a Slurm job, on a cluster of this machine"
@@ -80,6 +81,14 @@ bench: $(VENV)/.test
 bench-checkpoint: $(VENV)/.test
 	@$(BIN)/python benchmarks/checkpoint.py $(ARGS)
 	@$(BIN)/python benchmarks/simulate.py
+
+# Saving and memory are of a model of 25 million parameters: with the demo's they are all fixed costs.
+LARGER := model.dim=512 model.mlp_dim=1536 model.layers=8 train.global_batch=4 train.micro_batch=2 data.seq_len=64
+bench-zero: $(VENV)/.test
+	@$(BIN)/python benchmarks/zero.py engines --pairs 8 model.dim=256 model.mlp_dim=704 train.global_batch=8
+	@$(BIN)/python benchmarks/zero.py bare --pairs 15
+	@$(BIN)/python benchmarks/zero.py saving --pairs 11 $(LARGER)
+	@$(BIN)/python benchmarks/zero.py memory $(LARGER)
 
 gpu: $(VENV)/.test
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs an NVIDIA GPU")'
