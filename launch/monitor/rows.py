@@ -18,8 +18,11 @@ class OtherVersion(Exception):
 
 
 def newest(path: Path, kind: str) -> Row | None:
-    """The last whole row of a kind; None when the last part of the file holds none."""
-    found = newest_rows(path, kind, 1)
+    """The last whole row of a kind; None when the last part of the file holds none, or it is of another version."""
+    try:
+        found = newest_rows(path, kind, 1)
+    except OtherVersion:  # said by those who show it; to a monitor it is a node of which it knows nothing
+        return None
     return found[-1] if found else None
 
 

@@ -52,7 +52,9 @@ def test_what_the_gpus_did_is_handed_to_rank_0_by_window(
     other, soon_s = {"activity_pct": [50.0, 10.0]}, time.time() + 1.0
     append_row(one.folder.gpu / "b.jsonl", {"kind": "window", "time_s": soon_s, "ranks": [], "readings": other})
     append_row(one.folder.gpu / "c.jsonl", {"kind": "window", "time_s": 1.0, "ranks": [], "readings": other})  # is gone
+    append_row(one.folder.gpu / "d.jsonl", {"kind": "node", "version": 2})
     one.wait_for("readings", one.folder.readings.exists)
+    assert one.told("monitor_lost") == []
     found = read_json(one.folder.readings)
     assert found.keys() == {node_name(), "b"}
     assert found["b"] == other
