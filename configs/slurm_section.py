@@ -44,5 +44,7 @@ class SlurmSection(Section):
         None, "shell command told when the job finishes, is stopped, fails or is requeued: $MUSTER_TEXT", min_length=1
     )
     webhook: str | None = speed(
-        None, "name of the environment variable with a URL, to which the same is posted", pattern=r"^[A-Za-z_]\w*$"
+        None,
+        "name of the environment variable with a URL, to which the same is posted",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
     )
