@@ -9,11 +9,8 @@ from __future__ import annotations
 import functools
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from slurm.cluster import Cluster
 from tests.distributed import scratch, train
 from tests.slurm.conftest import Note
 from tests.slurm.jobs import ROOT, call, job_state, submit, wait_for
+from tests.slurm.otherwise import preempting_by_user_signal, read_only, requeueing_on_exit_75
 from tests.slurm.runs import STEPS, Rehearsed, config_of, losses
 from trainer.folder import RunFolder
 
@@ -136,20 +134,6 @@ def test_preemption(told: bool, cluster: Cluster, tmp_path: Path, note: Note) ->
     note(what, "the warning signal" if told else "SIGTERM", run.seconds_until_again(began), 0)
 
 
-@contextmanager
-def preempting_by_user_signal(cluster: Cluster, told: bool) -> Iterator[None]:
-    conf, line = cluster.home.conf, "SlurmctldParameters=preempt_send_user_signal\n"
-    before = conf.read_text()
-    assert line in before
-    conf.write_text(before if told else before.replace(line, ""))
-    call(cluster, "scontrol", "reconfigure")
-    try:
-        yield
-    finally:
-        conf.write_text(before)
-        call(cluster, "scontrol", "reconfigure")
-
-
 @pytest.mark.full
 def test_a_stop_is_not_requeued_and_goes_on_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
     """Stopped by a person on two nodes; the next submission has one."""
@@ -194,18 +178,6 @@ def test_where_a_site_forbids_requeueing(method: str, cluster: Cluster, tmp_path
     assert (first.job == second.job, second.life) == ((False, 0) if method == "chain" else (True, 1))
     run.assert_all_had_left()
     assert losses(run.folder) == straight()
-
-
-@contextmanager
-def requeueing_on_exit_75(cluster: Cluster) -> Iterator[None]:
-    before = cluster.home.conf.read_text()
-    cluster.home.conf.write_text(before + "RequeueExit=75\n")
-    call(cluster, "scontrol", "reconfigure")
-    try:
-        yield
-    finally:
-        cluster.home.conf.write_text(before)
-        call(cluster, "scontrol", "reconfigure")
 
 
 # ---- something dies --------------------------------------------------------------------------------------------------
@@ -320,25 +292,6 @@ def test_run_folder_read_only_for_a_while(cluster: Cluster, tmp_path: Path, note
     assert rows == {step: straight()[step] for step in rows}
     assert STEPS in rows
     note("run folder read-only for a while", "the save, told in Slurm's log", 0, run.lost_steps())
-
-
-@contextmanager
-def read_only(cluster: Cluster, folder: Path) -> Iterator[None]:
-    """As its nodes see it."""
-    shells = []
-    for name in cluster.settings.names:
-        node = cluster.alive(name)
-        assert node is not None
-        shells.append(str(node.children()[0].pid))
-    inside: Callable[[str], list[str]] = lambda pid: ["nsenter", "--mount", "--pid", f"--target={pid}"]  # noqa: E731
-    for pid in shells:
-        subprocess.run([*inside(pid), "mount", "--bind", str(folder), str(folder)], check=True)
-        subprocess.run([*inside(pid), "mount", "-o", "remount,bind,ro", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        for pid in shells:
-            subprocess.run([*inside(pid), "umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.full
