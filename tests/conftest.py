@@ -37,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "full: only with --full (make life, make faults, make matrix, make slurm, make monitor)"
     )
     config.addinivalue_line("markers", "alone: times something, so no other test runs beside it")
+    # Under nohup, or in the background of a script, some are ignored, and so would all be that tests start.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

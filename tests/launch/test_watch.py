@@ -127,14 +127,17 @@ def test_on_a_terminal_it_is_drawn_in_place_until_ctrl_c(tmp_path: Path) -> None
     env = os.environ | {"TERM": "xterm"}
     with subprocess.Popen(command, env=env, stdin=end, stdout=end, stderr=end) as process:
         os.close(end)
-        told, deadline = b"", time.monotonic() + 30
-        while told.count(b"step 40") < 3 and time.monotonic() < deadline:
-            told += os.read(terminal, 65536)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # the other end is closed
-            while chunk := os.read(terminal, 65536):
-                told += chunk
-        assert process.wait(10) == 0
+        try:
+            told, deadline = b"", time.monotonic() + 30
+            while told.count(b"step 40") < 3 and time.monotonic() < deadline:
+                told += os.read(terminal, 65536)
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(OSError):  # the other end is closed
+                while chunk := os.read(terminal, 65536):
+                    told += chunk
+            assert process.wait(10) == 0
+        finally:
+            process.kill()  # one that nobody reads would be waited for without end
     os.close(terminal)
     in_place, _, left = told.rpartition(b"\x1b[?1049l")  # back from the screen of its own
     assert in_place.count(b"step 40") >= 3

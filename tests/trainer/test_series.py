@@ -24,7 +24,7 @@ from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
 from launch.node import run_node
-from tests.distributed import tiny, train, write_config
+from tests.distributed import run_ranks, tiny, train_here, write_config
 from trainer.events import read_rows
 from trainer.folder import RunFolder, checkpoint_name, write_json
 from trainer.series import Readings, TensorBoard, WeightsAndBiases, check_series, open_series
@@ -65,16 +65,19 @@ def sent(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_run_that_was_started_again_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "HOOK": SECRET}.items():
-        monkeypatch.setenv(name, value)
+def drawn_run(folder: Path, **changes: Any) -> list[int]:
+    env = {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "HOOK": SECRET}
+    return run_ranks(1, train_here, tiny(folder, **changes), False, env=env)
+
+
+def test_a_run_that_was_started_again_has_each_step_once(tmp_path: Path) -> None:
     changes = {"run__tensorboard": True, "run__wandb": "lab", "monitor__hook": f"curl -H {SECRET} example.org"}
     folder = RunFolder(tmp_path / "run")
-    assert train(tiny(tmp_path, checkpoint__every_steps=4, **changes)) == [0]
+    assert drawn_run(tmp_path, checkpoint__every_steps=4, **changes) == [0]
     shutil.rmtree(folder.checkpoints / checkpoint_name(6))  # as if it had died: 5 and 6 are made again
     time.sleep(1.0)  # files of both are named by the second
     changes |= {"train__steps": 8, "run__accept_changes": ["train.steps", "optim.lr"], "optim__lr": 2e-3}
-    assert train(tiny(tmp_path, **changes)) == [0]
+    assert drawn_run(tmp_path, **changes) == [0]
 
     rows = [row for row in read_rows(folder.metrics) if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
