@@ -203,21 +203,13 @@ class FsdpEngine(Named):
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: local_part(g) for name, g in self._grads().items()}
 
-    @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
-        self.model.eval()
-        try:
+        with self._evaluating():
             return self.task.sums(self.model, micro_batch)[1]
-        finally:
-            self.model.train()
 
-    @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.model.eval()
-        try:
+        with self._evaluating():
             return self.model(tokens)[:, -1].float()
-        finally:
-            self.model.train()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

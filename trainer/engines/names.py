@@ -1,6 +1,9 @@
-"""What a model's tensors are called and what they are: the part of an engine that moves no numbers."""
+"""The part of an engine that does not depend on where numbers lie: names and forms of tensors, and a model's modes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -30,6 +33,16 @@ class Named:
         self._buffer_infos = {
             name: TensorInfo(tuple(b.shape), b.dtype) for name, b in model.named_buffers() if name in kept
         }
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No gradients, and layers as they are for evaluating: no dropout."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}

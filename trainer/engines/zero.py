@@ -234,22 +234,14 @@ class ZeroEngine(Named):
         found = {name: self._parts.gradient(name) for name in self._parts.fragments}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
-        self.model.eval()
-        try:
+        with self._evaluating():
             return self.task.sums(self._engine, micro_batch)[1]
-        finally:
-            self.model.train()
 
-    @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.model.eval()
-        try:
+        with self._evaluating():
             logits: torch.Tensor = self._engine(tokens)[:, -1].float()
             return logits
-        finally:
-            self.model.train()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
