@@ -28,9 +28,9 @@ FROZEN = {"frozen": ["embed.*", "blocks.0.*"]}
 CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("accumulated", 2, {"train__micro_batch": 2}),
     ("bf16-frozen", 2, {"train__micro_batch": 3, "precision__compute": "bf16", "freeze": FROZEN}),
-    ("frozen", 4, {"train__micro_batch": 2, "freeze": FROZEN}),
 ]
 FURTHER: list[tuple[str, int, dict[str, Any]]] = [
+    ("frozen", 4, {"train__micro_batch": 2, "freeze": FROZEN}),
     ("whole", 4, {"train__micro_batch": 16}),
     ("bf16", 4, {"precision__compute": "bf16", "train__micro_batch": 2}),
     ("alone", 1, {"precision__compute": "bf16", "train__micro_batch": 5, "freeze": FROZEN}),
