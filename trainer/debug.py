@@ -107,12 +107,12 @@ class CheckedEngine:
         self._loss += float(sums[0] * scale)
         return sums
 
-    def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
+    def update(self, lr_factor: float, clip: float | None) -> float:
         check_gradients(self._engine.gradients(), self._engine.trainable())
         if self._expected_loss is not None:
             check_first_loss(self._loss, self._expected_loss)
         self._expected_loss, self._loss = None, 0.0
-        return self._engine.update(lr_factor, clip, guard)
+        return self._engine.update(lr_factor, clip)
 
 
 def check_batch(micro_batch: MicroBatch) -> None:

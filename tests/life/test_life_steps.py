@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import time
@@ -73,11 +74,15 @@ class Poisoned(Engine):
         super().__init__(engine)
         self.bad, self.what = steps if engine.world.rank == rank else set(), what
         self.poisoned = steps
+        self.task_sums, engine.task.sums = engine.task.sums, self.sums
 
-    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
-        poison = float("nan") if self.step in self.bad else 1.0
-        sums = self.inner.forward_backward(micro_batch, scale * (1.0 if self.what == "loss alone" else poison), last)
-        return sums if self.what == "gradient" else sums * poison
+    def sums(self, model: torch.nn.Module, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The task's: what is differentiated, and the loss."""
+        total, sums = self.task_sums(model, micro_batch)
+        if self.step in self.bad:
+            total = total * (1.0 if self.what == "loss alone" else math.nan)
+            sums = sums * (1.0 if self.what == "gradient" else math.nan)
+        return total, sums
 
     def update(self, *arguments: Any, **named: Any) -> float:
         skipped = self.step in self.poisoned
@@ -111,6 +116,20 @@ def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict
     assert all(n % 2 == rank for n in told[0]["samples"])
     rows = {row["step"]: row for row in run.rows()}
     assert [step for step, row in rows.items() if row["grad_norm"] is None] == sorted(steps)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_stage_skips_on_all_ranks(stage: int, compute: str, offload: bool, tmp_path: Path) -> None:
+    """How DeepSpeed takes the norm differs among them; at stage 1 in bf16 each rank takes it by itself."""
+    changes = {"parallel__engine": "zero", "parallel__zero_stage": stage, "parallel__cpu_offload": offload}
+    run, outcomes = on_ranks(
+        tmp_path, 2, poison, 1, {2, 4}, "loss alone", train__steps=5, precision__compute=compute, **changes
+    )
+    assert outcomes == [(0, 5), (0, 5)]
+    assert [row["step"] for row in run.rows() if row["grad_norm"] is None] == [2, 4]
 
 
 def test_too_many_in_a_row_fail_on_all_ranks_at_one_step(tmp_path: Path) -> None:

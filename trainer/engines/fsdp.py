@@ -164,16 +164,16 @@ class FsdpEngine(Named):
             model.set_requires_gradient_sync(last or self.config.parallel.accumulate == "sharded")
             model.set_requires_all_reduce(last)
         total, sums = self.task.sums(self.model, micro_batch)
-        (total * scale).backward()
+        self._weighted(total, scale, sums).backward()
         if last and self._tensor is not None:
             add_up_whole(self._grads().values(), self._tensor)
         return sums
 
     @torch.no_grad()
-    def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
+    def update(self, lr_factor: float, clip: float | None) -> float:
         whole = list(self._grads().values())
         grads = [local_part(g) for g in whole]
-        norm = self._norm(whole, guard)
+        norm = self._norm(whole)
         if math.isfinite(norm):
             if clip is not None and norm > clip:
                 torch._foreach_mul_(grads, clip / (norm + 1e-6))
@@ -189,13 +189,13 @@ class FsdpEngine(Named):
     def _grads(self) -> dict[str, torch.Tensor]:
         return {name: p.grad for name, p in self.stored.items() if p.grad is not None}
 
-    def _norm(self, grads: list[torch.Tensor], guard: torch.Tensor) -> float:
-        """Global 2-norm over all ranks. One all-reduce, which also carries every rank's guard."""
+    def _norm(self, grads: list[torch.Tensor]) -> float:
+        """Global 2-norm over all ranks, by one all-reduce."""
         if not grads:
-            return float(guard)
+            return 0.0
         norms = torch.stack(torch._foreach_norm([local_part(g) for g in grads], 2, dtype=torch.float32))
         copies = torch.tensor([replica_of(g)[1] for g in grads], dtype=torch.float64, device=norms.device)
-        square = (norms.double().square() / copies).sum() + guard.to(norms.device).double()  # each element counts once
+        square = (norms.double().square() / copies).sum()  # each element counts once
         if self.mesh is not None:
             dist.all_reduce(square)
         return float(square.sqrt())

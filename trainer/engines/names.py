@@ -44,6 +44,12 @@ class Named:
         finally:
             self.model.train()
 
+    @staticmethod
+    def _weighted(total: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """What to differentiate of a micro batch. A loss that is not finite makes every gradient NaN, even where its
+        own are finite: they reach all ranks by the reduction that is made anyway, and all skip the update alike."""
+        return total * (scale + 0.0 * sums.detach().sum().to(scale.dtype))
+
     def _buffers(self) -> dict[str, torch.Tensor]:
         return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}
 

@@ -87,23 +87,15 @@ class Partitions:
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
         self._zero.checkpoint_event_epilogue()
 
-    @torch.no_grad()
-    def spoil(self, guard: torch.Tensor) -> None:
-        """Add a number to a gradient that the norm will count: what is not finite makes DeepSpeed skip the step."""
-        norms: dict[int, Any] | None = getattr(self._zero, "norm_for_param_grads", None)
-        if norms is not None:  # offloaded: the norm is taken of these, not of the gradients
-            for key in list(norms)[:1]:
-                norms[key] = norms[key] + guard.to(norms[key].device)
-            return
-        gradients = getattr(self._zero, "averaged_gradients", None) or self._zero.fp32_groups_gradients
-        gradients[0][0].add_(guard)
-
     def clear(self) -> None:
         """What a step leaves behind: at stage 3 a parameter that is not used in the next step would get this one's
-        gradient again, and padding would keep a NaN."""
+        gradient again, and padding would keep a NaN; offloaded at stages 1 and 2 in bf16, a step that is skipped
+        leaves its gradients for the next one to be added to."""
         buffer = getattr(self._zero, "grad_partitions_flat_buffer", None)
         if buffer is not None:
             buffer.zero_()
+        averaged: dict[int, Any] = getattr(self._zero, "averaged_gradients", {}) if self._stage < 3 else {}
+        averaged.update(dict.fromkeys(averaged))
 
     def gradient(self, name: str) -> torch.Tensor | None:
         """The whole gradient of a parameter, between backward and the step. A collective."""

@@ -215,13 +215,10 @@ class ZeroEngine(Named):
         self._engine.set_gradient_accumulation_boundary(last)
         total, sums = self.task.sums(self._engine, micro_batch)
         # DeepSpeed averages over the ranks at every stage: undone by this factor.
-        self._engine.backward(total * (scale * self.world.size), scale_wrt_gas=False)
+        self._engine.backward(self._weighted(total, scale * self.world.size, sums), scale_wrt_gas=False)
         return sums
 
-    def update(self, lr_factor: float, clip: float | None, guard: torch.Tensor) -> float:
-        # Summed first: at stage 1 in bf16 each rank takes the norm by itself, so one that refuses alone would be alone.
-        guard = guard.detach().float()
-        self._parts.spoil(self.world.sum(guard))
+    def update(self, lr_factor: float, clip: float | None) -> float:
         self._engine.optimizer.clip_grad = clip or 0.0
         for group in self._parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
