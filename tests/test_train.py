@@ -40,9 +40,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"parallel__cpu_offload": True, "parallel__reshard": False}),
     (3, {"parallel__activation_checkpoint": "selective"}),
     (4, {"parallel__replicate": 2, "train__micro_batch": 2}),
+    (2, {"parallel__compile": True, "parallel__activation_checkpoint": "selective"}),
+]
+FURTHER: list[tuple[int, dict[str, Any]]] = [
     (5, {}),
     (6, {"train__micro_batch": 64}),
-    (2, {"parallel__compile": True, "parallel__activation_checkpoint": "selective"}),
 ]
 
 
@@ -56,7 +58,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("size", "changes"), LAYOUTS, ids=lambda v: str(v) if isinstance(v, int) else "-".join(v))
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.full) for layout in FURTHER)],
+    ids=lambda v: str(v) if isinstance(v, int) else "-".join(v),
+)
 def test_loss_does_not_depend_on_the_layout(
     size: int, changes: dict[str, Any], reference: list[float], tmp_path: Path
 ) -> None:

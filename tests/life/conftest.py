@@ -1,4 +1,4 @@
-"""`--full` (`make life`) runs every phase with every cause and prints the table of docs/life.md."""
+"""`--full` (`make life`) runs every phase with every cause under both engines and prints the tables of docs/life.md."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ pytest.register_assert_rewrite("tests.life.runs")
 
 Row = tuple[str, str, str, str, str, str]
 HEAD: Row = ("started by", "phase", "cause", "exit code", "seconds until gone", "resumed at step")
-ROWS: list[Row] = []
+ROWS: dict[str, list[Row]] = {"FSDP2": [], "ZeRO 3": []}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for row in (HEAD, ("---",) * len(HEAD), *ROWS) if ROWS else ():
-        terminalreporter.write_line(f"| {' | '.join(row)} |")
+    for engine, rows in ROWS.items():
+        for line in (f"Under {engine}:", HEAD, ("---",) * len(HEAD), *rows) if rows else ():
+            terminalreporter.write_line(line if isinstance(line, str) else f"| {' | '.join(line)} |")
 
 
 @pytest.fixture
@@ -25,10 +26,11 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def note() -> Callable[..., None]:
-    """Adds a row to the Markdown table that ends the session."""
+def note(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Adds a row to the Markdown table of the test's engine, which ends the session."""
+    engine = "ZeRO 3" if request.node.callspec.params["engine"] == "zero" else "FSDP2"
 
     def note(by: str, phase: str, cause: str, code: int, seconds: str, resumed: int) -> None:
-        ROWS.append((by, phase, cause, str(code), seconds, str(resumed)))
+        ROWS[engine].append((by, phase, cause, str(code), seconds, str(resumed)))
 
     return note

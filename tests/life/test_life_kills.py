@@ -11,20 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.life.phases import BY_NAME, PHASES, Phase
+from tests.life.phases import BY_NAME, ENGINES, PHASES, Phase, rows, under_both
 from tests.life.runs import LAUNCH, Running, clean_end, finish, finish_here, running, samples_are_consecutive
 
 VICTIMS = ["rank 0", "rank 1", "agent"]
-EACH_ONCE = [("step", "rank 1"), ("saving", "agent")]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("full", False)
-    if "victim" in metafunc.fixturenames:
-        pairs = [(phase.name, victim) for phase in PHASES for victim in VICTIMS] if full else EACH_ONCE
-        metafunc.parametrize(("phase", "victim"), [pytest.param(BY_NAME[p], v, id=f"{p}-{v}") for p, v in pairs])
-    elif "phase" in metafunc.fixturenames:
-        metafunc.parametrize("phase", PHASES if full else [BY_NAME["step"]], ids=lambda phase: phase.name)
+EACH_ONCE = [("step", "rank 1", "fsdp"), ("step", "rank 1", "zero"), ("saving", "agent", "fsdp")]
 
 
 def kill(run: Running, victim: str) -> None:
@@ -36,6 +27,7 @@ def kill(run: Running, victim: str) -> None:
     run.workers()[rank].kill()
 
 
+@pytest.mark.parametrize(("phase", "victim", "engine"), rows(EACH_ONCE, PHASES, VICTIMS, ENGINES), indirect=["engine"])
 def test_killed_and_started_again_in_place(
     phase: Phase, victim: str, engine: dict[str, Any], tmp_path: Path, note: Callable[..., None]
 ) -> None:
@@ -69,8 +61,11 @@ def test_killed_and_started_again_in_place(
     note("launch run", phase.name, f"kill -9 {victim}", code, f"{again:.1f} until it trains again", resumed)
 
 
-def test_killed_launcher_takes_everything_along(phase: Phase, tmp_path: Path, note: Callable[..., None]) -> None:
-    phase.write(tmp_path, endless=True)
+@pytest.mark.parametrize(("phase", "engine"), rows([("step", "fsdp")], PHASES, ENGINES), indirect=["engine"])
+def test_killed_launcher_takes_everything_along(
+    phase: Phase, engine: dict[str, Any], tmp_path: Path, note: Callable[..., None]
+) -> None:
+    phase.write(tmp_path, endless=True, **engine)
     with running(LAUNCH, tmp_path) as run:
         run.wait_for(phase.name, lambda: phase.reached(run))
         second_start_is_refused(run, tmp_path)
@@ -105,10 +100,11 @@ def second_start_is_refused(run: Running, folder: Path) -> None:
     assert json.loads(lease)["pid"] == run.process.pid
 
 
-def test_gives_up_without_progress(tmp_path: Path) -> None:
+@under_both
+def test_gives_up_without_progress(engine: dict[str, Any], tmp_path: Path) -> None:
     """One failed attempt without a checkpoint is allowed; the next one says that it gives up, and nobody tries on."""
     phase = BY_NAME["step"]
-    phase.write(tmp_path, endless=True, run__give_up_after=1, checkpoint__every_steps=0)
+    phase.write(tmp_path, endless=True, run__give_up_after=1, checkpoint__every_steps=0, **engine)
     with running(LAUNCH, tmp_path) as run:
         run.wait_for(phase.name, lambda: phase.reached(run))
         kill(run, "rank 0")
@@ -124,9 +120,9 @@ def test_gives_up_without_progress(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_without_restarts_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
+def test_without_restarts_a_killed_rank_ends_the_run(engine: dict[str, Any], tmp_path: Path) -> None:
     phase = BY_NAME["step"]
-    phase.write(tmp_path, endless=True, run__max_restarts=0)
+    phase.write(tmp_path, endless=True, run__max_restarts=0, **engine)
     with running(LAUNCH, tmp_path) as run:
         run.wait_for(phase.name, lambda: phase.reached(run))
         kill(run, "rank 1")

@@ -17,6 +17,7 @@ import torch
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, write_config
+from tests.life.phases import under_both
 from tests.life.runs import LAUNCH, Watched, clean_end, running
 from trainer.checkpoint import disk
 from trainer.data.loader import MicroBatch
@@ -132,25 +133,30 @@ def test_each_stage_skips_on_all_ranks(stage: int, compute: str, offload: bool, 
     assert [row["step"] for row in run.rows() if row["grad_norm"] is None] == [2, 4]
 
 
-def test_too_many_in_a_row_fail_on_all_ranks_at_one_step(tmp_path: Path) -> None:
-    run, outcomes = on_ranks(tmp_path, 3, poison, 2, {5, 6, 7, 8, 9}, "loss", train__steps=9, train__nonfinite_limit=3)
+@under_both
+def test_too_many_in_a_row_fail_on_all_ranks_at_one_step(engine: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"train__steps": 9, "train__nonfinite_limit": 3, **engine}
+    run, outcomes = on_ranks(tmp_path, 3, poison, 2, {5, 6, 7, 8, 9}, "loss", **changes)
     assert outcomes == [(1, 7)] * 3
     end = run.end()
     assert (end["reason"], end["cause"], end["step"], end["requeue"]) == ("failed", "nonfinite", 7, False)
     assert end["checkpoint"] == "step-00000006"
 
 
-def test_the_count_goes_on_after_a_restart(tmp_path: Path) -> None:
+@under_both
+def test_the_count_goes_on_after_a_restart(engine: dict[str, Any], tmp_path: Path) -> None:
     """Else a run that is stopped often enough would skip for ever."""
-    changes = {"train__nonfinite_limit": 4, "checkpoint__every_steps": 2}
+    changes = {"train__nonfinite_limit": 4, "checkpoint__every_steps": 2, **engine}
     on_ranks(tmp_path, 1, poison, 0, {3, 4}, "loss", train__steps=4, **changes)
     run, outcomes = on_ranks(tmp_path, 1, poison, 0, {1, 2, 3}, "loss", train__steps=9, **changes)  # of this start
     assert outcomes == [(1, 6)]
     assert run.end()["cause"] == "nonfinite"
 
 
-def test_the_launcher_does_not_start_it_again(tmp_path: Path) -> None:
-    write_config(tmp_path, optim__lr=1e30, optim__warmup_steps=0, train__clip_norm=None, train__steps=50)
+@under_both
+def test_the_launcher_does_not_start_it_again(engine: dict[str, Any], tmp_path: Path) -> None:
+    grows = {"optim__lr": 1e30, "optim__warmup_steps": 0, "train__clip_norm": None}
+    write_config(tmp_path, train__steps=50, **grows, **engine)
     with running(LAUNCH, tmp_path) as run:
         assert run.wait() == 1
         clean_end(run)
@@ -185,9 +191,11 @@ def full_disk(run: Run, wish: StopWish, rank: int, times: dict[int, int]) -> Non
         disk.observer = observe
 
 
+@under_both
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_is_said_and_the_next_save_tries_again(rank: int, tmp_path: Path) -> None:
-    run, outcomes = on_ranks(tmp_path, 2, full_disk, rank, {6: 1}, train__steps=10, checkpoint__keep={"last": 5})
+def test_a_full_disk_is_said_and_the_next_save_tries_again(rank: int, engine: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"train__steps": 10, "checkpoint__keep": {"last": 5}, **engine}
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, rank, {6: 1}, **changes)
     assert outcomes == [(0, 10), (0, 10)]
     assert run.folder.committed_steps() == [3, 9, 10]
     (failed,) = run.events("save_failed")
@@ -198,10 +206,12 @@ def test_a_full_disk_is_said_and_the_next_save_tries_again(rank: int, tmp_path: 
     assert "the last good checkpoint stands" in log
 
 
+@under_both
 @pytest.mark.parametrize("rank", [0, 1])
-def test_too_many_failed_saves_end_the_run_at_one_step(rank: int, tmp_path: Path) -> None:
+def test_too_many_failed_saves_end_the_run_at_one_step(rank: int, engine: dict[str, Any], tmp_path: Path) -> None:
     never = dict.fromkeys(range(4, 100), 99)
-    run, outcomes = on_ranks(tmp_path, 2, full_disk, rank, never, train__steps=60, checkpoint__failures_limit=2)
+    changes = {"train__steps": 60, "checkpoint__failures_limit": 2, **engine}
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, rank, never, **changes)
     (code, step), other = outcomes
     assert (code, step) == other
     assert code == 1
@@ -212,18 +222,20 @@ def test_too_many_failed_saves_end_the_run_at_one_step(rank: int, tmp_path: Path
     assert run.folder.committed_steps() == [3]
 
 
+@under_both
 @pytest.mark.parametrize("last", [6, 8])
-def test_the_last_save_is_tried_again(last: int, tmp_path: Path) -> None:
+def test_the_last_save_is_tried_again(last: int, engine: dict[str, Any], tmp_path: Path) -> None:
     """Also when it was begun by the loop: then one rank may know that it failed before the other does."""
-    run, outcomes = on_ranks(tmp_path, 2, full_disk, 1, {last: 2}, train__steps=last)
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, 1, {last: 2}, train__steps=last, **engine)
     assert outcomes == [(0, last), (0, last)]
     assert run.committed() == last
     assert len(run.events("save_failed")) == 2
     assert run.end()["checkpoint"] == f"step-{last:08d}"
 
 
-def test_a_run_that_cannot_save_its_end_has_failed(tmp_path: Path) -> None:
-    run, outcomes = on_ranks(tmp_path, 2, full_disk, 0, {8: 99}, train__steps=8)
+@under_both
+def test_a_run_that_cannot_save_its_end_has_failed(engine: dict[str, Any], tmp_path: Path) -> None:
+    run, outcomes = on_ranks(tmp_path, 2, full_disk, 0, {8: 99}, train__steps=8, **engine)
     assert outcomes == [(1, 8), (1, 8)]
     end = run.end()
     assert (end["reason"], end["cause"], end["checkpoint"]) == ("failed", "saving_failed", "step-00000006")
@@ -233,13 +245,14 @@ def full_log(run: Run, wish: StopWish) -> None:
     run.console._log = open("/dev/full", "a", buffering=1)  # noqa: SIM115
 
 
-def test_rows_that_find_no_room_are_lost_and_the_run_is_not(tmp_path: Path) -> None:
+@under_both
+def test_rows_that_find_no_room_are_lost_and_the_run_is_not(engine: dict[str, Any], tmp_path: Path) -> None:
     """/dev/full answers every write as a full disk does."""
     folder = RunFolder(tmp_path / "run")
     folder.events.mkdir(parents=True)
     for path in (folder.metrics, *(folder.events / f"{node_name()}-rank0000{rank}.jsonl" for rank in range(2))):
         path.symlink_to("/dev/full")
-    run, outcomes = on_ranks(tmp_path, 2, full_log)
+    run, outcomes = on_ranks(tmp_path, 2, full_log, **engine)
     assert outcomes == [(0, 6), (0, 6)]
     assert run.committed() == 6
     assert run.end()["reason"] == "finished"
@@ -253,17 +266,19 @@ def ask(run: Run, wish: StopWish, rank: int) -> None:
         wish.wish(Cause.TERMINATE)
 
 
+@under_both
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_stop_when_one_was_asked(rank: int, tmp_path: Path) -> None:
-    run, outcomes = on_ranks(tmp_path, 2, ask, rank)
+def test_all_ranks_stop_when_one_was_asked(rank: int, engine: dict[str, Any], tmp_path: Path) -> None:
+    run, outcomes = on_ranks(tmp_path, 2, ask, rank, **engine)
     assert outcomes == [(75, 0), (75, 0)]
     assert run.end()["requeue"] is True
 
 
-def test_a_wish_before_the_first_collective_is_agreed(tmp_path: Path) -> None:
+@under_both
+def test_a_wish_before_the_first_collective_is_agreed(engine: dict[str, Any], tmp_path: Path) -> None:
     """The launcher's request may be seen by one rank and, a moment earlier, not by the other."""
-    write_config(tmp_path)
-    assert run_ranks(2, _asked_at_once, tiny(tmp_path), timeout_s=30) == [3, 3]
+    write_config(tmp_path, **engine)
+    assert run_ranks(2, _asked_at_once, tiny(tmp_path, **engine), timeout_s=30) == [3, 3]
     end = Watched(tmp_path).end()
     assert (end["reason"], end["cause"], end["step"]) == ("stopped", "interrupt", 0)
 
@@ -294,9 +309,10 @@ def freeze(run: Run, wish: StopWish, folder: Path) -> None:
         run.engine = Frozen(run.engine)  # type: ignore[assignment]
 
 
-def test_a_frozen_rank_is_given_up_after_the_timeout(tmp_path: Path) -> None:
-    config = tiny(tmp_path, parallel__step_timeout_s=TIMEOUT_S, parallel__load_timeout_s=600.0)
-    write_config(tmp_path)
+@under_both
+def test_a_frozen_rank_is_given_up_after_the_timeout(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, parallel__step_timeout_s=TIMEOUT_S, parallel__load_timeout_s=600.0, **engine)
+    write_config(tmp_path, **engine)
     (code, waited_s), _ = run_ranks(2, _beside_a_frozen_one, config, tmp_path)
     assert code == 1
     assert TIMEOUT_S - 0.5 <= waited_s < TIMEOUT_S + 10
@@ -315,9 +331,9 @@ def _beside_a_frozen_one(config: dict[str, Any], folder: Path) -> tuple[int, flo
 
 
 @pytest.mark.full
-def test_a_frozen_rank_under_the_launcher(tmp_path: Path, note: Callable[..., None]) -> None:
+def test_a_frozen_rank_under_the_launcher(engine: dict[str, Any], tmp_path: Path, note: Callable[..., None]) -> None:
     """The monitor ends the attempt before the others give up waiting: torchrun would wait another 30 s."""
-    write_config(tmp_path, train__steps=16, train__global_batch=64, parallel__step_timeout_s=10.0)
+    write_config(tmp_path, train__steps=16, train__global_batch=64, parallel__step_timeout_s=10.0, **engine)
     with running(LAUNCH, tmp_path) as run:
         run.wait_for("step 4", lambda: run.step() >= 4)
         since = time.time()

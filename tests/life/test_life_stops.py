@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.life.phases import BY_NAME, PHASES, Phase
+from tests.life.phases import ENGINES, PHASES, Phase, rows
 from tests.life.runs import LAUNCH, Running, Watched, clean_end, finish, finish_here, running, samples_are_consecutive
 
 
@@ -49,15 +50,13 @@ CAUSES = [
     StopCause("SIGHUP", "hangup", 3, lambda run: run.signal(signal.SIGHUP)),
     StopCause("time limit", "time_limit", 3, None),
 ]
-CAUSE_BY_NAME = {cause.name: cause for cause in CAUSES}
-EACH_ONCE = [
-    ("start-up", "SIGINT"),
-    ("preparation", "SIGHUP"),
-    ("compile", "SIGUSR2 to all"),
-    ("step", "time limit"),
-    ("validation", "STOP file"),
-    ("saving", "SIGTERM"),
-    ("last step", "SIGINT"),
+EACH_ONCE = [  # but for the phase that takes long
+    ("start-up", "SIGINT", "fsdp"),
+    ("preparation", "SIGHUP", "fsdp"),
+    ("step", "SIGUSR2 to all", "fsdp"),
+    ("validation", "STOP file", "fsdp"),
+    ("saving", "SIGTERM", "fsdp"),
+    ("last step", "time limit", "fsdp"),
 ]
 
 
@@ -66,19 +65,11 @@ def _touch_stop(run: Running) -> None:
     run.folder.stop.touch()
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "phase" in metafunc.fixturenames:
-        every = [(phase.name, cause.name) for phase in PHASES for cause in CAUSES]
-        pairs = every if metafunc.config.getoption("full", False) else EACH_ONCE
-        metafunc.parametrize(("phase", "cause"), [(BY_NAME[p], CAUSE_BY_NAME[c]) for p, c in pairs], ids=_name)
-
-
-def _name(value: Phase | StopCause) -> str:
-    return value.name.replace(" ", "-")
-
-
-def test_stop(phase: Phase, cause: StopCause, tmp_path: Path, full: bool, note: Callable[..., None]) -> None:
-    phase.write(tmp_path, endless=True, **cause.limit(phase))
+@pytest.mark.parametrize(("phase", "cause", "engine"), rows(EACH_ONCE, PHASES, CAUSES, ENGINES), indirect=["engine"])
+def test_stop(
+    phase: Phase, cause: StopCause, engine: dict[str, Any], tmp_path: Path, full: bool, note: Callable[..., None]
+) -> None:
+    phase.write(tmp_path, endless=True, **engine, **cause.limit(phase))
     with running(LAUNCH, tmp_path) as run:
         cause.bring_about(run, phase)
         if phase.name == "saving" and cause.word not in ("stop_file", "time_limit"):

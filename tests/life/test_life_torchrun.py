@@ -12,7 +12,7 @@ import pytest
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, write_config
-from tests.life.phases import BY_NAME, PHASES, Phase
+from tests.life.phases import BY_NAME, ENGINES, PHASES, Phase, rows, under_both
 from tests.life.runs import (
     LAUNCH,
     PROCESS,
@@ -27,29 +27,19 @@ from tests.life.test_life_stops import CAUSES, StopCause
 from trainer.start import start
 from trainer.stop import StopWish
 
-CAUSE_BY_NAME = {cause.name: cause for cause in CAUSES}
-UNDER_TORCHRUN = ["STOP file", "SIGINT", "SIGTERM"]
-TORCHRUN_ONCE = [("saving", "SIGTERM")]
-PROCESS_ONCE = [("preparation", "SIGINT")]
+UNDER_TORCHRUN = [cause for cause in CAUSES if cause.name in ("STOP file", "SIGINT", "SIGTERM")]
+TORCHRUN_ONCE = [("saving", "SIGTERM", "fsdp")]
+PROCESS_ONCE = [("preparation", "SIGINT", "fsdp")]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("full", False)
-    pairs: list[tuple[str, str]] = []
-    if "torchrun" in metafunc.function.__name__:
-        pairs = [(p.name, c) for p in PHASES for c in UNDER_TORCHRUN] if full else TORCHRUN_ONCE
-    elif "process" in metafunc.function.__name__:
-        pairs = [(p.name, c.name) for p in PHASES[1:] for c in CAUSES] if full else PROCESS_ONCE
-    if "cause" in metafunc.fixturenames:
-        found = [pytest.param(BY_NAME[p], CAUSE_BY_NAME[c], id=f"{p}-{c}".replace(" ", "-")) for p, c in pairs]
-        metafunc.parametrize(("phase", "cause"), found)
-
-
+@pytest.mark.parametrize(
+    ("phase", "cause", "engine"), rows(TORCHRUN_ONCE, PHASES, UNDER_TORCHRUN, ENGINES), indirect=["engine"]
+)
 def test_stop_under_torchrun(
-    phase: Phase, cause: StopCause, tmp_path: Path, full: bool, note: Callable[..., None]
+    phase: Phase, cause: StopCause, engine: dict[str, Any], tmp_path: Path, full: bool, note: Callable[..., None]
 ) -> None:
     """torchrun passes the signal on, gives the ranks 30 s to save, and exits 1 itself."""
-    phase.write(tmp_path, endless=True)
+    phase.write(tmp_path, endless=True, **engine)
     with running(TORCHRUN, tmp_path) as run:
         cause.bring_about(run, phase)
         code = run.wait()
@@ -64,10 +54,13 @@ def test_stop_under_torchrun(
     note("torchrun", phase.name, cause.name, code, f"{seconds:.1f}", resumed)
 
 
+@pytest.mark.parametrize(
+    ("phase", "cause", "engine"), rows(PROCESS_ONCE, PHASES[1:], CAUSES, ENGINES), indirect=["engine"]
+)
 def test_stop_of_one_process(
-    phase: Phase, cause: StopCause, tmp_path: Path, full: bool, note: Callable[..., None]
+    phase: Phase, cause: StopCause, engine: dict[str, Any], tmp_path: Path, full: bool, note: Callable[..., None]
 ) -> None:
-    phase.write(tmp_path, endless=True, **cause.limit(phase))
+    phase.write(tmp_path, endless=True, **engine, **cause.limit(phase))
     with running(PROCESS, tmp_path) as run:
         cause.bring_about(run, phase)
         code = run.wait()
@@ -107,9 +100,10 @@ def goes_on(run: Running, phase: Phase, folder: Path, way: tuple[str, ...] | Non
 
 
 @pytest.mark.full
-def test_killed_agent_of_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
+def test_killed_agent_of_torchrun_takes_its_ranks_along(engine: dict[str, Any], tmp_path: Path) -> None:
     phase = BY_NAME["step"]
-    phase.write(tmp_path, endless=True, checkpoint__every_steps=0)  # saving would notice that the agent's store is gone
+    # saving would notice that the agent's store is gone
+    phase.write(tmp_path, endless=True, checkpoint__every_steps=0, **engine)
     with running(TORCHRUN, tmp_path) as run:
         run.wait_for(phase.name, lambda: phase.reached(run))
         run.signal(signal.SIGKILL)
@@ -122,9 +116,9 @@ def test_killed_agent_of_torchrun_takes_its_ranks_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_second_start_under_torchrun_is_refused(tmp_path: Path) -> None:
+def test_second_start_under_torchrun_is_refused(engine: dict[str, Any], tmp_path: Path) -> None:
     phase = BY_NAME["step"]
-    phase.write(tmp_path, endless=True)
+    phase.write(tmp_path, endless=True, **engine)
     with running(TORCHRUN, tmp_path) as run:
         run.wait_for(phase.name, lambda: phase.reached(run))
         with running(TORCHRUN, tmp_path) as second:
@@ -133,8 +127,9 @@ def test_second_start_under_torchrun_is_refused(tmp_path: Path) -> None:
         assert len(run.attempts()) == 1
 
 
-def test_time_limit_under_slurm_asks_to_be_started_again(tmp_path: Path) -> None:
-    config = tiny(tmp_path, train__time_limit_s=0.001)
+@under_both
+def test_time_limit_under_slurm_asks_to_be_started_again(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, train__time_limit_s=0.001, **engine)
     assert run_ranks(1, _start, config, env={"SLURM_JOB_ID": "7"}) == [75]
 
 
@@ -142,8 +137,9 @@ def _start(config: dict[str, Any]) -> int:
     return start(Config.model_validate(config), StopWish())
 
 
-def test_one_process_finished_wrong_and_failed(tmp_path: Path) -> None:
-    write_config(tmp_path, train__steps=2)
+@under_both
+def test_one_process_finished_wrong_and_failed(engine: dict[str, Any], tmp_path: Path) -> None:
+    write_config(tmp_path, train__steps=2, **engine)
     assert finish(PROCESS, tmp_path).end()["reason"] == "finished"
     before = sorted(tmp_path.joinpath("run").rglob("*"))
     for way in (PROCESS, LAUNCH):

@@ -100,18 +100,20 @@ def test_the_curve_is_that_of_one_process(
 
 
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "offloaded": (4, {"parallel__cpu_offload": True, "parallel__reshard": False}),
+    "uneven on every side": (6, {}),
+}
+FURTHER: dict[str, tuple[int, dict[str, Any]]] = {
     "full checkpointing": (2, {"parallel__activation_checkpoint": "full"}),
     "selective checkpointing": (4, {"parallel__activation_checkpoint": "selective"}),
     "whole gradients between micro batches": (4, {"parallel__accumulate": "unsharded", "train__micro_batch": 2}),
-    "offloaded": (4, {"parallel__cpu_offload": True, "parallel__reshard": False}),
-    "uneven on every side": (6, {}),
     "compiled": (2, {"parallel__compile": True, "parallel__activation_checkpoint": "selective"}),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.full) for way in FURTHER)])
 def test_other_settings_of_the_engine_do_not_matter(way: str, alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    size, changes = WAYS[way]
+    size, changes = (WAYS | FURTHER)[way]
     config = tiny(tmp_path, **{**COMMON, **LLAMA, **changes, "parallel__tensor": 2})
     assert train(config, size, timeout_s=280) == [0] * size  # compiling takes a while
     same_curves(config, alone["llama"])
