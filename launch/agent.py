@@ -45,7 +45,7 @@ def _tell_failures(path: Path) -> None:
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             if result.is_failed():
-                for rank, failure in sorted(result.failures.items()):
+                for rank, failure in result.failures.items():  # as found: whom torchrun itself had to kill comes last
                     append_row(path, {"rank": rank, "exit_code": failure.exitcode})
             return result
 

@@ -120,6 +120,21 @@ def test_gives_up_without_progress(engine: dict[str, Any], tmp_path: Path) -> No
 
 
 @pytest.mark.full
+def test_a_rank_is_named_before_those_that_torchrun_kills_for_it(tmp_path: Path) -> None:
+    """A rank that does not hear torchrun's SIGTERM is killed 30 s later, and that has the same exit code."""
+    phase = BY_NAME["step"]
+    phase.write(tmp_path, endless=True, run__max_restarts=0)
+    with running(LAUNCH, tmp_path) as run:
+        run.wait_for(phase.name, lambda: phase.reached(run))
+        run.workers()[0].suspend()
+        kill(run, "rank 1")
+        assert run.wait() == 1
+        clean_end(run)
+    assert [(e["rank"], e["exit_code"]) for e in run.events("rank_died")] == [(1, -9), (0, -9)]
+    assert "rank 1 failed: SIGKILL" in run.output
+
+
+@pytest.mark.full
 def test_without_restarts_a_killed_rank_ends_the_run(engine: dict[str, Any], tmp_path: Path) -> None:
     phase = BY_NAME["step"]
     phase.write(tmp_path, endless=True, run__max_restarts=0, **engine)
