@@ -9,9 +9,9 @@ help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests"
 	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema.py"
-	@echo "make life    every phase of a run with every cause of stopping and killing (25 minutes)"
+	@echo "make life    every phase of a run with every cause of stopping and killing, under both engines"
 	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (3 minutes)"
-	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen (10 minutes)"
+	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen, and every layout's losses"
 	@echo "make matrix-zero  the same with DeepSpeed ZeRO writing or reading, and all that is tried of ZeRO; goes on where it ended"
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
@@ -68,11 +68,12 @@ slurm: $(VENV)/.test
 faults: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/trainer/checkpoint tests/fuzz --full $(ARGS)
 
+LAYOUTS := tests/test_train.py tests/trainer/test_tensor.py
 matrix: $(VENV)/.test
-	@$(BIN)/python -m pytest tests/matrix --full --ignore tests/matrix/test_matrix_zero.py $(ARGS)
+	@$(BIN)/python -m pytest tests/matrix $(LAYOUTS) --full --ignore tests/matrix/test_matrix_zero.py $(ARGS)
 
 matrix-zero: $(VENV)/.test
-	@$(BIN)/python -m pytest tests/matrix/test_matrix_zero.py tests/trainer/test_zero.py --full $(ARGS)
+	@$(BIN)/python -m pytest tests/matrix/test_matrix_zero.py tests/trainer/test_zero.py tests/trainer/test_debug.py --full $(ARGS)
 
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving

@@ -34,7 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = set()
     config.addinivalue_line(
-        "markers", "full: only with --full (make life, make faults, make matrix, make slurm, make monitor)"
+        "markers",
+        "full: only with --full (make life, make faults, make matrix, make matrix-zero, make slurm, make monitor)",
     )
     config.addinivalue_line("markers", "alone: times something, so no other test runs beside it")
     # Under nohup, or in the background of a script, some are ignored, and so would all be that tests start.

@@ -277,8 +277,9 @@ def test_all_ranks_stop_when_one_was_asked(rank: int, engine: dict[str, Any], tm
 @under_both
 def test_a_wish_before_the_first_collective_is_agreed(engine: dict[str, Any], tmp_path: Path) -> None:
     """The launcher's request may be seen by one rank and, a moment earlier, not by the other."""
+    config = tiny(tmp_path, **engine)
     write_config(tmp_path, **engine)
-    assert run_ranks(2, _asked_at_once, tiny(tmp_path, **engine), timeout_s=30) == [3, 3]
+    assert run_ranks(2, _asked_at_once, config, timeout_s=30) == [3, 3]
     end = Watched(tmp_path).end()
     assert (end["reason"], end["cause"], end["step"]) == ("stopped", "interrupt", 0)
 
