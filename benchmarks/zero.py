@@ -4,14 +4,16 @@
 
 engines  steps/s of the real loop, and seconds to save and to load, under each engine in turn, in the same processes
 memory   what each engine adds to a rank's memory at most, over three steps, each in processes of its own
-bare     our loop against `deepspeed.initialize`, forward, backward, step, on the same batches, formats and bucket size
-saving   our save, fsynced, against `save_checkpoint` of the same state, which nothing makes durable
+bare     our loop against `deepspeed.initialize`, forward, backward, step: the same batches, formats, groups, bucket
+saving   of the same state into new files: ours until it is committed and durable, and until training goes on ("begun");
+         `save_checkpoint`, which nothing makes durable ("bare"), and the same with its files fsynced ("durable")
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shutil
 import statistics
 import sys
@@ -65,7 +67,7 @@ def config_of(folder: str, name: str, overrides: list[str]) -> Config:
     place = name.replace(" ", "-").lower()
     fixed = [
         *(f"run.dir={folder}/{place}", f"data.cache={folder}/cache", "run.tensorboard=false", "train.steps=1000000"),
-        *("train.validate_every_steps=0", "checkpoint.every_steps=0", "checkpoint.keep.last=1"),
+        *("train.validate_every_steps=0", "checkpoint.every_steps=0", "checkpoint.keep.last=100"),
     ]
     return load("demo", [*fixed, *LAYOUT, *ENGINES[name], *overrides])
 
@@ -85,12 +87,16 @@ def start(configs: dict[str, Config]) -> tuple[Any, dict[str, Any]]:
     return world, runs
 
 
-def in_turn(functions: dict[str, Callable[[], None]], rounds: int, world: Any) -> dict[str, list[float]]:
-    """Seconds of each, one after the other in each round, beginning with another one each time."""
+def in_turn(
+    functions: dict[str, Callable[[], None]], rounds: int, world: Any, tidy: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each, one after the other in each round, beginning with another one each time. `tidy` is not timed."""
     names, times = list(functions), {name: [] for name in functions}
     for k in range(rounds):
         for name in names[k % len(names) :] + names[: k % len(names)]:
             times[name].append(seconds(lambda steps, name=name: functions[name](), 0, world))  # type: ignore[misc]
+            world.barrier()
+            tidy()
     return times
 
 
@@ -181,11 +187,29 @@ def saving(configs: dict[str, Config], rounds: int) -> list[dict[str, Any]]:
         def save_theirs(theirs: BareZero = theirs, folder: Path = folder) -> None:
             theirs.engine.save_checkpoint(str(folder), tag="one")
 
-        times = in_turn({"ours": saver(run), "bare": save_theirs}, rounds, world)
-        rows.append({"stage": name, **_ratios(times, "saves/s", 1)})
-        world.barrier()
-        if world.first:
-            shutil.rmtree(folder)
+        def begin_ours(run: Any = run) -> None:
+            run.progress.step += 1
+            run.save()
+
+        def tidy(run: Any = run, folder: Path = folder) -> None:
+            run.poll_saves(wait=True)
+            if world.first and folder.exists():
+                shutil.rmtree(folder)
+
+        def save_theirs_durably(save: Callable[[], None] = save_theirs, folder: Path = folder) -> None:
+            save()
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            for path in files[world.rank :: world.size]:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            world.barrier()
+
+        saves = {"ours": saver(run), "begun": begin_ours, "bare": save_theirs, "durable": save_theirs_durably}
+        times = in_turn(saves, rounds, world, tidy)
+        row = {"stage": name, **{f"{what} (s)": statistics.median(taken) for what, taken in times.items()}}
+        for a, b in (("durable", "ours"), ("bare", "ours"), ("bare", "begun")):
+            row[f"{a} / {b}"] = statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+        rows.append(row)
     return rows
 
 
@@ -230,7 +254,9 @@ class BareZero:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 40,
         }
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True)
+        matrices, others = ([p for p in model.parameters() if (p.ndim > 1) is whether] for whether in (True, False))
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]  # as ours
+        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
     def train(self, steps: int) -> None:
