@@ -72,8 +72,9 @@ LAYOUTS := tests/test_train.py tests/trainer/test_tensor.py
 matrix: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/matrix $(LAYOUTS) --full --ignore tests/matrix/test_matrix_zero.py $(ARGS)
 
+ZERO := tests/trainer/test_zero.py tests/trainer/test_zero_nvme.py tests/trainer/test_debug.py
 matrix-zero: $(VENV)/.test
-	@$(BIN)/python -m pytest tests/matrix/test_matrix_zero.py tests/trainer/test_zero.py tests/trainer/test_debug.py --full $(ARGS)
+	@$(BIN)/python -m pytest tests/matrix/test_matrix_zero.py $(ZERO) --full $(ARGS)
 
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving

@@ -42,17 +42,22 @@ OURS = {
     "zero_optimization.cpu_offload": "parallel.cpu_offload",
     "zero_optimization.cpu_offload_param": "parallel.cpu_offload",
     "zero_optimization.compute_grad_norm": "the norm decides whether an update is applied",
-    "zero_optimization.offload_optimizer.nvme_path": "what lies on NVMe cannot be saved yet; use device: cpu",
-    "zero_optimization.offload_param.nvme_path": "what lies on NVMe cannot be saved yet; use device: cpu",
+    "zero_optimization.offload_optimizer.fast_init": "masters are read or drawn after the engine is built",
     "zero_optimization.offload_optimizer.super_offload": "its optimizer is DeepSpeed's own",
     "zero_optimization.offload_optimizer.ratio": "its optimizer is DeepSpeed's own",
 }
+
+# With parameters on NVMe DeepSpeed 0.19.8 would read them ahead of their update, and run out of buffers.
+ONE_BY_ONE = ("zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_max_reuse_distance")
 
 
 def _decided(config: Config) -> dict[str, tuple[Any, str]]:
     """Settings whose value follows from the config: (value, our key). Giving the same value again does no harm."""
     train, parallel, precision = config.train, config.parallel, config.precision
+    given = dict(_leaves(parallel.deepspeed))
+    one_by_one = ONE_BY_ONE if given.get("zero_optimization.offload_param.device") == "nvme" else ()
     return {
+        **dict.fromkeys(one_by_one, (0, "offload_param.device nvme: it must be 0")),
         "train_batch_size": (train.global_batch, "train.global_batch"),
         "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
         "gradient_accumulation_steps": (None, "train.global_batch and train.micro_batch"),
@@ -86,22 +91,38 @@ def contradictions(config: Config) -> list[str]:
         elif key in decided:
             expected, by = decided[key]
             if key.endswith(".device"):
-                allowed = ("cpu",) if value == "cpu" else ("none",)
-                if value not in allowed or (value == "none" and config.parallel.cpu_offload):
-                    found.append(f"parallel.deepspeed: {key} can be cpu or, without {by}, none; got {value!r}")
+                found += _wrong_device(config, key, value)
             elif value != expected:
                 found.append(f"parallel.deepspeed: {key} {value!r} contradicts {by}")
         elif key.split(".")[0] in ("bf16", "fp16"):
             found.append(f"parallel.deepspeed: {key} is not DeepSpeed's to say: precision.compute")
+        elif key.endswith(".nvme_path"):
+            if dict(_leaves(config.parallel.deepspeed)).get(key.replace("nvme_path", "device")) != "nvme":
+                found.append(f"parallel.deepspeed: {key} needs device: nvme beside it")
         elif key.split(".")[0] not in FREE:
             found.append(f"parallel.deepspeed: {key} is no setting that is passed on; see docs/zero.md")
     return found
 
 
+def _wrong_device(config: Config, key: str, value: Any) -> list[str]:
+    """Why what `key` offloads cannot go to this device."""
+    parallel = config.parallel
+    if value not in ("cpu", "nvme", "none") or (value == "none" and parallel.cpu_offload):
+        allowed = "can be cpu, nvme or, without parallel.cpu_offload, none"
+        return [f"parallel.deepspeed: {key} {allowed}; got {value!r}"]
+    if value == "nvme" and parallel.zero_stage != 3:
+        return [f"parallel.deepspeed: {key} nvme needs parallel.zero_stage 3"]
+    given = dict(_leaves(parallel.deepspeed))
+    if value == "nvme" and not isinstance(given.get(key.replace("device", "nvme_path")), str):
+        return [f"parallel.deepspeed: {key} nvme needs nvme_path beside it: a folder on a disk of each node"]
+    if value == "nvme" and given.get(key.replace("param", "optimizer")) != "nvme":
+        return [f"parallel.deepspeed: {key} nvme needs offload_optimizer.device nvme as well"]
+    return []
+
+
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """What DeepSpeed is started with: the config's own settings, and ours."""
     parallel, decided = config.parallel, _decided(config)
-    offload = {"device": "cpu"}
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # feeds its speed display only
         "gradient_accumulation_steps": 1,  # else it divides the loss, and counts micro batches itself
@@ -113,14 +134,16 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": parallel.zero_stage, "memory_efficient_linear": False},
     }
-    if parallel.cpu_offload:
-        ours["zero_optimization"]["offload_optimizer"] = dict(offload)
-        if parallel.zero_stage == 3:
-            ours["zero_optimization"]["offload_param"] = dict(offload)
     theirs: dict[str, Any] = {}
     for key, value in _leaves(parallel.deepspeed):
         if value != AUTO and (key not in decided or key.endswith(".device")):
             _put(theirs, key.split("."), value)
+    for key in decided.keys() & {*ONE_BY_ONE}:
+        _put(theirs, key.split("."), 0)
+    if parallel.cpu_offload:  # unless it goes further, to nvme
+        zero = theirs.setdefault("zero_optimization", {})
+        for key in ("offload_optimizer", "offload_param")[: 2 if parallel.zero_stage == 3 else 1]:
+            zero.setdefault(key, {}).setdefault("device", "cpu")
     return _merged(theirs, ours)
 
 

@@ -113,6 +113,8 @@ def run_attempt(config: Config, wish: StopWish, world: World, kind: type[Run]) -
         except Exception as error:
             _record_failure(run, error)
             raise Recorded from error
+        finally:
+            run.leave()
         return end
 
 

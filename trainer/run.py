@@ -245,3 +245,8 @@ class Run:
         self.profiling.close()
         self.loader.close()
         self.meter.close()
+
+    def leave(self) -> None:
+        """The last call, however the attempt ended: nothing of the engine stays on disk."""
+        if hasattr(self, "engine"):
+            self.engine.close()

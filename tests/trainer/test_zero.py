@@ -131,7 +131,7 @@ def test_another_deepspeed(version: str, good: bool, monkeypatch: pytest.MonkeyP
         ({"parallel__deepspeed": {"bf16": {"enabled": True}}}, "bf16.enabled True contradicts precision.compute"),
         ({"parallel__deepspeed": {"zero_optimisation": {"stage": 3}}}, "zero_optimisation.stage is no setting"),
         (
-            {"parallel__deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme"}}}},
+            {"parallel__deepspeed": {"zero_optimization": {"offload_param": {"device": "disk"}}}},
             "offload_param.device can be cpu",
         ),
     ],

@@ -83,3 +83,6 @@ class Engine(Protocol):
 
     def after_load(self) -> None:
         """Once all ranks have loaded: bring low-precision copies up to date. A collective."""
+
+    def close(self) -> None:
+        """Remove what lies on disk. The last call; no collective, as other ranks may be gone."""

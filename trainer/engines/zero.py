@@ -29,6 +29,7 @@ from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.names import DTYPES, Named
 from trainer.engines.partitions import Fragment, Partitions, partition_module, share_of
+from trainer.engines.swapped import Swapping
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
 from trainer.tasks.lm import LanguageModelling
@@ -47,11 +48,15 @@ class ZeroEngine(Named):
         self._settings = deepspeed_settings(config)
         _start_deepspeed(world)
         world.from_first(self._check_settings)
+        self._swapping = Swapping(self._settings)
+        self._swapping.check(world)
         with torch.device("meta"):
             super().__init__(build_model(config.model))
         # DeepSpeed takes memory for a bucket as large as it may be, even if the model is small.
         numel = sum(math.prod(info.shape) for info in self._infos.values())
         self._settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET_ELEMENTS, numel))
+        largest = max(math.prod(info.shape) for info in self._infos.values())
+        self._swapping.set_buffers(-(-largest // world.size), len(list(self.model.blocks[0].parameters())))
         self._engine: Any = None
         self._parts: Partitions
         self._named: dict[str, nn.Parameter] = {}
@@ -77,6 +82,7 @@ class ZeroEngine(Named):
         import deepspeed
 
         self._destroy()
+        self._swapping.make_folders()
         trainable, held = set(names), set(held_elsewhere)
         self.model = self._allocate(trainable)
         self._named = dict(self.model.named_parameters())
@@ -102,16 +108,22 @@ class ZeroEngine(Named):
         """The old engine goes before the new one takes memory."""
         if self._engine is not None:
             self._engine.destroy()
+        named = self._named
         self._engine, self._named, self._originals = None, {}, {}
         self.model = None  # type: ignore[assignment]
         if hasattr(self, "_parts"):
-            del self._parts
+            self._parts.free(named.values())
+            del self._parts, named
         gc.collect()
+        self._swapping.remove_folders()
+
+    def close(self) -> None:
+        self._swapping.remove_folders()
 
     @property
     def _home(self) -> torch.device:
         """Where parameters rest."""
-        return torch.device("cpu") if self.config.parallel.cpu_offload else self.device
+        return torch.device("cpu") if self.config.parallel.cpu_offload or self._swapping.sections else self.device
 
     def _allocate(self, trainable: set[str]) -> Decoder:
         """The model with memory but without values: whole, or at stage 3 cut module by module, so that no rank ever
@@ -197,7 +209,7 @@ class ZeroEngine(Named):
         """(start, elements) of each flat range in which this rank keeps values of a parameter."""
         if name in self._parts.fragments:
             fragment = self._parts.fragments[name]
-            return [(fragment.start, fragment.of(self._parts.flats[fragment.flat]))]
+            return [(fragment.start, fragment.of(self._parts.flat(fragment.flat)))]
         places = [self._parts.frozen(self._named[name])]
         if name in self._originals:
             places.append((self._share(name)[0], self._originals[name]))
@@ -222,6 +234,7 @@ class ZeroEngine(Named):
         self._engine.optimizer.clip_grad = clip or 0.0
         for group in self._parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
+        self._parts.fill_gradients()
         self._engine.step()
         self._parts.clear()
         norm = float(self._engine.get_global_grad_norm())
@@ -250,9 +263,8 @@ class ZeroEngine(Named):
             if fragment is None:
                 found.append(self._frozen_piece(name))
                 continue
-            flat = self._parts.flats[fragment.flat]
+            flat, state = self._parts.flat(fragment.flat), self._parts.state(fragment.flat)
             found.append(Piece(name, "model", fragment.of(flat), info.shape, (), (), start=fragment.start))
-            state = self._parts.optimizer.state.get(flat, {})
             for key in self._state_keys(name):
                 if key in state:
                     part = fragment.of(state[key])
@@ -282,16 +294,15 @@ class ZeroEngine(Named):
 
     def step_counts(self) -> dict[str, int]:
         counts: dict[str, int] = {}
-        for flat, names in zip(self._parts.flats, self._parts.names, strict=True):
-            state = self._parts.optimizer.state.get(flat, {})
+        for number, names in enumerate(self._parts.names):
+            state = self._parts.state(number)
             if "step" in state:
                 counts |= dict.fromkeys(names, int(state["step"]))
         return counts
 
     @torch.no_grad()
     def load(self, loading: Loading) -> None:
-        states = self._parts.optimizer.state
-        states.clear()  # of a checkpoint that proved bad halfway
+        self._parts.forget_state()  # of a checkpoint that proved bad halfway
         for name, info in self._infos.items():
             for start, local in self._places(name):
                 loading.want_range(name, info.shape, start, local)
@@ -302,15 +313,14 @@ class ZeroEngine(Named):
         loading.read()
 
     def _want_state(self, loading: Loading, name: str, fragment: Fragment) -> None:
-        flat, states = self._parts.flats[fragment.flat], self._parts.optimizer.state
-        shape = self._infos[name].shape
+        state, shape = self._parts.state(fragment.flat), self._infos[name].shape
         for key in self._state_keys(name):
             if loading.has(f"{name}.{key}"):
-                state = states[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False))
-                loading.want_range(f"{name}.{key}", shape, fragment.start, fragment.of(state))
-        if states.get(flat) and counts_steps(self.config.optim, name, len(shape)):
-            count = float(loading.count(name))  # fused Adam keeps its count in fp32 beside the parameter
-            states[flat]["step"] = torch.tensor(count, dtype=torch.float32, device=flat.device)
+                if key not in state:
+                    state[key] = self._parts.add_state(fragment.flat, key)
+                loading.want_range(f"{name}.{key}", shape, fragment.start, fragment.of(state[key]))
+        if state and counts_steps(self.config.optim, name, len(shape)):
+            self._parts.set_count(fragment.flat, loading.count(name))
 
     def after_load(self) -> None:
         self._parts.copy_to_compute()
