@@ -72,7 +72,8 @@ LAYOUTS := tests/test_train.py tests/trainer/test_tensor.py
 matrix: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/matrix $(LAYOUTS) --full --ignore tests/matrix/test_matrix_zero.py $(ARGS)
 
-ZERO := tests/trainer/test_zero.py tests/trainer/test_zero_nvme.py tests/trainer/test_debug.py
+ZERO := tests/trainer/test_zero.py tests/trainer/test_zero_nvme.py tests/trainer/test_debug.py tests/test_begin.py \
+    tests/trainer/test_heartbeat.py tests/trainer/test_profiling.py tests/trainer/test_series.py
 matrix-zero: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/matrix/test_matrix_zero.py $(ZERO) --full $(ARGS)
 

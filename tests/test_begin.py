@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_ranks, tiny, train, train_here
+from tests.engines import under_both
 from tests.test_mistakes import flip_a_bit
 from tests.test_train import losses, tensors
 from trainer.checkpoint.load import Checkpoint
@@ -29,12 +30,14 @@ def values(run: Path, step: int, groups: tuple[str, ...] = ("model", "frozen")) 
     return {k: checkpoint.read(k).numpy().tobytes() for k, t in tensors.items() if t.group in groups}
 
 
+@under_both
 @pytest.mark.parametrize("size", [1, 2])
-def test_frozen_parameters_stay_and_have_no_state(size: int, tmp_path: Path) -> None:
-    assert train(tiny(tmp_path / "first"), 2) == [0, 0]
-    first = tmp_path / "first/run"
+def test_frozen_parameters_stay_and_have_no_state(size: int, engine: dict[str, Any], tmp_path: Path) -> None:
+    config, first = tiny(tmp_path / "first", **engine), tmp_path / "first/run"
+    assert train(config, 2) == [0, 0]
     frozen = ["embed.*", "blocks.*"]
-    config = tiny(tmp_path, start__from=str(first), freeze__frozen=frozen, freeze__trainable=["blocks.1.*"])
+    changes = {"freeze__frozen": frozen, "freeze__trainable": ["blocks.1.*"], **engine}
+    config = tiny(tmp_path, start__from=str(first), **changes)
     assert train(config, size) == [0] * size
     began, ended = values(first, 6), values(tmp_path / "run", 6)
     changed = {name for name in began if began[name] != ended[name]}
@@ -50,10 +53,11 @@ def test_frozen_parameters_stay_and_have_no_state(size: int, tmp_path: Path) -> 
     assert values(tmp_path / "run", 8, ("frozen",)) == values(tmp_path / "run", 6, ("frozen",))
 
 
-def test_everything_goes_on_where_the_other_run_stood(tmp_path: Path) -> None:
-    first = tiny(tmp_path / "first", optim__schedule="constant")
+@under_both
+def test_everything_goes_on_where_the_other_run_stood(engine: dict[str, Any], tmp_path: Path) -> None:
+    first = tiny(tmp_path / "first", optim__schedule="constant", **engine)
     assert train(first) == [0]
-    second = tiny(tmp_path / "second", optim__schedule="constant", start__take="everything", train__steps=9)
+    second = tiny(tmp_path / "second", optim__schedule="constant", start__take="everything", train__steps=9, **engine)
     second["data"], second["start"]["from"] = first["data"], str(tmp_path / "first/run")
     assert train(second) == [0]
     first["train"]["steps"] = 9
@@ -66,9 +70,10 @@ def test_everything_goes_on_where_the_other_run_stood(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "second/run/metrics.jsonl")] == [7, 8, 9, 10]
 
 
+@under_both
 @pytest.mark.parametrize("size", [1, 2])
-def test_falls_back_from_a_bad_checkpoint_on_all_ranks(size: int, tmp_path: Path) -> None:
-    config = tiny(tmp_path, checkpoint__every_steps=2, train__steps=4, optim__schedule="constant")
+def test_falls_back_from_a_bad_checkpoint_on_all_ranks(size: int, engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, checkpoint__every_steps=2, train__steps=4, optim__schedule="constant", **engine)
     assert train(config, 2) == [0, 0]
     flip_a_bit(tmp_path / "run/checkpoints/step-00000004")
     config["train"]["steps"] = 5
@@ -83,7 +88,8 @@ def test_falls_back_from_a_bad_checkpoint_on_all_ranks(size: int, tmp_path: Path
     assert "safetensors" in rejected[0]["reason"]
 
 
-def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
+@under_both
+def test_early_stopping_and_the_best_checkpoint(engine: dict[str, Any], tmp_path: Path) -> None:
     """A learning rate that changes nothing: the first validation stays the best, and its checkpoint is kept."""
     config = tiny(
         tmp_path,
@@ -93,6 +99,7 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
         optim__lr=1e-30,
         checkpoint__every_steps=2,
         checkpoint__keep={"last": 1, "best": True},
+        **engine,
     )
     assert train(config, 2) == [0, 0]
     rows = read_rows(tmp_path / "run/metrics.jsonl")
@@ -119,7 +126,8 @@ def with_a_first_save_that_fails(config: dict[str, Any]) -> int:
     return train_here(config, False)
 
 
-def test_a_best_step_that_was_saved_at_the_second_try_is_the_best(tmp_path: Path) -> None:
+@under_both
+def test_a_best_step_that_was_saved_at_the_second_try_is_the_best(engine: dict[str, Any], tmp_path: Path) -> None:
     config = tiny(
         tmp_path,
         train__steps=2,
@@ -127,6 +135,7 @@ def test_a_best_step_that_was_saved_at_the_second_try_is_the_best(tmp_path: Path
         optim__lr=1e-30,
         checkpoint__every_steps=2,
         checkpoint__keep={"last": 1, "best": True},
+        **engine,
     )
     assert run_ranks(1, with_a_first_save_that_fails, config) == [0]
     assert [e["checkpoint"] for e in read_events(RunFolder(tmp_path / "run")) if e["event"] == "save_failed"]
@@ -137,8 +146,9 @@ def test_a_best_step_that_was_saved_at_the_second_try_is_the_best(tmp_path: Path
     assert RunFolder(tmp_path / "run").committed_steps() == [2, 8]
 
 
-def test_changed_steps_are_an_event_that_names_the_schedule(tmp_path: Path) -> None:
-    config = tiny(tmp_path)
+@under_both
+def test_changed_steps_are_an_event_that_names_the_schedule(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, **engine)
     assert train(config) == [0]
     config["train"]["steps"] = 8
     assert train(config) == [0]

@@ -202,6 +202,7 @@ def test_promise_parser(tmp_path: Path) -> None:
 
 def left_to_no_target(tests: dict[str, str], makefile: str) -> list[str]:
     """Files with tests that only `--full` runs, and that no recipe runs with it. `tests`: source by path."""
+    makefile = makefile.replace("\\\n", " ")
     variables = dict(re.findall(r"^(\w+) := (.*)", makefile, re.M))
     recipes = re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], ""), makefile).splitlines()
     run = [word for line in recipes if line.startswith("\t") and "--full" in line for word in line.split()]

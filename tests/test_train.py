@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.distributed import run_ranks, tiny, train
+from tests.engines import under_both
 from trainer.events import read_rows
 from trainer.folder import RunFolder, read_json
 
@@ -98,8 +99,9 @@ def samples_by_step(config: dict[str, Any]) -> dict[int, list[int]]:
     return {step: sorted(samples) for step, samples in found.items()}
 
 
-def test_another_world_size_goes_on_at_the_very_sample(tmp_path: Path) -> None:
-    config = tiny(tmp_path, train__steps=4, train__global_batch=10, data__record_samples=True)
+@under_both
+def test_another_world_size_goes_on_at_the_very_sample(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, train__steps=4, train__global_batch=10, data__record_samples=True, **engine)
     for size, steps in ((2, 4), (3, 7), (1, 9), (4, 12)):
         config["train"]["steps"] = steps
         assert train(config, size) == [0] * size

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.distributed import tiny, write_config
 from tests.life.runs import Running, finish_here, write_words
@@ -104,18 +101,3 @@ PHASES = [
     Phase("last step", lambda run: run.step() == 2, limit_s=3.0, steps=3, changes={"train__global_batch": 192}),
 ]
 BY_NAME = {phase.name: phase for phase in PHASES}
-
-
-def rows(once: list[tuple[str, ...]], *columns: Iterable[Any]) -> list[Any]:
-    """Parameters for a test: every combination, of which those not named in `once` are only for `--full`."""
-    found = []
-    for row in product(*columns):
-        names = tuple(getattr(value, "name", value) for value in row)
-        marks = [] if names in once else [pytest.mark.full]
-        found.append(pytest.param(*row, id="-".join(names).replace(" ", "-"), marks=marks))
-    return found
-
-
-ENGINES = ["fsdp", "zero"]
-# For a test with the fixture `engine` whose run under ZeRO is left to `--full`.
-under_both = pytest.mark.parametrize("engine", rows([("fsdp",)], ENGINES), indirect=True)

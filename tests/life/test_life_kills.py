@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.life.phases import BY_NAME, ENGINES, PHASES, Phase, rows, under_both
+from tests.engines import ENGINES, rows, under_both
+from tests.life.phases import BY_NAME, PHASES, Phase
 from tests.life.runs import LAUNCH, Running, clean_end, finish, finish_here, running, samples_are_consecutive
 
 VICTIMS = ["rank 0", "rank 1", "agent"]

@@ -17,7 +17,7 @@ import torch
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, write_config
-from tests.life.phases import under_both
+from tests.engines import under_both
 from tests.life.runs import LAUNCH, Watched, clean_end, running
 from trainer.checkpoint import disk
 from trainer.data.loader import MicroBatch

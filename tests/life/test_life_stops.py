@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.life.phases import ENGINES, PHASES, Phase, rows
+from tests.engines import ENGINES, rows
+from tests.life.phases import PHASES, Phase
 from tests.life.runs import LAUNCH, Running, Watched, clean_end, finish, finish_here, running, samples_are_consecutive
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, write_config
-from tests.life.phases import BY_NAME, ENGINES, PHASES, Phase, rows, under_both
+from tests.engines import ENGINES, rows, under_both
+from tests.life.phases import BY_NAME, PHASES, Phase
 from tests.life.runs import (
     LAUNCH,
     PROCESS,

@@ -12,6 +12,7 @@ import torch
 from configs.load import load, presets
 from models import IGNORE
 from tests.distributed import run_ranks, tiny, train, train_here
+from tests.engines import under_both
 from trainer.data.loader import MicroBatch
 from trainer.debug import check_batch, check_first_loss, check_gradients, cut_to_size
 from trainer.step import RunFailed
@@ -62,9 +63,10 @@ def test_every_preset_can_be_cut_to_size(name: str) -> None:
     assert (small.layers, small.vocab_size) == (load(name, []).model.layers, load(name, []).model.vocab_size)
 
 
-def test_a_run_that_fails_a_check_exits_1_and_says_which(tmp_path: Path) -> None:
+@under_both
+def test_a_run_that_fails_a_check_exits_1_and_says_which(engine: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
-    config = tiny(tmp_path, model__init_std=3.0)  # logits far from guessing
+    config = tiny(tmp_path, model__init_std=3.0, **engine)  # logits far from guessing
     assert run_ranks(1, train_here, config, True, env={"TMPDIR": str(tmp_path / "kept")}) == [1]
     (folder,) = (tmp_path / "kept").glob("muster-debug-*")
     end = json.loads((folder / "run/attempts/000/end.json").read_text())

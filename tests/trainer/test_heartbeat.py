@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed import tiny, train
+from tests.engines import under_both
 from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder
 from trainer.heartbeat import HEARTBEATS_VARIABLE, RECORD_BYTES, Heartbeat, Heartbeats, Phase
@@ -118,8 +120,9 @@ def test_a_beat_costs_microseconds() -> None:
     assert (time.process_time() - began) / 20_000 < 20e-6  # 2 here; a step makes five
 
 
-def test_a_run_says_how_long_each_phase_took(tmp_path: Path) -> None:
-    config = tiny(tmp_path, train__validate_every_steps=3)
+@under_both
+def test_a_run_says_how_long_each_phase_took(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, train__validate_every_steps=3, **engine)
     assert train(config, 2) == [0, 0]
     folder = RunFolder(Path(config["run"]["dir"]))
     rows = read_rows(folder.metrics)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from configs.schema import Config
 from tests.distributed import tiny, train
+from tests.engines import under_both
 from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder
 
@@ -22,8 +23,9 @@ def profiled(config: dict[str, Any], ranks: int) -> tuple[RunFolder, list[str]]:
     return folder, sorted(p.name for p in (folder.attempts / "000").glob("profile-*"))
 
 
-def test_a_range_of_steps_of_one_rank(tmp_path: Path) -> None:
-    config = tiny(tmp_path, monitor__profile_steps=[1, 2], monitor__profile_ranks=[1])
+@under_both
+def test_a_range_of_steps_of_one_rank(engine: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tmp_path, monitor__profile_steps=[1, 2], monitor__profile_ranks=[1], **engine)
     folder, files = profiled(config, 2)
     assert files == [f"profile-00000001-00000002-rank-00001.{kind}" for kind in ("json.gz", "txt")]
     trace = json.loads(gzip.decompress((folder.attempts / "000" / files[0]).read_bytes()))

@@ -25,6 +25,7 @@ from configs.load import load
 from configs.schema import Config
 from launch.node import run_node
 from tests.distributed import run_ranks, tiny, train_here, write_config
+from tests.engines import under_both
 from trainer.events import read_rows
 from trainer.folder import RunFolder, checkpoint_name, write_json
 from trainer.series import Readings, TensorBoard, WeightsAndBiases, check_series, open_series
@@ -70,8 +71,14 @@ def drawn_run(folder: Path, **changes: Any) -> list[int]:
     return run_ranks(1, train_here, tiny(folder, **changes), False, env=env)
 
 
-def test_a_run_that_was_started_again_has_each_step_once(tmp_path: Path) -> None:
-    changes = {"run__tensorboard": True, "run__wandb": "lab", "monitor__hook": f"curl -H {SECRET} example.org"}
+@under_both
+def test_a_run_that_was_started_again_has_each_step_once(engine: dict[str, Any], tmp_path: Path) -> None:
+    changes = {
+        "run__tensorboard": True,
+        "run__wandb": "lab",
+        "monitor__hook": f"curl -H {SECRET} example.org",
+        **engine,
+    }
     folder = RunFolder(tmp_path / "run")
     assert drawn_run(tmp_path, checkpoint__every_steps=4, **changes) == [0]
     shutil.rmtree(folder.checkpoints / checkpoint_name(6))  # as if it had died: 5 and 6 are made again
