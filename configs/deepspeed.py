@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 AUTO = "auto"  # other tools' files leave a setting to the caller so
+SECONDARY = "zero_optimization.zero_hpz_partition_size"
 NEVER_PRINT = 1 << 62
 
 # Top-level settings that DeepSpeed reads and that are a config's own business. (It ignores names it does not know.)
@@ -82,7 +83,12 @@ def contradictions(config: Config) -> list[str]:
         for key in ("replicate", "tensor")
         if getattr(config.parallel, key) != 1
     ]
-    for key, value in _leaves(config.parallel.deepspeed):
+    leaves = dict(_leaves(config.parallel.deepspeed))
+    if leaves.get(SECONDARY, AUTO) not in (AUTO, 1) and (config.freeze.frozen or config.freeze.schedule):
+        found.append(
+            f"parallel.deepspeed: {SECONDARY} with frozen parameters: DeepSpeed 0.19.8 computes with wrong ones"
+        )
+    for key, value in leaves.items():
         ours = next((OURS[whole] for whole in _prefixes(key) if whole in OURS), None)
         if value == AUTO:
             continue

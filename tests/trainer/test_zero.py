@@ -42,6 +42,8 @@ FURTHER: list[tuple[str, int, dict[str, Any]]] = [
     ("sgd", 2, {"optim__name": "sgd", "optim__lr": 0.1}),
 ]
 
+SECONDARY = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, Pool]]:
@@ -93,6 +95,22 @@ def test_losses_and_metrics_are_those_of_fsdp(
             assert [row[key] for row in found] == wanted, (stage, key)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("size", [2, 4])
+def test_secondary_partitions_change_no_bit(size: int, pools: dict[int, Pool], tmp_path: Path) -> None:
+    """Of ZeRO++, and a run goes on with them from its checkpoint, and then without them under FSDP."""
+    pool = pools.setdefault(size, Pool(size))
+    common = {"train__global_batch": 16, "train__micro_batch": 4, "optim__schedule": "constant"}
+    zero: dict[str, Any] = {"parallel__engine": "zero", "parallel__zero_stage": 3}
+    rows = {}
+    for name, changes in (("plain", zero), ("secondary", {**zero, "parallel__deepspeed": SECONDARY})):
+        for steps, engine in ((3, changes), (6, changes), (8, {})):
+            rows[name], _ = trained(pool, tmp_path, name, {**common, **engine, "train__steps": steps})
+    numbers = {name: [(row["step"], row["loss"], row["grad_norm"]) for row in found] for name, found in rows.items()}
+    assert [step for step, _, _ in numbers["plain"]] == list(range(1, 9))
+    assert numbers["secondary"] == numbers["plain"]
+
+
 # ---- what cannot be -------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +151,10 @@ def test_another_deepspeed(version: str, good: bool, monkeypatch: pytest.MonkeyP
         (
             {"parallel__deepspeed": {"zero_optimization": {"offload_param": {"device": "disk"}}}},
             "offload_param.device can be cpu",
+        ),
+        (
+            {"parallel__deepspeed": SECONDARY, "freeze__frozen": ["embed.*"]},
+            "hpz_partition_size with frozen parameters",
         ),
     ],
 )

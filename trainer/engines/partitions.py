@@ -228,3 +228,14 @@ def partition_module(module: nn.Module, settings: dict[str, Any], like: Any | No
         deepspeed.zero.Init(module=module, config_dict_or_path=settings)
     else:
         like.convert_to_zero_parameters(param_list=list(module.parameters(recurse=False)))
+
+
+def leave_secondary_group() -> None:
+    """End the group over which ZeRO++ keeps parameters once more: a process may have one, and does not give it up with
+    the engine."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    group = groups._get_zero_param_intra_parallel_group()
+    if group is not None:
+        deepspeed.comm.destroy_process_group(group)

@@ -28,7 +28,7 @@ from trainer.checkpoint.pieces import Piece
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.names import DTYPES, Named
-from trainer.engines.partitions import Fragment, Partitions, partition_module, share_of
+from trainer.engines.partitions import Fragment, Partitions, leave_secondary_group, partition_module, share_of
 from trainer.engines.swapped import Swapping
 from trainer.optim import build_optimizers, counts_steps, state_keys
 from trainer.seeds import generator
@@ -114,6 +114,7 @@ class ZeroEngine(Named):
         if hasattr(self, "_parts"):
             self._parts.free(named.values())
             del self._parts, named
+        leave_secondary_group()
         gc.collect()
         self._swapping.remove_folders()
 
