@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from configs.schema import Config, ParallelSection
 
 AUTO = "auto"  # other tools' files leave a setting to the caller so
+PARAMETERS = "zero_optimization.offload_param"
 SECONDARY = "zero_optimization.zero_hpz_partition_size"
 NEVER_PRINT = 1 << 62
 
@@ -43,7 +44,6 @@ OURS = {
     "zero_optimization.cpu_offload": "parallel.cpu_offload",
     "zero_optimization.cpu_offload_param": "parallel.cpu_offload",
     "zero_optimization.compute_grad_norm": "the norm decides whether an update is applied",
-    "zero_optimization.offload_optimizer.fast_init": "masters are read or drawn after the engine is built",
     "zero_optimization.offload_optimizer.super_offload": "its optimizer is DeepSpeed's own",
     "zero_optimization.offload_optimizer.ratio": "its optimizer is DeepSpeed's own",
 }
@@ -55,8 +55,7 @@ ONE_BY_ONE = ("zero_optimization.stage3_prefetch_bucket_size", "zero_optimizatio
 def _decided(config: Config) -> dict[str, tuple[Any, str]]:
     """Settings whose value follows from the config: (value, our key). Giving the same value again does no harm."""
     train, parallel, precision = config.train, config.parallel, config.precision
-    given = dict(_leaves(parallel.deepspeed))
-    one_by_one = ONE_BY_ONE if given.get("zero_optimization.offload_param.device") == "nvme" else ()
+    one_by_one = ONE_BY_ONE if _given(config.parallel).get(f"{PARAMETERS}.device") == "nvme" else ()
     return {
         **dict.fromkeys(one_by_one, (0, "offload_param.device nvme: it must be 0")),
         "train_batch_size": (train.global_batch, "train.global_batch"),
@@ -66,6 +65,7 @@ def _decided(config: Config) -> dict[str, tuple[Any, str]]:
         "bf16.enabled": (precision.compute == "bf16", "precision.compute"),
         "fp16.enabled": (False, "precision.compute"),
         "zero_optimization.stage": (parallel.zero_stage, "parallel.zero_stage"),
+        "zero_optimization.offload_optimizer.fast_init": (False, "how masters begin: read or drawn once all is built"),
         "zero_optimization.offload_optimizer.device": (None, "parallel.cpu_offload"),
         "zero_optimization.offload_param.device": (None, "parallel.cpu_offload"),
     }
@@ -73,7 +73,7 @@ def _decided(config: Config) -> dict[str, tuple[Any, str]]:
 
 def contradictions(config: Config) -> list[str]:
     """What ZeRO cannot do of this config, and what in `parallel.deepspeed` says otherwise or is no setting."""
-    decided, found = _decided(config), []
+    decided, given, found = _decided(config), _given(config.parallel), []
     if config.optim.name == "muon":
         found.append("parallel.engine zero cuts matrices anywhere, optim.name muon needs them whole: use fsdp")
     if config.precision.params != "fp32":
@@ -83,15 +83,13 @@ def contradictions(config: Config) -> list[str]:
         for key in ("replicate", "tensor")
         if getattr(config.parallel, key) != 1
     ]
-    leaves = dict(_leaves(config.parallel.deepspeed))
-    if leaves.get(SECONDARY, AUTO) not in (AUTO, 1) and (config.freeze.frozen or config.freeze.schedule):
-        found.append(
-            f"parallel.deepspeed: {SECONDARY} with frozen parameters: DeepSpeed 0.19.8 computes with wrong ones"
-        )
-    for key, value in leaves.items():
+    if secondary_size(config.parallel) > 1:
+        if config.freeze.frozen or config.freeze.schedule:
+            found.append(f"parallel.deepspeed: {SECONDARY} with frozen parameters: DeepSpeed computes with wrong ones")
+        if given.get(f"{PARAMETERS}.device") == "nvme":
+            found.append(f"parallel.deepspeed: {SECONDARY} and {PARAMETERS}.device nvme exclude each other")
+    for key, value in given.items():
         ours = next((OURS[whole] for whole in _prefixes(key) if whole in OURS), None)
-        if value == AUTO:
-            continue
         if ours is not None:
             found.append(f"parallel.deepspeed: {key} is not DeepSpeed's to say: {ours}")
         elif key in decided:
@@ -103,7 +101,7 @@ def contradictions(config: Config) -> list[str]:
         elif key.split(".")[0] in ("bf16", "fp16"):
             found.append(f"parallel.deepspeed: {key} is not DeepSpeed's to say: precision.compute")
         elif key.endswith(".nvme_path"):
-            if dict(_leaves(config.parallel.deepspeed)).get(key.replace("nvme_path", "device")) != "nvme":
+            if given.get(key.replace("nvme_path", "device")) != "nvme":
                 found.append(f"parallel.deepspeed: {key} needs device: nvme beside it")
         elif key.split(".")[0] not in FREE:
             found.append(f"parallel.deepspeed: {key} is no setting that is passed on; see docs/zero.md")
@@ -118,7 +116,7 @@ def _wrong_device(config: Config, key: str, value: Any) -> list[str]:
         return [f"parallel.deepspeed: {key} {allowed}; got {value!r}"]
     if value == "nvme" and parallel.zero_stage != 3:
         return [f"parallel.deepspeed: {key} nvme needs parallel.zero_stage 3"]
-    given = dict(_leaves(parallel.deepspeed))
+    given = _given(config.parallel)
     if value == "nvme" and not isinstance(given.get(key.replace("device", "nvme_path")), str):
         return [f"parallel.deepspeed: {key} nvme needs nvme_path beside it: a folder on a disk of each node"]
     if value == "nvme" and given.get(key.replace("param", "optimizer")) != "nvme":
@@ -141,8 +139,8 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "zero_optimization": {"stage": parallel.zero_stage, "memory_efficient_linear": False},
     }
     theirs: dict[str, Any] = {}
-    for key, value in _leaves(parallel.deepspeed):
-        if value != AUTO and (key not in decided or key.endswith(".device")):
+    for key, value in _given(config.parallel).items():
+        if key not in decided or key.endswith(".device"):
             _put(theirs, key.split("."), value)
     for key in decided.keys() & {*ONE_BY_ONE}:
         _put(theirs, key.split("."), 0)
@@ -151,6 +149,18 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         for key in ("offload_optimizer", "offload_param")[: 2 if parallel.zero_stage == 3 else 1]:
             zero.setdefault(key, {}).setdefault("device", "cpu")
     return _merged(theirs, ours)
+
+
+def secondary_size(parallel: ParallelSection) -> int:
+    """Over how many ranks ZeRO++ cuts its second copy of the parameters; 1 without one. (DeepSpeed refuses what is no
+    number.)"""
+    size = _given(parallel).get(SECONDARY)
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def _given(parallel: ParallelSection) -> dict[str, Any]:
+    """What `parallel.deepspeed` sets, by dotted key: not what it leaves to us, or says with nothing in it."""
+    return {key: value for key, value in _leaves(parallel.deepspeed) if value not in (AUTO, None, {})}
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

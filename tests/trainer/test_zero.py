@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from configs.deepspeed import deepspeed_settings
 from configs.errors import UserError
 from configs.schema import Config, ParallelSection
 from tests.distributed import tiny
@@ -175,7 +176,6 @@ def test_what_a_recipe_says_alike_is_no_contradiction(tmp_path: Path) -> None:
         "wall_clock_breakdown": True,
     }
     built = Config.model_validate(tiny(tmp_path, parallel__engine="zero", parallel__deepspeed=recipe))
-    from configs.deepspeed import deepspeed_settings
 
     settings = deepspeed_settings(built)
     assert settings["zero_optimization"] == {"stage": 3, "overlap_comm": True, "memory_efficient_linear": False}
@@ -183,6 +183,22 @@ def test_what_a_recipe_says_alike_is_no_contradiction(tmp_path: Path) -> None:
     assert settings["gradient_accumulation_steps"] == settings["train_micro_batch_size_per_gpu"] == 1
     assert "gradient_clipping" not in settings  # given step by step
     assert "train_batch_size" not in settings
+
+
+def test_what_a_recipe_leaves_empty_is_not_given(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"zero_optimization": {"offload_param": None, "offload_optimizer": {}}}
+    config = Config.model_validate(
+        tiny(tmp_path, parallel__engine="zero", parallel__cpu_offload=True, parallel__deepspeed=recipe)
+    )
+    assert deepspeed_settings(config)["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert config.parallel.deepspeed == recipe
+
+
+def test_secondary_partitions_that_do_not_divide_the_ranks() -> None:
+    parallel = ParallelSection(engine="zero", deepspeed=SECONDARY)
+    check_engine(parallel, 4)
+    with pytest.raises(UserError, match="zero_hpz_partition_size 2 does not divide 3 ranks"):
+        check_engine(parallel, 3)
 
 
 def test_a_setting_that_deepspeed_does_not_know_is_refused(pools: dict[int, Pool], tmp_path: Path) -> None:

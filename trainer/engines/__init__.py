@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from configs.deepspeed import secondary_size
 from configs.errors import UserError
 from configs.schema import Config, ParallelSection
 
@@ -21,6 +22,9 @@ def check_engine(parallel: ParallelSection, world_size: int) -> None:
     """Raise UserError when the engine cannot run here, before anything is touched."""
     if parallel.engine == "zero":
         _check_deepspeed()
+        size = min(secondary_size(parallel), world_size)
+        if world_size % size:
+            raise UserError(f"parallel.deepspeed: zero_hpz_partition_size {size} does not divide {world_size} ranks")
     elif parallel.cpu_offload and world_size == 1:
         raise UserError("parallel.cpu_offload needs at least 2 ranks: one process keeps everything on its device")
 

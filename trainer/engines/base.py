@@ -38,9 +38,9 @@ class Engine(Protocol):
     def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         """Add this micro batch's gradients. `scale` is 1 / the step's global target count (0-d, on the device): the
         engine undoes its backend's own averaging, so gradients are plain sums over ranks. After the `last` one they are
-        synchronised; an engine may do so earlier. A loss that is not finite makes them NaN. Returns the task's sums,
-        fp64 [columns], of this rank alone; the ranks of a tensor group, who have the same samples, all return the
-        same."""
+        synchronised; an engine may do so earlier. A loss that is not finite makes their norm NaN. Returns the sums of
+        the task, fp64 [columns], of this rank alone; the ranks of a tensor group, who have the same samples, all return
+        the same."""
 
     def update(self, lr_factor: float, clip: float | None) -> float:
         """Clip, update, clear gradients; returns the global gradient norm before clipping. When that is not finite,

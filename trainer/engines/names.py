@@ -46,8 +46,8 @@ class Named:
 
     @staticmethod
     def _weighted(total: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        """What to differentiate of a micro batch. A loss that is not finite makes every gradient NaN, even where its
-        own are finite: they reach all ranks by the reduction that is made anyway, and all skip the update alike."""
+        """What to differentiate of a micro batch. A loss that is not finite makes NaN of its gradients, even of
+        finite ones: they reach all ranks by the reduction that is made anyway, and all skip the update alike."""
         return total * (scale + 0.0 * sums.detach().sum().to(scale.dtype))
 
     def _buffers(self) -> dict[str, torch.Tensor]:

@@ -191,7 +191,7 @@ class Partitions:
         averaged.update(dict.fromkeys(averaged))
         for swapped in () if self._swapper is None else self._swapper.swap_params_info.values():
             swapped.release_unswapped_gradients()
-        self._files.close()
+        self.close_files()
 
     def _keep_gradients(
         self, parameter: Any, gradient_offsets: Sequence[int], gradient_tensors: Sequence[torch.Tensor]

@@ -10,7 +10,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,38 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
+from trainer.names import node_name
 from trainer.world import World
 
 PREFIX = "muster-swap-"
-STALE_LOCK_S = 1800.0  # no compiler takes as long
+EXTENSIONS = ("pin_memory", "async_io")  # the second needs the first
 
 
 class SwapFolder:
-    """A folder of this rank's own in `parent`, locked for as long as this process lives: what a killed one left is
-    known by being unlocked, whatever its machine and container were, and goes when the next one is made."""
+    """A folder of this rank's own in `parent`, with a file in it that is locked for as long as this process lives.
+    What a killed one left is known by being unlocked. Looked for under this node's name alone: on a disk of several
+    nodes a lock may hold on its own node only."""
 
     def __init__(self, parent: Path) -> None:
-        for left in parent.glob(f"{PREFIX}*"):
-            _remove_if_left(left)
         made = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
         self._lock = _locked(made)
-        self.path = made.rename(parent / f"{PREFIX}{made.name.removeprefix('new-')}")
+        self.path = made.rename(parent / f"{PREFIX}{node_name()}-{made.name.removeprefix('new-')}")
 
     def remove(self) -> None:
-        """With all that is in it."""
-        shutil.rmtree(self.path)
+        """With all that is in it. What cannot be removed is unlocked, and goes with what killed ones left: it is no
+        reason to lose how the run ended."""
+        shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
+def remove_left(parent: Path) -> None:
+    """Remove the folders of processes of this node that live no more."""
+    for left in parent.glob(f"{PREFIX}{node_name()}-*"):
+        _remove_if_left(left)
+
+
 def _locked(folder: Path) -> int:
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -71,9 +79,24 @@ class Swapping:
 
     def check(self, world: World) -> None:
         """Raise UserError, on all ranks alike, when any of them could not swap. A collective."""
+
+        def check() -> None:
+            for parent in self._parents:
+                _check_folder(parent)
+            _check_extension()
+
+        self._agree(world, check)
+
+    def _agree(self, world: World, check: Callable[[], None]) -> None:
+        """Raise, on all ranks alike, what any of them finds. A collective."""
         if not self.sections:
             return
-        faults = [fault for fault in world.gather(self._fault()) if fault is not None]
+        fault = None
+        try:
+            check()
+        except (UserError, OSError) as error:
+            fault = str(error)
+        faults = [found for found in world.gather(fault) if found is not None]
 
         def refuse() -> None:
             if faults:
@@ -81,24 +104,43 @@ class Swapping:
 
         world.from_first(refuse)
 
-    def _fault(self) -> str | None:
-        try:
-            for parent in self._parents:
-                _check_folder(parent)
-            _check_extension()
-        except UserError as error:
-            return str(error)
-        return None
-
-    def set_buffers(self, largest: int, in_a_block: int) -> None:
+    def set_buffers(self, world: World, largest: int, in_a_block: int) -> None:
         """How many and how large, if the settings do not say; page-locked, and taken in any case. `largest`: elements
-        of the largest parameter that are this rank's."""
+        of the largest parameter that are this rank's. Raises UserError where DeepSpeed could not do with them."""
+        least = []
         for optimizer in self.sections[:1]:  # master, gradient, two moments: of a group in use, one read, one written
-            groups = 1 + sum(bool(optimizer.get(f"pipeline_{what}")) for what in ("read", "write"))
-            optimizer.setdefault("buffer_count", 4 * groups)
+            count = 4 * (1 + sum(bool(optimizer.get(f"pipeline_{what}")) for what in ("read", "write")))
+            least.append(("offload_optimizer.buffer_count", optimizer.setdefault("buffer_count", count), count))
         for parameters in self.sections[1:]:  # a block may be gathered at once, beside what lies outside of blocks
-            parameters.setdefault("buffer_size", largest)
+            least.append(("offload_param.buffer_size", parameters.setdefault("buffer_size", largest), largest))
             parameters.setdefault("buffer_count", in_a_block + 4)
+
+        def check() -> None:
+            for key, value, needed in least:
+                if value < needed:
+                    raise UserError(f"parallel.deepspeed: {key} {value} is too little here: {needed}, or leave it out")
+
+        self._agree(world, check)
+
+    def check_space(self, world: World, needed_bytes: Sequence[int]) -> None:
+        """`needed_bytes`: of this rank, masters with their state, and parameters. Raises UserError, on all ranks alike,
+        when they do not fit: DeepSpeed takes a write that a full disk cut short for a good one. A collective."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self.sections:
+            world.barrier()  # the other ranks' folders of the engine before are gone
+
+        def check() -> None:
+            wanted = list(zip(self._parents, needed_bytes, strict=False))
+            for parent in dict.fromkeys(self._parents):
+                remove_left(parent)
+                free, need = shutil.disk_usage(parent).free, ranks * sum(n for place, n in wanted if place == parent)
+                if free < need:
+                    raise UserError(
+                        f"parallel.deepspeed: nvme_path {parent} has {free / 1e9:.2f} GB free, "
+                        f"but {need / 1e9:.2f} GB will lie there: free some space, or name another disk"
+                    )
+
+        self._agree(world, check)
 
     def make_folders(self) -> None:
         for section, parent in zip(self.sections, self._parents, strict=True):
@@ -121,6 +163,8 @@ class Mappings:
         """The first `numel` elements of a file that is there."""
         if path not in self._maps:
             self._maps[path] = np.memmap(path, np.uint8, "r+")
+        if self._maps[path].size < numel * dtype.itemsize:  # a slice would be shorter, and nobody would notice
+            raise RuntimeError(f"{path}: {self._maps[path].size} bytes instead of {numel * dtype.itemsize}; disk full?")
         return torch.from_numpy(self._maps[path])[: numel * dtype.itemsize].view(dtype)
 
     def zeros(self, path: Path, dtype: torch.dtype, numel: int, file_bytes: int) -> torch.Tensor:
@@ -158,15 +202,33 @@ def _check_extension() -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from torch.utils.cpp_extension import _get_build_directory
 
-    for name in ("pin_memory", "async_io"):  # the first is part of the second
-        lock = Path(_get_build_directory(name, False)) / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_S:
-            raise UserError(f"{lock} was left by a start that was killed, and every later one would wait: remove it")
+    builder = AsyncIOBuilder()
     try:
-        AsyncIOBuilder().load(verbose=False)
+        if not builder.is_compatible():  # before anything is compiled
+            raise RuntimeError("libaio is missing")
+        with _building([Path(_get_build_directory(name, False)) for name in EXTENSIONS]):
+            builder.load(verbose=False)
     except Exception as error:  # whatever a compiler and its absence may raise
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"device nvme needs DeepSpeed's extension async_io, which does not build here: {why}\n"
             "install libaio's headers (apt: libaio-dev), a C++ compiler and ninja, or use device: cpu"
         ) from error
+
+
+@contextmanager
+def _building(folders: Sequence[Path]) -> Iterator[None]:
+    """Alone among this user's processes. torch has a lock of its own in each folder, on which every start would wait
+    for ever if its owner is killed while it compiles: that of one which was killed in here is removed."""
+    with (folders[0].parent / "muster-building").open("a+") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        mark.seek(0)
+        if mark.read():
+            for folder in folders:
+                (folder / "lock").unlink(missing_ok=True)
+        mark.write(f"{node_name()} {os.getpid()}\n")
+        mark.flush()
+        try:
+            yield
+        finally:
+            mark.truncate(0)

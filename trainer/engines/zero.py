@@ -56,7 +56,7 @@ class ZeroEngine(Named):
         numel = sum(math.prod(info.shape) for info in self._infos.values())
         self._settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET_ELEMENTS, numel))
         largest = max(math.prod(info.shape) for info in self._infos.values())
-        self._swapping.set_buffers(-(-largest // world.size), len(list(self.model.blocks[0].parameters())))
+        self._swapping.set_buffers(world, -(-largest // world.size), len(list(self.model.blocks[0].parameters())))
         self._engine: Any = None
         self._parts: Partitions
         self._named: dict[str, nn.Parameter] = {}
@@ -82,8 +82,9 @@ class ZeroEngine(Named):
         import deepspeed
 
         self._destroy()
-        self._swapping.make_folders()
         trainable, held = set(names), set(held_elsewhere)
+        self._swapping.check_space(self.world, self._bytes_to_swap(trainable))
+        self._swapping.make_folders()
         self.model = self._allocate(trainable)
         self._named = dict(self.model.named_parameters())
         parallel = self.config.parallel
@@ -120,6 +121,12 @@ class ZeroEngine(Named):
 
     def close(self) -> None:
         self._swapping.remove_folders()
+
+    def _bytes_to_swap(self, trainable: set[str]) -> tuple[int, int]:
+        """Of this rank, at most: masters with their state, and what forward reads."""
+        shares = {name: -(-math.prod(info.shape) // self.world.size) for name, info in self._infos.items()}
+        masters = sum(4 * (1 + len(self._state_keys(name))) * shares[name] for name in trainable)
+        return masters, self._compute.itemsize * sum(shares.values())
 
     @property
     def _home(self) -> torch.device:
