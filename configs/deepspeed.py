@@ -95,7 +95,7 @@ def contradictions(config: Config) -> list[str]:
         elif key in decided:
             expected, by = decided[key]
             if key.endswith(".device"):
-                found += _wrong_device(config, key, value)
+                found += _wrong_device(config.parallel, given, key, value)
             elif value != expected:
                 found.append(f"parallel.deepspeed: {key} {value!r} contradicts {by}")
         elif key.split(".")[0] in ("bf16", "fp16"):
@@ -108,15 +108,13 @@ def contradictions(config: Config) -> list[str]:
     return found
 
 
-def _wrong_device(config: Config, key: str, value: Any) -> list[str]:
+def _wrong_device(parallel: ParallelSection, given: dict[str, Any], key: str, value: Any) -> list[str]:
     """Why what `key` offloads cannot go to this device."""
-    parallel = config.parallel
     if value not in ("cpu", "nvme", "none") or (value == "none" and parallel.cpu_offload):
         allowed = "can be cpu, nvme or, without parallel.cpu_offload, none"
         return [f"parallel.deepspeed: {key} {allowed}; got {value!r}"]
     if value == "nvme" and parallel.zero_stage != 3:
         return [f"parallel.deepspeed: {key} nvme needs parallel.zero_stage 3"]
-    given = _given(config.parallel)
     if value == "nvme" and not isinstance(given.get(key.replace("device", "nvme_path")), str):
         return [f"parallel.deepspeed: {key} nvme needs nvme_path beside it: a folder on a disk of each node"]
     if value == "nvme" and given.get(key.replace("param", "optimizer")) != "nvme":
@@ -139,7 +137,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "zero_optimization": {"stage": parallel.zero_stage, "memory_efficient_linear": False},
     }
     theirs: dict[str, Any] = {}
-    for key, value in _given(config.parallel).items():
+    for key, value in _given(parallel).items():
         if key not in decided or key.endswith(".device"):
             _put(theirs, key.split("."), value)
     for key in decided.keys() & {*ONE_BY_ONE}:
