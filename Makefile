@@ -111,4 +111,5 @@ slurm-deps:
 	@sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); export DEBIAN_FRONTEND=noninteractive; \
 	    get() { $$sudo apt-get install -y -qq --no-install-recommends "$$@" >/dev/null; }; \
 	    $$sudo apt-get update -qq && get slurmctld slurmd slurm-client munge iproute2 && \
-	    { get slurmdbd mariadb-server-core || echo "no accounting: slurmdbd and mariadb-server-core were not found"; }
+	    { get slurmdbd mariadb-server-core mariadb-client-core || \
+	        echo "no accounting: slurmdbd, mariadb-server-core and mariadb-client-core were not found"; }
