@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from typing import Any
 
 # Python's handler in C writes the stacks even while no Python code can run; the record needs a thread of its own.
 STACKS_SIGNAL = signal.SIGRTMIN + 7
@@ -31,7 +32,14 @@ def _answer(file: int) -> None:
         if "torch" in sys.modules:
             from torch._C import _distributed_c10d as c10d
 
-            # NCCL's recorder where torch has one, else that of the other backends
-            dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json")  # noqa: B009
-            data = dump()
-            os.pwrite(file, data if isinstance(data, bytes) else data.encode(), 0)
+            os.pwrite(file, _flight(c10d), 0)
+
+
+def _flight(c10d: Any) -> bytes:
+    """The collectives that this process made: NCCL's record, or that of the other backends where NCCL made none.
+
+    A torch built for CUDA has both records; on the CPU that of NCCL is empty.
+    """
+    dumps = [getattr(c10d, name)() for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json") if hasattr(c10d, name)]
+    texts = [dump if isinstance(dump, bytes) else dump.encode() for dump in dumps]
+    return next((text for text in texts if b'"entries"' in text), texts[-1])
