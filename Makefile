@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test schema clean life slurm monitor faults matrix matrix-zero bench bench-checkpoint bench-zero gpu tutorial picture slurm-deps
+.PHONY: help demo test style test-all schema clean life slurm monitor faults matrix matrix-zero bench bench-checkpoint bench-zero gpu tutorial picture slurm-deps
 help:
 	@echo "make demo    set up, then train the demo on this machine"
-	@echo "make test    set up, then check style, types, imports and run the tests"
+	@echo "make test    set up, then check style, types, imports and run the tests (ARGS: only these tests)"
+	@echo "make style   check style, types and imports alone"
+	@echo "make test-all   every test there is (hours), with a table; goes on where it was stopped"
 	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema.py"
 	@echo "make life    every phase of a run with every cause of stopping and killing, under both engines"
 	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (3 minutes)"
@@ -26,8 +28,23 @@ help:
 demo: $(VENV)/.demo
 	@$(BIN)/python -m launch run demo $(ARGS) || [ $$? -eq 3 ]  # 3: stopped as asked
 
+# Style is checked beside the tests and yields to them: they wait for processes that they started half of their time.
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@[ -z "$(ARGS)" ] || exec $(BIN)/python -m pytest -n 2 $(ARGS); \
+	nice $(MAKE) -s style > $(VENV)/style.log 2>&1 & style=$$!; \
+	$(BIN)/python -m pytest -n 2; tests=$$?; \
+	wait $$style || { cat $(VENV)/style.log; exit 1; }; \
+	exit $$tests
+
+style: $(VENV)/.test
+	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports; do \
+	    $(BIN)/$$tool || { echo "$$tool: found what is above" >&2; status=1; }; \
+	done; exit $$status
+
+# Everything, file by file; goes on where it was stopped.
+test-all: $(VENV)/.test
+	@nice $(MAKE) -s style
+	@$(BIN)/python -m tests.everything
 
 schema: $(VENV)/.demo
 	@$(BIN)/python -m configs.reference

@@ -1,11 +1,15 @@
-"""`--full` is for tests that take much longer than a normal run, each with a `make` target of its own. Tests marked
-`alone` time something: while one runs, no other worker of pytest-xdist runs a test."""
+"""Two tiers: what is marked `full` runs with `--full` alone (`make test-all`, and targets for parts of it).
+
+Tests marked `alone` time something: while one runs, no other worker of pytest-xdist runs a test. `--record` writes
+down how long each file took; long ones start first.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +18,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.durations import UNKNOWN_S, record, recorded
 from tests.left_out import LEFT_OUT
+
+CLOCK = pytest.StashKey["Clock"]()
 
 # How long an example takes depends on what else runs here: that is no failure of what is tested.
 settings.register_profile("muster", deadline=None)
@@ -29,14 +36,15 @@ def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also what takes long: every phase, cause and cell")
+    parser.addoption("--record", action="store_true", help="write down how long each file took")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = set()
-    config.addinivalue_line(
-        "markers",
-        "full: only with --full (make life, make faults, make matrix, make matrix-zero, make slurm, make monitor)",
-    )
+    config.stash[CLOCK] = Clock()
+    config.pluginmanager.register(config.stash[CLOCK])
+    config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests, not by their time
+    config.addinivalue_line("markers", "full: only with --full (make test-all)")
     config.addinivalue_line("markers", "alone: times something, so no other test runs beside it")
     # Under nohup, or in the background of a script, some are ignored, and so would all be that tests start.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -47,25 +55,56 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
+    longest_first(config, items)
+
+
+def longest_first(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What stays with one worker, in the order of the time that it took when that was recorded."""
+    known = recorded(tier_of(config))
+    seconds: Counter[str] = Counter()
+    for name in {item.nodeid.split("::")[0] for item in items}:
+        seconds[scope_of(name)] += known.get(name, UNKNOWN_S)
+    items.sort(key=lambda item: -seconds[scope_of(item.nodeid)])
+
+
+def tier_of(config: pytest.Config) -> str:
+    return "full" if config.getoption("full") else "quick"
+
+
+def scope_of(nodeid: str) -> str:
+    """A file's tests stay with one worker; all of tests/slurm as well, for its one cluster."""
+    return "tests/slurm" if nodeid.startswith("tests/slurm/") else nodeid.split("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay with one worker; all of tests/slurm as well, for its one cluster."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+            return scope_of(nodeid)
 
     return Scheduling(config, log)
 
 
+class Clock:
+    """Adds up what each file took, over all workers."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid.split("::")[0]] += report.duration
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = sorted(session.config.stash[LEFT_OUT])
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = sorted(config.stash[LEFT_OUT])
+    elif config.getoption("record"):
+        record(tier_of(config), config.stash[CLOCK].seconds)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,0 +1,26 @@
+"""How long each file of tests took when it was last recorded: long ones start first, so that none is the tail.
+
+`make test ARGS=--record` writes the times of a run down; `--full --record` those of everything.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FILE = Path(__file__).with_name("durations.json")
+UNKNOWN_S = 5.0
+
+
+def recorded(tier: str) -> dict[str, float]:
+    """Seconds by file, for the tier `quick` or `full`."""
+    found: dict[str, dict[str, float]] = json.loads(FILE.read_text("utf-8"))
+    return found.get(tier, {})
+
+
+def record(tier: str, seconds: dict[str, float]) -> None:
+    """Write down what these files took; others keep what is known of them."""
+    found = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
+    known = {name: s for name, s in found.get(tier, {}).items() if (FILE.parent.parent / name).exists()}
+    found[tier] = dict(sorted({**known, **{name: round(s, 1) for name, s in seconds.items()}}.items()))
+    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
