@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from benchmarks.plain import PAGE, Layout, cut, forget, read_directly, read_plainly, read_runs, runs_of
 from benchmarks.table import show
@@ -193,7 +196,7 @@ class Bench:
 
     def loading(self) -> None:
         for layout in self.layouts():
-            self.compare(f"loading, {layout.name} / readinto", layout.load, lambda x=layout: self.read(x), _nothing)
+            self.compare(f"loading, {layout.name} / readinto", layout.load, partial(self.read, layout), _nothing)
         same, columns = self.layouts()[0], self.layouts()[-1]
         runs = runs_of(columns)
         self.compare(f"loading, {columns.name} / pread of each run", columns.load, lambda: read_runs(runs), _nothing)
@@ -202,10 +205,14 @@ class Bench:
 
     def cold(self) -> None:
         for layout in self.layouts():
-            direct = lambda x=layout: self.read(x, direct=True)  # noqa: E731
-            self.compare(f"cold loading, {layout.name} / O_DIRECT", layout.load, direct, lambda x=layout: forget(x))
+            direct = partial(self.read, layout, direct=True)
+            self.compare(f"cold loading, {layout.name} / O_DIRECT", layout.load, direct, partial(forget, layout))
         columns = self.layouts()[-1]
-        twice = lambda: [self.read(columns, direct=True) for _ in columns.readers]  # noqa: E731
+
+        def twice() -> None:
+            for _ in columns.readers:
+                self.read(columns, direct=True)
+
         what = f"cold loading, {columns.name} / O_DIRECT by each reader"
         self.compare(what, columns.load, twice, lambda: forget(columns))
 
@@ -272,14 +279,14 @@ class Bench:
 
     def dcp(self) -> None:
         folder = self.folder / "dcp"
-        save = lambda: dcp.save(  # noqa: E731
-            self.state.tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True
+        save = lambda: dcp_save(  # noqa: E731
+            self.state.tensors, storage_writer=FileSystemWriter(folder), no_dist=True
         )
         self.compare("saving / DCP save", self.saver("saving"), save, self.clear)
         self.clear()
         save()
-        reader = lambda: dcp.load(  # noqa: E731
-            self.target.tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True
+        reader = lambda: dcp_load(  # noqa: E731
+            self.target.tensors, storage_reader=FileSystemReader(folder), no_dist=True
         )
         self.compare("loading, same layout / DCP load", self.layouts()[0].load, reader, _nothing)
 

@@ -1,18 +1,23 @@
 """Tokens/s, MFU and memory of Muster's loop on one GPU, for the shapes and lengths people compare by.
 
-    python benchmarks/gpu_speed.py [--shapes 1b,3b,8b] [--lengths 2048,4096,8192] [--steps 12] [--json FILE] [key=value]
+    python benchmarks/gpu_speed.py [--rows 8b@8192,1b@4096] [--steps 10] [--limit-s 420] [--json FILE] [key=value]
 
-Random tokens, one document per sample, bf16, per-block compile, full activation checkpointing, fused AdamW. The 8 B
-shape keeps parameters and optimizer state in bf16, as one GPU of 141 GB cannot hold fp32 masters beside them. `tiny`
-is a shape for a machine without a GPU, to see that the command works.
+Random tokens, one document per sample, bf16, per-block compile, full activation checkpointing, fused AdamW; nothing is
+saved, so the disk holds less than a MB a row. All fits a GPU of 80 GB, by arithmetic: 1 B and 3 B with fp32 masters
+take 22 and 58 GB; 8 B with parameters and optimizer state in bf16 takes 64 GB, and 3 GB for its head; activations take
+up to 3 GB. The most telling rows come first. Each is printed and written as soon as it is measured. One that does not
+fit what is left of the limit is left out, and one that is cut off keeps the steps it made. `tiny@64` is a row for a
+machine without a GPU, to see that the command works.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +26,60 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmarks.table import show
+from benchmarks.table import about, line, show, write_rows
 from configs.load import load
 from configs.schema import Config
-from tests.distributed import run_ranks
+from tests.distributed import RanksFailed, run_ranks
+from trainer.events import read_events, read_rows
+from trainer.folder import RunFolder
 
+TITLE = "Muster on one device"
 SHAPES: dict[str, tuple[str, list[str]]] = {
     "1b": ("llama3-1b", []),
     "3b": ("llama3-1b", ["model.dim=3072", "model.layers=28", "model.heads=24", "model.head_dim=128"]),
     "8b": ("llama3-8b", ["precision.params=bf16"]),
-    "tiny": ("demo", ["data.document_mask=false"]),
+    "tiny": ("demo", ["parallel.compile=false"]),
 }
+# Seconds from its start to its end on an H100, by arithmetic until they are measured: 45 for the process and the
+# compiler, and ten steps of 16,384 tokens.
+ABOUT_S = {"8b": 90, "3b": 60, "1b": 50, "tiny": 5}
+ROWS = "8b@8192,1b@4096,3b@4096,8b@4096,1b@2048,3b@2048,1b@8192,3b@8192,8b@2048"
 SAMPLES_PER_STEP = {2048: 8, 4096: 4, 8192: 2}
 WARM_UP = 3
+_TO_END_S = 5.0  # a row that is cut off is killed and read
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="1b,3b,8b")
-    parser.add_argument("--lengths", default="2048,4096,8192")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--limit-s", type=float, default=420.0)
     parser.add_argument("--json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
+    ends_s = time.monotonic() + options.limit_s
+    # 8 B leaves few GB: fixed segments would break them up. Before the first process, which reads it.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    names = [(shape, int(length)) for shape, _, length in (name.partition("@") for name in options.rows.split(","))]
+    (device,) = run_ranks(1, about)  # not here: this process would hold memory of the GPU from then on
+    if device.startswith("CPU") and any(shape != "tiny" for shape, _ in names):
+        sys.exit("these shapes need an NVIDIA GPU, and torch sees none; without one: --rows tiny@64")
     rows: list[dict[str, Any]] = []
-    for shape in options.shapes.split(","):
-        for length in map(int, options.lengths.split(",")):
+    for number, (shape, length) in enumerate(names, 1):
+        left_s = ends_s - time.monotonic()
+        enough = left_s > ABOUT_S[shape] + _TO_END_S
+        told = f"about {ABOUT_S[shape]} s" if enough else "left out"
+        print(f"[{number}/{len(names)}] {shape}@{length}: {told}; {left_s:.0f} s left", flush=True)
+        if enough:
             with tempfile.TemporaryDirectory(prefix="muster-gpu-") as folder:
                 config = make_config(shape, length, options.steps, Path(folder), options.overrides)
-                rows.append(run_ranks(1, measure, shape, config, timeout_s=900)[0])
-                print(rows[-1], flush=True)
-    show("Muster on one device", rows, options.json)
+                rows.append(measure(shape, config, left_s - _TO_END_S))
+            print(line(rows[-1]), flush=True)
+            write_rows(options.json, TITLE, device, rows)
+    if not rows:
+        sys.exit(f"--limit-s {options.limit_s:g} is too short for any of these rows")
+    show(TITLE, rows, options.json, device)
+    return 1 if any(row["note"] for row in rows) else 0
 
 
 def make_config(shape: str, length: int, steps: int, folder: Path, overrides: list[str]) -> Config:
@@ -70,6 +98,7 @@ def make_config(shape: str, length: int, steps: int, folder: Path, overrides: li
         "run.log_every_steps=1",
         "run.tensorboard=false",
         "checkpoint.every_steps=0",
+        "task.sample_tokens=0",
         f"data.seq_len={length}",
         f"model.max_seq_len={length}",
         "data.tokenizer=bytes",
@@ -82,38 +111,55 @@ def make_config(shape: str, length: int, steps: int, folder: Path, overrides: li
     return load(preset, [*fixed, *changes, *overrides])
 
 
-def measure(shape: str, config: Config) -> dict[str, Any]:
-    """Train, without a save, and take the median step after warm-up from metrics.jsonl."""
-    from models import build_model
-    from models.flops import causal_flops_per_token, flops_per_token, parameter_count
-    from trainer.events import read_rows
+def train_unsaved(config: Config) -> int:
+    """The trainer's own entry, by a run that writes no checkpoint and so asks for no disk. Returns the exit code."""
     from trainer.run import Run
     from trainer.start import start
     from trainer.stop import StopWish
 
     class Unsaved(Run):
-        def save(self, best: bool) -> None:
+        def save(self) -> None:
             self.saved_step = self.progress.step
 
-    code = start(config, StopWish(), Unsaved)
-    assert code == 0, "the run failed: see above"
-    found = read_rows(Path(config.run_dir) / "metrics.jsonl")[WARM_UP:]
-    tokens_per_s = statistics.median(row["tokens_per_s"] for row in found)
+        def check_space(self) -> None:
+            pass
+
+    return start(config, StopWish(), Unsaved)
+
+
+def measure(shape: str, config: Config, limit_s: float) -> dict[str, Any]:
+    """Train, for at most so long, and take the median step after warm-up from metrics.jsonl, of however many it has."""
+    from models import build_model
+    from models.flops import causal_flops_per_token, flops_per_token, parameter_count
+
+    folder = RunFolder(Path(config.run_dir))
+    note = ""
+    try:
+        (code,) = run_ranks(1, train_unsaved, config, timeout_s=limit_s)
+        if code != 0:
+            errors = [event["error"] for event in read_events(folder) if event["event"] == "rank_failed"]
+            note = f"failed: {(errors or [f'exit code {code}'])[-1]:.120}"
+    except RanksFailed as failure:
+        note = f"failed: {' '.join(str(failure).split()[-20:])}"
+    found = read_rows(folder.metrics)[WARM_UP:]
+    middle = lambda key: statistics.median(row[key] for row in found) if found and found[-1][key] else None  # noqa: E731
     with torch.device("meta"):
         model = build_model(config.model)
-    mfu = found[-1]["mfu"] and statistics.median(row["mfu"] for row in found)
+    mfu = middle("mfu")
     ratio = causal_flops_per_token(model, config.data.seq_len) / flops_per_token(model, config.data.seq_len)
     return {
         "shape": shape,
         "parameters (B)": parameter_count(model) / 1e9,
         "sequence": config.data.seq_len,
         "tokens/step": config.train.global_batch * config.data.seq_len,
-        "tokens/s": tokens_per_s,
-        "MFU": mfu if mfu is not None else "n/a",
-        "MFU, causal count": mfu * ratio if mfu is not None else "n/a",
-        "memory (GiB)": max(row["memory_gib"] for row in found),
+        "steps": len(found),
+        "tokens/s": middle("tokens_per_s") or "not measured",
+        "MFU": mfu or "n/a",
+        "MFU, causal count": mfu * ratio if mfu else "n/a",
+        "memory (GiB)": max((row["memory_gib"] for row in found), default="n/a"),
+        "note": note or ("" if found else f"no step after {WARM_UP} of warm-up"),
     }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -77,7 +77,7 @@ def read_plainly(path: Path, begin: int, memory: memoryview) -> None:
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         while len(memory):
-            memory = memory[file.readinto(memory) :]  # type: ignore[call-overload]
+            memory = memory[file.readinto(memory) or 0 :]
 
 
 def read_directly(path: Path, begin: int, memory: memoryview) -> None:

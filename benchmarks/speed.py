@@ -23,7 +23,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
@@ -106,7 +105,8 @@ def train_on(run: Any, steps: int, save_every: int = 0) -> None:
 def _row(
     name: str, a: Callable[[int], None], b: Callable[[int], None], steps: int, pairs: int, tokens: int, world: Any
 ) -> dict[str, Any]:
-    a(steps), b(steps)  # warm-up
+    for warm_up in (a, b):
+        warm_up(steps)
     times: list[tuple[float, float]] = []
     for pair in range(pairs):
         first, second = (a, b) if pair % 2 == 0 else (b, a)
@@ -144,15 +144,15 @@ class BareLoop:
         self.config, self.world = run.config, run.world
         compute = DTYPES[self.config.precision.compute]
         torch.manual_seed(0)
-        self.model: nn.Module = build_model(self.config.model)
+        self.model = build_model(self.config.model)
         for name, parameter in self.model.named_parameters():
-            self.model.init_parameter(name, parameter.data, torch.Generator().manual_seed(0))  # type: ignore[operator]
+            self.model.init_parameter(name, parameter.data, torch.Generator().manual_seed(0))
         self.model.to(self.world.device)
         mesh = make_mesh(self.config.parallel, self.world)
         self.autocast = mesh is None and compute != torch.float32
         if mesh is not None:
             precision = MixedPrecisionPolicy(param_dtype=compute if compute != torch.float32 else None)
-            for block in self.model.blocks:  # type: ignore[union-attr]
+            for block in self.model.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=precision)
             fully_shard(self.model, mesh=mesh, mp_policy=precision)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.optim.lr, fused=True)

@@ -9,16 +9,29 @@ from pathlib import Path
 from typing import Any
 
 
-def show(title: str, rows: list[dict[str, Any]], json_path: str | None) -> None:
+def show(title: str, rows: list[dict[str, Any]], json_path: str | None, device: str | None = None) -> None:
     """Print rows as a Markdown table under what it was measured with."""
-    print(f"\n{title} ({about()})\n")
+    device = device or about()
+    print(f"\n{title} ({device})\n")
     keys = list(rows[0])
     print("| " + " | ".join(keys) + " |")
     print("|" + "---|" * len(keys))
     for row in rows:
-        print("| " + " | ".join(_text(row[key]) for key in keys) + " |", flush=True)
+        print(line(row), flush=True)
+    write_rows(json_path, title, device, rows)
+
+
+def line(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(_text(value) for value in row.values()) + " |"
+
+
+def write_rows(json_path: str | None, title: str, device: str, rows: list[dict[str, Any]]) -> None:
+    """Whole or not at all: a benchmark that is killed keeps the rows that it wrote before."""
     if json_path:
-        Path(json_path).write_text(json.dumps({"title": title, "about": about(), "rows": rows}, indent=1) + "\n")
+        temporary = Path(f"{json_path}.new")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"title": title, "about": device, "rows": rows}, indent=1) + "\n")
+        temporary.replace(json_path)
 
 
 def about() -> str:

@@ -91,7 +91,8 @@ def in_turn(
     functions: dict[str, Callable[[], None]], rounds: int, world: Any, tidy: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
     """Seconds of each, one after the other in each round, beginning with another one each time. `tidy` is not timed."""
-    names, times = list(functions), {name: [] for name in functions}
+    names = list(functions)
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(rounds):
         for name in names[k % len(names) :] + names[: k % len(names)]:
             times[name].append(seconds(lambda steps, name=name: functions[name](), 0, world))  # type: ignore[misc]
@@ -255,7 +256,7 @@ class BareZero:
             "steps_per_print": 1 << 40,
         }
         matrices, others = ([p for p in model.parameters() if (p.ndim > 1) is whether] for whether in (True, False))
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]  # as ours
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]  # as ours
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 

@@ -80,7 +80,7 @@ class Run:
         self._say_frozen_ties()
         if self.origin.continuing:
             self.saved_step = self.progress.step
-        self._check_space()
+        self.check_space()
         self.validation = validation_batches(self.prepared, config, world.data_rank, world.data_size)
         self.loader = Loader(
             self.prepared,
@@ -203,7 +203,7 @@ class Run:
             self.events.write("save_failed", checkpoint=name, error=result.error)
             self.console.say(f"SAVE FAILED, {name}: {result.error}; the last good checkpoint stands")
 
-    def _check_space(self) -> None:
+    def check_space(self) -> None:
         """Refuse before the first step what would fill the disk. A collective: bytes are summed over all ranks."""
         mine = [p for p in self.engine.pieces() if p.is_mine() and p.original]
         carried = self.store.carried_bytes() if self.world.first else 0

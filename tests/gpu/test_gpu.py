@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import tiny, train
+from tests.distributed import run_ranks, tiny, train, train_here
 from tests.test_begin import values
 from tests.test_train import losses, tensors
 from trainer.events import read_rows
@@ -68,13 +68,15 @@ def test_rows_have_the_gpus_memory(tmp_path: Path) -> None:
     assert all(0 < row["memory_gib"] < 4 for row in rows)
 
 
-def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     assert train(config) == [0]
     on_gpu = values(tmp_path / "run", 6)
     config["train"]["steps"] = 7
     config["optim"]["lr"] = 1e-30
     config["run"]["accept_changes"] = ["optim.lr"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert train(config) == [0]
+    # handed to the rank itself: the server that it is a fork of keeps the environment that it began with
+    assert run_ranks(1, train_here, config, False, env={"CUDA_VISIBLE_DEVICES": ""}) == [0]
+    layouts = [(tmp_path / f"run/attempts/{n:03d}/rank-00000.log").read_text() for n in (0, 1)]
+    assert [", cuda" in text for text in layouts] == [True, False]
     assert values(tmp_path / "run", 7) == on_gpu
