@@ -30,17 +30,14 @@ from launch.processes import kill
 from trainer import life
 from trainer.__main__ import USER_ERROR_VARIABLE
 from trainer.console import Console
-from trainer.engines import check_engine
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
-from trainer.layout import resolve
 from trainer.lease import LEASE_VARIABLE, Lease
 from trainer.life import End
 from trainer.names import PRETEND_VARIABLE, node_name
 from trainer.parents import PARENT_VARIABLE
-from trainer.preflight import check_folder
-from trainer.series import check_series
+from trainer.preflight import check, check_numbers, refuse
 from trainer.start import LAUNCHED_VARIABLE
 from trainer.stop import REQUEST_VARIABLE, Kind, StopWish, write_request
 
@@ -95,12 +92,8 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
     nodes = nodes or Nodes()
     config = load(argument, overrides)
     processes = processes or default_processes()
-    resolve(config.parallel, processes * nodes.count)
-    check_series(config.run)
-    check_engine(config.parallel, processes * nodes.count)
-    folder = RunFolder(Path(config.run_dir))
-    if nodes.is_first:
-        check_folder(config, folder)
+    folder, ranks = RunFolder(Path(config.run_dir)), processes * nodes.count
+    refuse(check(config, ranks, folder) if nodes.is_first else check_numbers(config, ranks))
     wish = StopWish()
     wish.listen()
     console = Console(rank=0)

@@ -157,13 +157,15 @@ def test_named_checkpoint_that_is_bad(damage: Callable[[Path], None], word: str,
 
 def test_start_from_nothing(tmp_path: Path) -> None:
     path = write_config(tmp_path, start__from=str(tmp_path / "nowhere"))
-    refused(tmp_path, [str(path)], "start.from", "nowhere", "does not exist")
+    refused(tmp_path, [str(path)], "start.from", "nowhere", "does not exist", size=2)
+    assert not (tmp_path / "cache").exists()  # said before the corpus was read
 
 
 def test_a_model_that_does_not_fit_the_checkpoint(tmp_path: Path) -> None:
     assert train(tiny(tmp_path / "first")) == [0]
     path = write_config(tmp_path, start__from=str(tmp_path / "first/run"), model__mlp_dim=96)
     refused(tmp_path, [str(path)], "reshaped", "blocks.0.mlp")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_source_that_changed(tmp_path: Path) -> None:
@@ -177,6 +179,7 @@ def test_a_source_that_changed(tmp_path: Path) -> None:
 def test_patterns_that_match_nothing(tmp_path: Path) -> None:
     refused(tmp_path, [str(write_config(tmp_path, freeze__frozen=["block.*"]))], "block.*", "matches no parameter")
     refused(tmp_path, [str(write_config(tmp_path, freeze__frozen=["*"]))], "nothing is left to train")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("name", ["models", "configs"])

@@ -16,10 +16,10 @@ from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.loading import Loading
 from trainer.checkpoint.plan import Plan, Target, frozen_in, plan, some
 from trainer.data.prepared import check_unchanged
-from trainer.folder import RunFolder
 from trainer.freeze import check_schedule, choose_trainable
 from trainer.loop import Progress
 from trainer.optim import counts_steps, state_keys
+from trainer.start_from import checkpoint_named
 
 if TYPE_CHECKING:
     from trainer.run import Run
@@ -46,6 +46,14 @@ class Origin:
         return f"{self.path}" + ("" if self.everything else " (weights only)")
 
 
+def look_ahead(run: Run) -> None:
+    """Raise UserError for a `start.from` that does not fit, before hours of preparing data. Rank 0 alone."""
+    start = run.config.start
+    if start.from_ is not None and not run.store.shelf.steps():
+        named, everything = named_checkpoint(Path(start.from_)), start.take == "everything"
+        _plan(run, named, everything, trainable_after(run, named.step if everything else 0), continuing=False)
+
+
 def find_origin(run: Run) -> Origin:
     """Decide, on rank 0, where to begin, and refuse what does not fit. Bad checkpoints of this run are set aside;
     others' folders are not touched."""
@@ -67,18 +75,19 @@ def origin_at(run: Run, checkpoint: Checkpoint, everything: bool, continuing: bo
         check_unchanged(checkpoint.manifest.data, run.prepared)
     step = checkpoint.step if everything else 0
     trainable = trainable_after(run, step)
-    loading = plan(
-        checkpoint.manifest,
-        target_of(run, trainable),
-        everything,
-        None if continuing else run.config.start,
-        str(checkpoint.path),
-    )
-    loading.refuse()
+    loading = _plan(run, checkpoint, everything, trainable, continuing)
     if continuing and not any(key.startswith("freeze.") for key in accepted):
         check_freezing(run, checkpoint)
     run.console.say("\n".join(loading.lines()))
     return Origin(checkpoint.path, everything, continuing, trainable, loading)
+
+
+def _plan(run: Run, checkpoint: Checkpoint, everything: bool, trainable: frozenset[str], continuing: bool) -> Plan:
+    """What is read of it into which tensor. Raises UserError where the two do not fit."""
+    start, target = None if continuing else run.config.start, target_of(run, trainable)
+    found = plan(checkpoint.manifest, target, everything, start, str(checkpoint.path))
+    found.refuse()
+    return found
 
 
 def trainable_after(run: Run, step: int) -> frozenset[str]:
@@ -111,16 +120,8 @@ def check_freezing(run: Run, checkpoint: Checkpoint) -> None:
 
 def named_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that `start.from` names: the folder itself, or the newest one of a run folder."""
-    if (path / "manifest.json").exists():
-        found = path
-    else:
-        _, name = RunFolder(path).newest_checkpoint()
-        if name is None:
-            what = "holds no committed checkpoint" if path.is_dir() else "does not exist"
-            raise UserError(f"start.from: {path} {what}; name a run folder or a checkpoint in it")
-        found = RunFolder(path).checkpoints / name
     try:
-        return Checkpoint(found)
+        return Checkpoint(checkpoint_named(path))
     except BadCheckpoint as error:
         raise UserError(f"start.from: {error}\nname another checkpoint") from error
 
@@ -189,7 +190,6 @@ def set_aside(run: Run, origin: Origin, path: Path, reason: str, found_bad: set[
 
 def _read(run: Run, origin: Origin) -> Checkpoint | BadCheckpoint:
     """Read into place. Returns what is wrong with a file rather than raising: the others must not be left waiting."""
-    assert origin.path is not None
     assert origin.path is not None
     assert origin.plan is not None
     try:

@@ -22,10 +22,10 @@ def choose_trainable(freeze: FreezeSection, step: int, names: Iterable[str], ali
 
 
 def check_schedule(freeze: FreezeSection, names: Iterable[str], aliases: Mapping[str, str]) -> None:
-    """Raise UserError now for what a change at a later step would raise in the night."""
+    """Raise UserError now for what the beginning, or a change at a later step, would raise in the night."""
     every = list(names)
-    for change in freeze.schedule:
-        choose_trainable(freeze, change.step, every, aliases)
+    for step in (0, *(change.step for change in freeze.schedule)):
+        choose_trainable(freeze, step, every, aliases)
 
 
 def _choose(

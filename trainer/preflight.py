@@ -1,13 +1,128 @@
-"""Whether a config and a run folder belong together. No torch: the launcher asks before it starts anything."""
+"""What can be known of a run before it starts, cheap things first: asked by `trainer`, `launch run` and `slurm submit`.
+
+No torch, except for the names of parameters where a config freezes some.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from configs.load import dump, load
 from configs.schema import Config, differences, fields, fingerprint, result_fields
+from trainer.engines import check_engine
 from trainer.folder import RunFolder, write_text
+from trainer.freeze import check_schedule
+from trainer.layout import resolve
+from trainer.series import check_series
+from trainer.start_from import checkpoint_named
+
+_MOST_NAME_BYTES = 255  # of Linux, for one name in a path
+_MOST_PATH_BYTES = 4095 - 200  # of Linux, less what is made below a run folder or a cache, rounded up
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that keeps a run from starting. `text`: one or two lines, as a UserError has them. `elsewhere`: it is
+    about a path that perhaps only the nodes of a cluster see."""
+
+    text: str
+    elsewhere: bool = False
+
+
+def check(config: Config, processes: int, folder: RunFolder, paths: bool = True) -> list[Problem]:
+    """Everything that is wrong, as far as it can be known without work. `processes`: all of the run, over all nodes.
+
+    `paths` False: what the config names outside the run folder is not looked for. Touches nothing.
+    """
+    found = check_numbers(config, processes)
+    place = problems_of(lambda: check_place("run.dir", folder.root))
+    found += place or problems_of(lambda: check_folder(config, folder))
+    found += problems_of(lambda: _check_freezing(config))
+    return found + (_check_paths(config, folder) if paths and not place else [])
+
+
+def check_numbers(config: Config, processes: int) -> list[Problem]:
+    """What every rank finds alike by itself: nothing of the run's is read."""
+    return problems_of(
+        lambda: resolve(config.parallel, processes),
+        lambda: check_engine(config.parallel, processes),
+        lambda: check_series(config.run),
+    )
+
+
+def _check_freezing(config: Config) -> None:
+    """The patterns against the model's own names. A list of names beside the model would be a second truth, so torch
+    is imported, seconds, by those who freeze."""
+    freeze = config.freeze
+    if freeze.frozen or freeze.trainable or freeze.schedule:
+        from trainer.engines.names import names_of
+
+        check_schedule(freeze, *names_of(config.model))
+
+
+def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
+    from trainer.data.sources import check_source  # late: numpy takes a while, and most mistakes need none
+    from trainer.data.tokenizer import load_tokenizer
+
+    def start() -> None:
+        if config.start.from_ is not None and folder.newest_checkpoint()[1] is None:  # else it is not read
+            checkpoint_named(Path(config.start.from_))
+
+    return problems_of(
+        start,
+        lambda: check_place("data.cache", folder.cache(config.data.cache)),
+        lambda: load_tokenizer(config.data, config.model.vocab_size),
+        *(partial(check_source, source) for source in config.data.sources),
+        elsewhere=True,
+    )
+
+
+def problems_of(*checks: Callable[[], object], elsewhere: bool = False) -> list[Problem]:
+    """What these say, each of which raises UserError when something is wrong."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(Problem(str(error), elsewhere))
+        except OSError as error:  # a folder is closed to us, a server does not answer
+            found.append(Problem(f"{error.filename}: cannot be looked at: {error.strerror or error}", elsewhere))
+    return found
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise UserError that says all of them, each once."""
+    texts = list(dict.fromkeys(problem.text for problem in problems))
+    if texts:
+        raise UserError(texts[0] if len(texts) == 1 else "\n".join([f"{len(texts)} mistakes:", *texts]))
+
+
+def check_place(key: str, folder: Path) -> None:
+    """Raise UserError unless this is a folder that we may write to, or can be made."""
+    existing = folder = folder.absolute()
+    longest, length = max(len(os.fsencode(part)) for part in folder.parts), len(os.fsencode(folder))
+    if longest > _MOST_NAME_BYTES:
+        raise UserError(f"{key}: a name in {folder} has {longest} bytes, {_MOST_NAME_BYTES} are the most: shorten it")
+    if length > _MOST_PATH_BYTES:
+        raise UserError(f"{key}: {folder} has {length} bytes, {_MOST_PATH_BYTES} are the most: shorten it")
+    try:
+        while not existing.exists():
+            if os.path.lexists(existing):
+                raise UserError(f"{key}: {existing} is a link to {os.readlink(existing)}, which does not exist")
+            existing = existing.parent
+    except OSError as error:
+        raise UserError(f"{key}: cannot write to {folder}: {error.strerror or error}") from error
+    if not existing.is_dir():
+        what = f"{existing} is not a folder" if existing != folder else "it is not a folder"
+        raise UserError(f"{key}: cannot write to {folder}: {what}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: cannot write to {folder}: {existing} cannot be written to")
 
 
 def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
@@ -21,8 +136,6 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
         if key not in known:
             raise UserError(f"run.accept_changes: there is no key {key!r}")
     if not folder.config.exists():
-        if folder.root.exists() and not folder.root.is_dir():
-            raise UserError(f"run.dir: {folder.root} is not a folder")
         return []
     old = load(str(folder.config), [])
     changes = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import Config, fingerprint, to_dict
-from trainer.begin import begin, load, origin_at, target_of, trainable_after
+from trainer.begin import begin, load, look_ahead, origin_at, target_of, trainable_after
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
@@ -70,11 +70,12 @@ class Run:
         config, world = self.config, self.world
         if world.first:
             self.wish.watch(self.folder.stop, config.train.time_limit_s, self.began)
+        self.engine = build_engine(config, world, self.task)  # names and shapes: it takes memory when it is filled
+        world.from_first(lambda: look_ahead(self))
         # Tokenising takes as long as it takes, longer than any collective may.
         with world.heartbeat.during(Phase.PREPARING):
             prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
         self.prepared = Prepared.open(prepared)
-        self.engine = build_engine(config, world, self.task)
         world.from_first(self._last_look_before_loading)
         self.origin = begin(self)
         self._say_frozen_ties()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
-from trainer.engines import check_engine
+from trainer.folder import RunFolder
 from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat
-from trainer.layout import resolve
-from trainer.series import check_series
+from trainer.preflight import check, check_numbers, refuse
 from trainer.stacks import answer_monitor
 from trainer.stop import StopWish
 
@@ -26,10 +26,11 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
 
     `kind` is the class that puts the run together, for those who check or measure one.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    resolve(config.parallel, world_size)  # refused before anything is touched
-    check_series(config.run)
-    check_engine(config.parallel, world_size)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    numbers = check_numbers(config, world_size)
+    problems = numbers if rank else check(config, world_size, RunFolder(Path(config.run_dir)))
+    if numbers or world_size == 1:  # all ranks know it; what rank 0 alone looked for is told below
+        refuse(problems)
     if HEARTBEATS_VARIABLE in os.environ:
         answer_monitor()
     heartbeat = Heartbeat.of_this_rank()
@@ -42,6 +43,7 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
         worlds.be_deterministic()
     try:
         world = worlds.start(config, heartbeat)
+        world.from_first(lambda: refuse(problems))
         end = run_attempt(config, wish, world, kind or Run)
     except UserError as error:
         error.alone = not error.agreed

@@ -87,22 +87,36 @@ def list_files(source: Source, poll: Callable[[], None]) -> list[tuple[str, Path
 
     UserError when there is none.
     """
+    return sorted(_files(source, poll))
+
+
+def check_source(source: Source) -> None:
+    """Raise UserError when there is nothing to read. Looks no further than to the first file."""
+    next(_files(source, lambda: None))
+
+
+def _files(source: Source, poll: Callable[[], None]) -> Iterator[tuple[str, Path]]:
+    """At least one, or UserError; in the order in which folders are walked."""
     root = source_root(source)
     if root.is_file():
-        return [(root.name, root)]
+        yield root.name, root
+        return
     stdlib = source.path == STDLIB
     pattern = "**/*.py" if stdlib and source.pattern == "**/*" else source.pattern
     try:
         wanted = _glob(pattern)
     except re.error as e:
         raise UserError(f"data source {source.name!r}: {pattern!r} is not a pattern: {e}") from e
-    files = sorted((name, root / name) for name in _walk(source, root, stdlib, poll) if wanted.fullmatch(name))
-    if not files:
+    empty = True
+    for name in _walk(source, root, stdlib, poll):
+        if wanted.fullmatch(name):
+            empty = False
+            yield name, root / name
+    if empty:
         raise UserError(
             f"data source {source.name!r} is empty: no file in {root} matches {pattern!r}\n"
             "set path or pattern of this data.sources entry"
         )
-    return files
 
 
 def _walk(source: Source, root: Path, stdlib: bool, poll: Callable[[], None]) -> Iterator[str]:

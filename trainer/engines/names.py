@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from models import Decoder
+from configs.schema import ModelSection
+from models import Decoder, build_model
 from trainer.checkpoint.plan import TensorInfo
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -19,6 +20,13 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if first[id(p)] != name}
+
+
+def names_of(section: ModelSection) -> tuple[list[str], dict[str, str]]:
+    """(names of a model's parameters, further names of tied ones), of a model that takes no memory."""
+    with torch.device("meta"):
+        model = build_model(section)
+    return [name for name, _ in model.named_parameters()], find_aliases(model)
 
 
 class Named:

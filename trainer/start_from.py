@@ -1,0 +1,67 @@
+"""What `start.from` names: a checkpoint, the newest one of a run, or something else, which is then said. No torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.files import open_regular
+from trainer.folder import RunFolder, checkpoint_name, committed_steps
+
+_MANIFEST = "manifest.json"
+_WANTED = "name a run folder or a checkpoint in it"
+
+
+def checkpoint_named(path: Path) -> Path:
+    """The folder of the checkpoint. Raises UserError that says what lies there instead, and what to name."""
+    try:
+        found = _checkpoint(path)
+        instead = _instead(path) if found is None else ""
+    except OSError as error:  # closed to us, or no file at all, such as a pipe
+        raise UserError(f"start.from: {path} cannot be read: {error.strerror or error}; {_WANTED}") from error
+    if found is None:
+        raise UserError(f"start.from: {path} {instead}")
+    return found
+
+
+def _checkpoint(path: Path) -> Path | None:
+    if (path / _MANIFEST).exists():
+        return path
+    folder = RunFolder(path)
+    name = folder.newest_checkpoint()[1]
+    return folder.checkpoints / name if name is not None else None
+
+
+def _instead(path: Path) -> str:
+    """What it is, and what to name."""
+    if not os.path.lexists(path):
+        beside = [checkpoint_name(step) for step in committed_steps(path.parent)]
+        return "does not exist; " + (f"there are {', '.join(beside[-3:])}" if beside else _WANTED)
+    if not path.exists():
+        return f"is a link to {os.readlink(path)}, which does not exist; {_WANTED}"
+    around = next((parent for parent in path.absolute().parents if _checkpoint(parent) is not None), None)
+    if around is not None:
+        return f"is only a part of {'a checkpoint' if (around / _MANIFEST).exists() else 'a run'}; name {around}"
+    kind = _kind(path)
+    if kind is not None:
+        words = f"python -m launch checkpoint convert {shlex.quote(str(path))} NEW"
+        return f"is {kind}\nmake a checkpoint of it, and name that: {words}"
+    if not path.is_dir():
+        what = "a file of safetensors without a checkpoint around it" if path.suffix == ".safetensors" else "a file"
+        return f"is {what}; {_WANTED}"
+    runs = [below for below in sorted(path.iterdir()) if _checkpoint(below) is not None]
+    return "holds no committed checkpoint; " + (f"name one of its runs, such as {runs[0]}" if runs else _WANTED)
+
+
+def _kind(path: Path) -> str | None:
+    """What `launch checkpoint convert` takes, as far as a look tells."""
+    if path.is_dir():
+        names = set(os.listdir(path))
+        if ".metadata" in names:
+            return "a folder of torch.distributed.checkpoint"
+        states = [name for name in names if name.endswith(("model_states.pt", "optim_states.pt"))]
+        return "a folder of DeepSpeed's" if states or "latest" in names else None
+    with open_regular(path) as file:
+        return "a file of torch.save" if file.read(4) == b"PK\x03\x04" else None
