@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trainer.environment import FromLauncher
 from trainer.events import append_row
-from trainer.parents import PARENT_VARIABLE, die_with_parent
-
-FAILURES_VARIABLE = "MUSTER_FAILURES"  # file that names the ranks which failed, for the launcher
+from trainer.parents import die_with_parent
 
 
 def main(arguments: list[str]) -> int:
     """Run torchrun with `arguments`; 1 when workers failed for good."""
-    die_with_parent()
-    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    launcher = FromLauncher.read(os.environ)
+    assert launcher is not None, "only the launcher starts this"
+    if not die_with_parent(launcher.parent):
+        return 1
+    os.environ.update(replace(launcher, parent=os.getpid()).environment())
     # Slurm signals every process of a step. An agent that dies of it takes its workers along, unsaved.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -28,7 +31,7 @@ def main(arguments: list[str]) -> int:
     known = {option for action in run.get_args_parser()._actions for option in action.option_strings}
     if "--signals-to-handle" in known:  # else torchrun would undo the shield
         arguments = ["--signals-to-handle", "SIGQUIT", *arguments]
-    _tell_failures(Path(os.environ[FAILURES_VARIABLE]))
+    _tell_failures(launcher.failures)
     try:
         run.main(arguments)
     except ChildFailedError:

@@ -14,10 +14,10 @@ from typing import Any
 
 from launch.run_folder import JOB_FILE
 from trainer import life
+from trainer.environment import MUSTER_LAUNCHED
 from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder, read_json
 from trainer.heartbeat import Phase
-from trainer.start import LAUNCHED_VARIABLE
 
 Row = dict[str, Any]
 CLASSES = (
@@ -73,7 +73,7 @@ class _Attempt:
     @property
     def launched_s(self) -> float | None:
         """When its launcher began; None under bare torchrun."""
-        text = (self.start.get("environment") or {}).get(LAUNCHED_VARIABLE, "")
+        text = (self.start.get("environment") or {}).get(MUSTER_LAUNCHED.name, "")
         return float(text) if "." in text else None
 
     @property

@@ -24,22 +24,20 @@ import psutil
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
-from launch.agent import FAILURES_VARIABLE
+from launch.monitor.devices import count_visible
 from launch.monitor.keeper import Keeper
 from launch.processes import kill
-from trainer import life
-from trainer.__main__ import USER_ERROR_VARIABLE
+from trainer import environment, life
 from trainer.console import Console
+from trainer.environment import FromLauncher
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
 from trainer.folder import RunFolder
-from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
-from trainer.lease import LEASE_VARIABLE, Lease
+from trainer.heartbeat import Heartbeats
+from trainer.lease import Lease
 from trainer.life import End
-from trainer.names import PRETEND_VARIABLE, node_name
-from trainer.parents import PARENT_VARIABLE
+from trainer.names import node_name
 from trainer.preflight import check, check_numbers, refuse
-from trainer.start import LAUNCHED_VARIABLE
-from trainer.stop import REQUEST_VARIABLE, Kind, StopWish, write_request
+from trainer.stop import Kind, StopWish, write_request
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1
@@ -65,21 +63,10 @@ class Nodes:
 
 def default_processes() -> int:
     """One process per visible GPU, or per GPU that a rehearsal cluster pretends; two where there is none."""
-    pretended = os.environ.get(PRETEND_VARIABLE)
+    pretended = environment.MUSTER_PRETEND_GPUS.read(os.environ)
     if pretended is not None:
-        return int(pretended) or 2
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip()]) or 2
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:  # no driver
-        return 2
-    return count or 2
+        return pretended or 2
+    return count_visible() or 2
 
 
 def run_node(argument: str | None, overrides: list[str], processes: int | None, nodes: Nodes | None = None) -> int:
@@ -89,6 +76,7 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
     """
     if processes is not None and processes < 1:
         raise UserError(f"--nproc {processes}: at least 1 process is needed")
+    environment.check(os.environ)
     nodes = nodes or Nodes()
     config = load(argument, overrides)
     processes = processes or default_processes()
@@ -138,11 +126,18 @@ class Supervisor:
         self.config, self.folder, self.command, self.processes = config, folder, command, processes
         self.nodes = nodes
         self.wish, self.console, self.lease = wish, console, lease
-        self.request, self.user_error, self.failures = local / "request", local / "user_error", local / "failures"
         self.heartbeats = Heartbeats.make(processes)
+        self.told = FromLauncher(
+            launched=_began_s(),
+            parent=os.getpid(),
+            lease=lease.token,
+            stop_request=local / "request",
+            user_error=local / "user_error",
+            failures=local / "failures",
+            heartbeats=Path(self.heartbeats.path),
+        )
         self.events = Events(folder, node_name(), "launcher")
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
-        self._launched_s = _began_s()
         self._failures_told = 0
         self._agent_died = False
         self._before = max(life.numbers(folder), default=-1)
@@ -163,7 +158,7 @@ class Supervisor:
         for _ in range(self.config.run.max_restarts + 1):
             before = max(life.numbers(self.folder), default=-1)
             status = self._one_agent()
-            if self.user_error.exists():
+            if self.told.user_error.exists():
                 return life.USER_ERROR
             if self.nodes.count > 1:
                 return self._outcome_of_many(before, status)
@@ -182,11 +177,11 @@ class Supervisor:
                     deadline = time.monotonic() + self.config.run.stop_grace_s
                     self._pass_on()
                 if deadline is not None and time.monotonic() > deadline:
-                    if not self.user_error.exists():
+                    if not self.told.user_error.exists():
                         self.console.say(f"not stopped after {self.config.run.stop_grace_s:g} s: ended by force")
                         self.events.write("ended_by_force")
                     break
-                if self.user_error.exists() and deadline is None:
+                if self.told.user_error.exists() and deadline is None:
                     deadline = time.monotonic() + _USER_ERROR_PATIENCE_S  # ranks that wait for one that gave up
                 self._tell_failures()
                 if self.monitor.poll():
@@ -217,27 +212,19 @@ class Supervisor:
 
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.processes)
-        ours = {
-            LAUNCHED_VARIABLE: f"{self._launched_s:.3f}",
-            PARENT_VARIABLE: str(os.getpid()),
-            LEASE_VARIABLE: self.lease.token,
-            REQUEST_VARIABLE: str(self.request),
-            USER_ERROR_VARIABLE: str(self.user_error),
-            FAILURES_VARIABLE: str(self.failures),
-            HEARTBEATS_VARIABLE: self.heartbeats.path,
-            # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            "TORCH_FR_BUFFER_SIZE": os.environ.get("TORCH_FR_BUFFER_SIZE", "2000"),  # collectives, told after a hang
-            # An index then means the same GPU to CUDA, to NVML and to people.
-            "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        unless_set = {
+            "TORCH_FR_BUFFER_SIZE": "2000",  # collectives, told after a hang
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # an index then means the same GPU to CUDA, to NVML and to people
+            "OMP_NUM_THREADS": str(threads),
         }
-        return {**os.environ, **ours}
+        # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
+        ours = {**self.told.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return {**unless_set, **os.environ, **ours}
 
     def _pass_on(self) -> None:
         cause = self.wish.cause
         assert cause is not None
-        write_request(self.request, cause)
+        write_request(self.told.stop_request, cause)
         self.events.write("stop_passed_on", cause=cause.word)
         below = "\n" if sys.stdout.isatty() else ""  # rank 0's live line
         self.console.say(f"{below}stopping ({cause.word}): saving after this step")
@@ -296,7 +283,7 @@ class Supervisor:
     def _tell_failures(self) -> None:
         """Ranks that died since the last call, as events and by the name of the first. The attempt that is the newest
         now was theirs: torchrun's next one takes seconds to begin."""
-        failures = read_rows(self.failures)[self._failures_told :]
+        failures = read_rows(self.told.failures)[self._failures_told :]
         if not failures:
             return
         self._failures_told += len(failures)

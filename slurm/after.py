@@ -21,6 +21,7 @@ from slurm.hooks import Happened
 from slurm.lives import Life, Outcome, end_of_life, failures_without_progress
 from trainer import life as lives
 from trainer.arguments import config_parser, take
+from trainer.environment import SLURM_JOB_NODELIST
 from trainer.events import Events, read_rows
 from trainer.folder import RunFolder
 from trainer.life import End
@@ -50,7 +51,7 @@ class After:
         self.life = Life.here(self.folder, os.environ)
         self.events = Events(self.folder, node_name(), "batch")
         self.job = again.ask_job(self.life.job)
-        self.nodes = again.names(os.environ["SLURM_JOB_NODELIST"])
+        self.nodes = again.names(SLURM_JOB_NODELIST.need(os.environ))
 
     def run(self) -> int:
         if not self.job.runs:

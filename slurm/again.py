@@ -11,6 +11,7 @@ from datetime import datetime
 from configs.errors import UserError
 from launch.run_folder import JOB_FILE
 from slurm.limits import ask, facts_of
+from trainer.environment import SLURM_ARRAY_TASK_ID, SLURM_JOB_NUM_NODES, SLURM_RESTART_COUNT
 from trainer.folder import RunFolder, read_json, write_json
 
 _CONTROLLER_PATIENCE_S = 600.0  # it may just be started again
@@ -56,11 +57,11 @@ def ask_job(number: str) -> Job:
     return Job(
         number,
         facts["JobState"] == "RUNNING",
-        int(facts["Restarts"]) > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        int(facts["Restarts"]) > (SLURM_RESTART_COUNT.read(os.environ) or 0),
         facts["JobState"] == "TIMEOUT" or facts.get("Reason") == "TimeLimit",
         datetime.fromisoformat(facts["StartTime"]).timestamp(),
         facts["Partition"],
-        int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
+        SLURM_JOB_NUM_NODES.read(os.environ) or 1,
         names(facts.get("ExcNodeList", "")),
     )
 
@@ -107,7 +108,7 @@ def by_chain(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[st
     """Submit the same script as a job of its own, which begins once this one has ended."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     flags = [f"--exclude={','.join(excluded)}"] if excluded else []
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    task = SLURM_ARRAY_TASK_ID.read(os.environ)
     if task is not None:
         flags += [f"--array={task}"]  # the script asks for all tasks, and the others live their own lives
     script = patiently("scontrol", "write", "batch_script", job.number, "-")

@@ -31,6 +31,7 @@ from slurm.cluster_net import (
     one_at_a_time,
     remove_all,
 )
+from trainer.environment import PATH
 
 # program -> the Debian and Ubuntu package that has it
 _NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
@@ -68,7 +69,7 @@ def _which(program: str) -> str | None:
 
 
 def _path() -> str:
-    return os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
+    return (PATH.read(os.environ) or "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
 
 def no_accounting() -> str | None:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from configs.errors import UserError
+from trainer.environment import MUSTER_PRETEND_GPUS
 from trainer.folder import write_text
-from trainer.names import PRETEND_VARIABLE
 
 MARK = "MUSTER_CLUSTER"  # environment of every process of a cluster, and of its jobs: its folder
 ACCOUNTED = "AccountingStorageType=accounting_storage/slurmdbd"
@@ -145,7 +145,7 @@ def write_files(home: Home, s: Settings) -> None:
     names = [(s.address(0), s.host), *((s.address(i), name) for i, name in enumerate(s.names, start=1))]
     hosts = "\n".join(f"{address} {name}" for address, name in [("127.0.0.1", "localhost"), *names])
     (home.root / "hosts").write_text(hosts + "\n")
-    _write_program(home.root / "prolog", _PROLOG.format(pretend=PRETEND_VARIABLE, mark=MARK, root=home.root))
+    _write_program(home.root / "prolog", _PROLOG.format(pretend=MUSTER_PRETEND_GPUS.name, mark=MARK, root=home.root))
     words = [sys.executable, "-I", str(Path(__file__).with_name("stepd.py"))]
     _write_program(home.stepd, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     if s.accounting:

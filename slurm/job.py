@@ -22,6 +22,13 @@ from slurm.again import names
 from slurm.lives import Left, Life
 from trainer import life
 from trainer.arguments import config_parser, take
+from trainer.environment import (
+    SLURM_NODEID,
+    SLURM_STEP_NODELIST,
+    SLURM_STEP_NUM_NODES,
+    SLURM_STEP_NUM_TASKS,
+    Job,
+)
 from trainer.folder import RunFolder
 from trainer.names import node_name
 from trainer.stop import SIGNALS
@@ -67,17 +74,17 @@ def _share(options: argparse.Namespace, nodes: Nodes) -> int:
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
     """The nodes that srun started this task on. Raises UserError when it is not one task on each."""
-    needed = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")
-    told = [environment.get(name) for name in (*needed, "SLURM_NODEID")]
-    if None in told:
+    job, node_list = Job.read(environment), SLURM_STEP_NODELIST.read(environment)
+    told = [v.read(environment) for v in (SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS, SLURM_NODEID)]
+    if job.id is None or job.step is None or node_list is None or None in told:
         raise UserError("slurm job runs inside a job: srun --ntasks-per-node=1 python -m slurm job CONFIG")
-    job, step, node_list, count, tasks, index = (word or "" for word in told)
+    count, tasks, index = (value or 0 for value in told)
     if tasks != count:
         raise UserError(f"{tasks} tasks on {count} node(s): slurm job wants one a node: srun --ntasks-per-node=1")
     # By the job's id, so that jobs that share a node do not meet; in an array each task has its own.
-    port = _FIRST_PORT + int(job) % _PORTS
-    start = f"{job}.{step}.{environment.get('SLURM_RESTART_COUNT', '0')}"
-    return Nodes(int(count), int(index), _first_host(node_list), port, start)
+    port = _FIRST_PORT + int(job.id) % _PORTS
+    start = f"{job.id}.{job.step}.{job.life}"
+    return Nodes(count, index, _first_host(node_list), port, start)
 
 
 def _first_host(node_list: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.run_folder import LIVES
+from trainer.environment import SLURM_JOB_ID, SLURM_RESTART_COUNT
 from trainer.folder import RunFolder, read_json, write_json
 from trainer.life import USER_ERROR, End, newest
 
@@ -51,7 +52,7 @@ class Life:
     @classmethod
     def here(cls, folder: RunFolder, environment: Mapping[str, str]) -> Life:
         """The life that this process is part of."""
-        return cls(folder, environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0")))
+        return cls(folder, str(SLURM_JOB_ID.need(environment)), SLURM_RESTART_COUNT.read(environment) or 0)
 
     def leave(self, left: Left) -> None:
         """A node's last word. A mistake that touched nothing leaves nothing: its exit code has to do."""

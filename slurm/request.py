@@ -14,11 +14,12 @@ from configs.errors import UserError
 from configs.parse import Place, Problem, parse
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
+from trainer.environment import XDG_CONFIG_HOME
 
 
 def cluster_file() -> Path:
     """Where a site's own values stand, for all runs of a user."""
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    base = XDG_CONFIG_HOME.read(os.environ) or "~/.config"
     return Path(base).expanduser() / "muster" / "cluster.yaml"
 
 

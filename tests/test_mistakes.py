@@ -39,7 +39,7 @@ def refused(folder: Path, arguments: list[str], *words: str, size: int = 1) -> N
     """The command ends with 2 and lines that hold `words`, said once, and leaves the run folder as it was."""
     before = files_below(folder / "run")
     existed = (folder / "run").exists()
-    results = run_ranks(size, entry, arguments)
+    results = run_ranks(size, entry, arguments, env={"TORCHELASTIC_RUN_ID": "x"} if size > 1 else None)
     assert [code for code, _ in results] == [2] * size
     text = results[0][1]
     assert all(not errors for _, errors in results[1:])

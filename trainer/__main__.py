@@ -11,12 +11,11 @@ import traceback  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
 from configs.load import dump, load  # noqa: E402
-from trainer import life  # noqa: E402
+from trainer import environment, life  # noqa: E402
 from trainer.arguments import config_parser, take  # noqa: E402
+from trainer.environment import FromLauncher, Ranks  # noqa: E402
 from trainer.parents import die_with_parent  # noqa: E402
 from trainer.stop import StopWish  # noqa: E402
-
-USER_ERROR_VARIABLE = "MUSTER_USER_ERROR"  # file through which a worker tells the launcher that a person erred
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -28,10 +27,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    die_with_parent()
     options = parse(arguments)
-    wish = StopWish()
+    ranks, launcher = Ranks(), None
     try:
+        environment.check(os.environ)
+        ranks = Ranks.read(os.environ)
+        launcher = launcher_of_this(ranks)
+        wish = StopWish(launcher.stop_request if launcher else None)
         config = load(options.config, options.overrides)
         if options.print_config:
             print(dump(config), end="")
@@ -45,20 +47,33 @@ def main(arguments: list[str]) -> int:
 
         return start(config, wish)
     except UserError as error:
-        return user_error(error, show_traceback=options.debug)
+        return user_error(error, ranks, launcher, show_traceback=options.debug)
 
 
-def user_error(error: UserError, show_traceback: bool) -> int:
-    """Say it once, and tell a launcher: it must not start this again."""
-    if int(os.environ.get("RANK", 0)) == 0 or error.alone:
+def launcher_of_this(ranks: Ranks) -> FromLauncher | None:
+    """Whom this process reports to. It ends with who started it; one started by hand may outlive its shell."""
+    launcher = FromLauncher.read(os.environ)
+    if launcher is not None and not die_with_parent(launcher.parent):
+        launcher.refuse_as_left_over()
+    if launcher is None and ranks.by_torchrun:
+        die_with_parent(os.getppid())  # bare torchrun names no pid; when it dies it takes the ranks' store along
+    return launcher
+
+
+def user_error(error: UserError, ranks: Ranks, launcher: FromLauncher | None, show_traceback: bool) -> int:
+    """Say it once, and tell a launcher: it must not start this again.
+
+    Only torchrun, or an agreement, makes it sure that there is a rank 0 that says it for all.
+    """
+    if ranks.rank == 0 or error.alone or not (ranks.by_torchrun or error.agreed):
         if show_traceback:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
-        if USER_ERROR_VARIABLE in os.environ:
-            with open(os.environ[USER_ERROR_VARIABLE], "a", encoding="utf-8") as file:
+        if launcher is not None:
+            with launcher.user_error.open("a", encoding="utf-8") as file:
                 file.write(f"{error}\n")
     # To torchrun's agent 0 means: nothing to start again. The launcher ends the ranks that still wait.
-    return life.FINISHED if USER_ERROR_VARIABLE in os.environ else life.USER_ERROR
+    return life.FINISHED if launcher is not None else life.USER_ERROR
 
 
 if __name__ == "__main__":

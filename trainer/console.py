@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from trainer.environment import TERM
 from trainer.events import tolerate_unwritable
 
 
@@ -19,7 +20,7 @@ class Console:
         self.rank = rank
         self._log: IO[str] | None = None
         self.log_path: Path | None = None
-        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._terminal = sys.stdout.isatty() and TERM.read(os.environ) != "dumb"
         self._live = ""
         self._lock = threading.Lock()  # saver threads report too
 

@@ -16,6 +16,7 @@ from configs.schema import Config, to_dict
 from models import IGNORE
 from trainer.data.loader import MicroBatch
 from trainer.engines.base import Engine
+from trainer.environment import Ranks
 from trainer.folder import RunFolder
 from trainer.life import FINISHED
 from trainer.run import Run
@@ -29,7 +30,7 @@ LOSS_TOLERANCE = 0.5  # nats around log(vocabulary); a cut model's first logits 
 
 def debug(config: Config, wish: StopWish) -> int:
     """Run `config` cut to size under all checks, in a folder of its own; returns the exit code."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if Ranks.read(os.environ).size > 1:
         raise UserError("--debug runs in one process: start it with python -m trainer, not with torchrun")
     folder = tempfile.mkdtemp(prefix="muster-debug-")
     torch.autograd.set_detect_anomaly(True)

@@ -16,8 +16,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-HEARTBEATS_VARIABLE = "MUSTER_HEARTBEATS"  # path of the node's records
+from trainer.environment import FromLauncher, Ranks
 
 
 class Phase(enum.IntEnum):
@@ -63,13 +64,12 @@ class Heartbeat:
         self._seconds = [0.0] * len(Phase)
 
     @classmethod
-    def of_this_rank(cls) -> Heartbeat:
-        """The record that the environment names; one that nobody reads without a launcher."""
-        rank, path = int(os.environ.get("RANK", 0)), os.environ.get(HEARTBEATS_VARIABLE)
-        return cls(rank) if path is None else cls.at(path, int(os.environ.get("LOCAL_RANK", 0)), rank)
+    def of(cls, ranks: Ranks, launcher: FromLauncher | None) -> Heartbeat:
+        """The record that the launcher has for this rank; one that nobody reads without a launcher."""
+        return cls(ranks.rank) if launcher is None else cls.at(launcher.heartbeats, ranks.local_rank, ranks.rank)
 
     @classmethod
-    def at(cls, path: str, place: int, rank: int) -> Heartbeat:
+    def at(cls, path: str | Path, place: int, rank: int) -> Heartbeat:
         """A record of the node's file."""
         heartbeat = cls(rank)
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -20,14 +20,14 @@ from typing import Any
 import psutil
 
 from configs.errors import UserError
+from trainer.environment import FromLauncher, Job
 from trainer.folder import RunFolder, read_json
 
-LEASE_VARIABLE = "MUSTER_LEASE"  # the launcher's token, for its workers
 _JOB_LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
 
 
 def _self_description(node: str, attempt: int) -> dict[str, Any]:
-    process = psutil.Process()
+    process, job = psutil.Process(), Job.read(os.environ)
     return {
         "token": uuid.uuid4().hex,
         "node": node,
@@ -35,9 +35,9 @@ def _self_description(node: str, attempt: int) -> dict[str, Any]:
         "started_s": process.create_time(),
         "boot_id": _boot_id(),
         "pid_namespace": _pid_namespace(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "life": os.environ.get("SLURM_RESTART_COUNT", "0"),
-        "step": os.environ.get("SLURM_STEP_ID"),
+        "job": job.id,
+        "life": job.life,
+        "step": job.step,
         "attempt": attempt,
         "time_s": time.time(),
     }
@@ -65,7 +65,7 @@ def _alive(holder: dict[str, Any], node: str) -> bool | None:
 
 def _job_alive(job: str | None) -> bool | None:
     """Whether Slurm still has the holder's job, which may also wait to be started again."""
-    if not job or job == os.environ.get("SLURM_JOB_ID"):
+    if not job or job == Job.read(os.environ).id:
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
@@ -79,8 +79,8 @@ def _job_alive(job: str | None) -> bool | None:
 
 def alive_here(holder: dict[str, Any], node: str) -> bool | None:
     """By its job's life and its pid."""
-    same_job = bool(holder.get("job")) and holder["job"] == os.environ.get("SLURM_JOB_ID")
-    if same_job and holder.get("life") != os.environ.get("SLURM_RESTART_COUNT", "0"):
+    job = Job.read(os.environ)
+    if job.id is not None and holder.get("job") == job.id and holder.get("life") != job.life:
         return False  # an earlier life of this very job: Slurm requeues it only once that has ended
     if holder.get("boot_id") != _boot_id():
         return False if holder.get("node") == node else None  # same node, rebooted; or another node
@@ -123,8 +123,8 @@ class Lease:
 
         Also the proof that this node sees the same run folder. Raises UserError when it does not come.
         """
-        step = {key: os.environ.get(f"SLURM_{name}") for key, name in (("job", "JOB_ID"), ("step", "STEP_ID"))}
-        step["life"] = os.environ.get("SLURM_RESTART_COUNT", "0")
+        job = Job.read(os.environ)
+        step = {"job": job.id, "step": job.step, "life": job.life}
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             holder = read_json(folder.lease) or {}
@@ -139,13 +139,13 @@ class Lease:
     @classmethod
     def inherited(cls, folder: RunFolder) -> Lease | None:
         """The launcher's lease, for a worker it started; None under bare torchrun."""
-        token = os.environ.get(LEASE_VARIABLE)
-        if token is None:
+        launcher = FromLauncher.read(os.environ)
+        if launcher is None:
             return None
         holder = read_json(folder.lease) or {}
-        if holder.get("token") != token:
+        if holder.get("token") != launcher.lease:
             raise UserError(f"{folder.lease}: the launcher that started this worker no longer holds the run folder")
-        return cls(folder.lease, token)
+        return cls(folder.lease, launcher.lease)
 
     def release(self) -> None:
         """Give the folder back. A lease that was taken over meanwhile is left alone."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 
-PRETEND_VARIABLE = "MUSTER_PRETEND_GPUS"  # on a rehearsal cluster: how many GPUs a job got; its ranks use the CPU
+from trainer.environment import SLURMD_NODENAME
 
 
 def node_name() -> str:
     """This node's name in events and files."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return SLURMD_NODENAME.read(os.environ) or socket.gethostname()

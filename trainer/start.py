@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
+from trainer.environment import FromLauncher, Ranks
 from trainer.folder import RunFolder
-from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat
+from trainer.heartbeat import Heartbeat
 from trainer.preflight import check, check_numbers, refuse
 from trainer.stacks import answer_monitor
 from trainer.stop import StopWish
@@ -18,22 +19,20 @@ from trainer.stop import StopWish
 if TYPE_CHECKING:
     from trainer.run import Run
 
-LAUNCHED_VARIABLE = "MUSTER_LAUNCHED"  # when the launcher began, UNIX time
-
 
 def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     """Run one attempt on this process's share of the ranks; returns the exit code. UserError goes to the caller.
 
     `kind` is the class that puts the run together, for those who check or measure one.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    numbers = check_numbers(config, world_size)
-    problems = numbers if rank else check(config, world_size, RunFolder(Path(config.run_dir)))
-    if numbers or world_size == 1:  # all ranks know it; what rank 0 alone looked for is told below
+    ranks, launcher = Ranks.read(os.environ), FromLauncher.read(os.environ)
+    numbers = check_numbers(config, ranks.size)
+    problems = numbers if ranks.rank else check(config, ranks.size, RunFolder(Path(config.run_dir)))
+    if numbers or ranks.size == 1:  # all ranks know it; what rank 0 alone looked for is told below
         refuse(problems)
-    if HEARTBEATS_VARIABLE in os.environ:
+    if launcher is not None:
         answer_monitor()
-    heartbeat = Heartbeat.of_this_rank()
+    heartbeat = Heartbeat.of(ranks, launcher)
 
     from trainer import world as worlds  # imports torch: only now that the config is known to be good
     from trainer.attempt import Recorded, run_attempt
@@ -53,13 +52,13 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     except Recorded:
         return life.FAILED  # other ranks may be gone: nothing is closed in order
     worlds.leave()
-    return exit_code(end)
+    return exit_code(end, ranks, launcher)
 
 
-def exit_code(end: life.End) -> int:
+def exit_code(end: life.End, ranks: Ranks, launcher: FromLauncher | None) -> int:
     """Under torchrun an agreed end is 0: the agent would start again what exits otherwise. `end.json` says the rest."""
-    if LAUNCHED_VARIABLE in os.environ:
+    if launcher is not None:
         return life.FINISHED
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if ranks.by_torchrun:
         return life.FAILED if end.reason == "failed" else life.FINISHED
     return end.exit_code

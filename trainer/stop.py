@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from trainer.environment import Job
 from trainer.folder import read_json, write_json
 
-REQUEST_VARIABLE = "MUSTER_STOP_REQUEST"  # file in which the launcher passes on the signals it took
 _AGENT_PATIENCE_S = 5.0
 
 
@@ -74,12 +74,15 @@ class StopRequested(Exception):
 
 
 class StopWish:
-    """This process's wish to stop. The first cause stays: a second signal changes nothing."""
+    """This process's wish to stop. The first cause stays: a second signal changes nothing.
 
-    def __init__(self) -> None:
+    `request` is the file in which a launcher passes on the signals that it took.
+    """
+
+    def __init__(self, request: Path | None = None) -> None:
         self.cause: Cause | None = None
         self._stop_file: Path | None = None
-        self._request = Path(os.environ[REQUEST_VARIABLE]) if REQUEST_VARIABLE in os.environ else None
+        self._request = request
         self._limit_s: float | None = None
         self._began = time.monotonic()
 
@@ -123,7 +126,7 @@ class StopWish:
         if self._stop_file is not None and self._stop_file.exists():
             self.wish(Cause.STOP_FILE)
         elif self._limit_s is not None and time.monotonic() - self._began >= self._limit_s:
-            self.wish(Cause.TIME_LIMIT_REQUEUE if "SLURM_JOB_ID" in os.environ else Cause.TIME_LIMIT)
+            self.wish(Cause.TIME_LIMIT_REQUEUE if Job.read(os.environ).id else Cause.TIME_LIMIT)
         elif self._request is not None and self._request.exists():
             request = read_json(self._request)
             if request is not None:

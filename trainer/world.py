@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 
 from configs.errors import UserError
 from configs.schema import Config
+from trainer.environment import Ranks
 from trainer.heartbeat import Heartbeat
 from trainer.names import node_name
 
@@ -142,14 +143,13 @@ def be_deterministic() -> None:
 
 def start(config: Config, heartbeat: Heartbeat | None = None) -> World:
     """Join the ranks that torchrun started, or be alone."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks = Ranks.read(os.environ)
+    rank, size = ranks.rank, ranks.size
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_size > torch.cuda.device_count():
-            raise UserError(f"{local_size} processes on this node, but it has {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", local_rank)
+        if ranks.local_size > torch.cuda.device_count():
+            raise UserError(f"{ranks.local_size} processes on this node, but it has {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
     kv = None
     if size > 1:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 
 from launch.monitor.journal import Taken
 from launch.monitor.keeper import TAKEN, Orders
 from launch.monitor.monitor import Monitor
-from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
+from trainer.heartbeat import Heartbeats
 from trainer.names import node_name
 from trainer.parents import die_with_parent
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    die_with_parent()
     # Slurm signals every process of a step. The monitor stays until the ranks have saved and its launcher is done.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     orders = Orders(**json.loads(arguments[0]))
+    if not die_with_parent(orders.launcher):
+        return 1
     try:
-        Monitor(orders, Heartbeats.open(os.environ[HEARTBEATS_VARIABLE])).run()
+        Monitor(orders, Heartbeats.open(orders.heartbeats)).run()
     except Taken as taken:
         print(f"{node_name()}: another monitor writes {taken}: this one leaves", flush=True)
         return TAKEN

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import pynvml
+
+from trainer.environment import CUDA_VISIBLE_DEVICES
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,42 @@ def _instances(uuid: str, index: int, gpu: Any) -> list[Device]:
     return found
 
 
+def named(visible: str) -> tuple[list[str], str | None]:
+    """(Indices and UUIDs in CUDA_VISIBLE_DEVICES, the entry that ended the list before its end).
+
+    As torch reads it, after CUDA: the first entry that cannot be a GPU hides itself and all after it, so `-1`, `none`
+    and `NoDevFiles` hide all. An index is as many digits as there are. UUIDs stay among UUIDs. One that is named twice
+    hides all, those before it too.
+    """
+    if not visible.strip():
+        return [], None
+    prefix = next((prefix for prefix in ("GPU-", "MIG-") if visible.strip().startswith(prefix)), "")
+    found: list[str] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        number = re.match(r"\+?([0-9]+)", entry)
+        name = entry if prefix and entry.startswith(prefix) else str(int(number[1])) if number and not prefix else None
+        if name is None or name in found:
+            return [] if name else found, entry
+        found.append(name)
+    return found, None
+
+
+def count_visible() -> int:
+    """How many GPUs a process of this job can use, told without CUDA, which would take memory of each."""
+    visible = CUDA_VISIBLE_DEVICES.read(os.environ)
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver: what the variable says is all that is known
+        names = named(visible or "")[0]
+        return min(len(names), 1) if "MIG-" in "".join(names) else len(names)
+    try:
+        chosen, _ = choose(all_devices(), visible)
+    finally:
+        pynvml.nvmlShutdown()
+    instances = [device for device in chosen if device.instance is not None]
+    return 1 if instances else len(chosen)  # a process sees one MIG instance, however many are named
+
+
 def choose(devices: list[Device], visible: str | None) -> tuple[list[Device], str | None]:
     """(The job's devices in the order of its local ranks, the first entry that means none).
 
@@ -74,10 +114,11 @@ def choose(devices: list[Device], visible: str | None) -> tuple[list[Device], st
     if visible is None:
         cut = {d.index for d in devices if d.instance is not None}
         return [d for d in devices if d.instance is not None or d.index not in cut], None
+    names, ended_by = named(visible)
     chosen: list[Device] = []
-    for entry in (part.strip() for part in visible.split(",")) if visible.strip() else ():
-        called = [d for d in devices if d.is_called(entry)]
+    for name in names:
+        called = [d for d in devices if d.is_called(name)]
         if len(called) != 1:
-            return chosen, entry
+            return chosen, name
         chosen += called
-    return chosen, None
+    return chosen, ended_by

@@ -13,6 +13,7 @@ import pynvml
 from launch.monitor.devices import all_devices, choose
 from launch.monitor.gpm import Gpm, dcgm_process
 from launch.monitor.readings import DriverGone, Gpu, GpuLost
+from trainer.environment import CUDA_VISIBLE_DEVICES
 
 Tell = Callable[..., None]  # (event, line for people, facts): something worth noting happened
 _AGAIN_S = 60.0  # until a driver or a GPU that went away is asked again
@@ -75,7 +76,7 @@ class Gpus:
             pynvml.nvmlInit()
             self._open = True
             self.driver = pynvml.nvmlSystemGetDriverVersion()
-            devices, unknown = choose(all_devices(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+            devices, unknown = choose(all_devices(), CUDA_VISIBLE_DEVICES.read(os.environ))
         except pynvml.NVMLError as error:
             self._close()
             if not again:

@@ -16,8 +16,7 @@ from launch.monitor.hang import read_verdict
 from trainer.console import Console
 from trainer.events import Events
 from trainer.folder import RunFolder
-from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeats
-from trainer.parents import PARENT_VARIABLE
+from trainer.heartbeat import Heartbeats
 
 TAKEN = 4  # exit code: another monitor of this node writes the same file
 _SILENT_S = 60.0  # beyond its interval, without a beat
@@ -31,16 +30,19 @@ class Orders:
 
     run: str
     verdict: str
+    heartbeats: str  # path of the node's records
+    launcher: int  # pid of who started it, and with whom it ends
     settings: dict[str, Any]
     hang_s: float
     patient_s: float
 
     @classmethod
-    def of(cls, config: Config, folder: RunFolder, verdict: Path) -> Orders:
+    def of(cls, config: Config, folder: RunFolder, verdict: Path, heartbeats: Heartbeats) -> Orders:
         # Before the ranks give up waiting by themselves: then there would be no stacks to look at.
         hang_s = config.monitor.hang_s or 0.8 * config.parallel.step_timeout_s
         settings = config.monitor.model_dump(mode="json")
-        return cls(str(folder.root), str(verdict), settings, hang_s, config.parallel.load_timeout_s)
+        patient_s = config.parallel.load_timeout_s
+        return cls(str(folder.root), str(verdict), heartbeats.path, os.getpid(), settings, hang_s, patient_s)
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -55,7 +57,7 @@ class Keeper:
         self.settings, self.heartbeats = config.monitor, heartbeats
         self.hang: dict[str, Any] | None = None  # what the monitor found, once it has
         self._verdict = local / "hang"
-        self._orders = Orders.of(config, folder, self._verdict)
+        self._orders = Orders.of(config, folder, self._verdict, heartbeats)
         self.console, self.events = console, events
         self.process: subprocess.Popen[bytes] | None = None
         self._silent_s = _SILENT_S + self.settings.interval_s
@@ -74,8 +76,7 @@ class Keeper:
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "launch.monitor", self._orders.text()]
-        ours = {HEARTBEATS_VARIABLE: self.heartbeats.path, PARENT_VARIABLE: str(os.getpid())}
-        self.process = subprocess.Popen(command, env={**os.environ, **ours}, stdin=subprocess.PIPE)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
         self._started_s = self._beat_s = time.monotonic()
         self._beats = -1
 

@@ -44,7 +44,15 @@ def test_when_this_process_began() -> None:
     assert before - 0.02 <= began <= before + 0.5
 
 
-@pytest.mark.parametrize(("visible", "processes"), [("0,1,2", 3), ("", 2)])
+@pytest.mark.parametrize(
+    ("visible", "processes"),
+    [
+        *[("0,1,2", 3), ("0", 1), (" 3 , 1", 2), ("1gpu,2", 2), ("GPU-a1,GPU-b2", 2)],
+        *[("0,-1,1", 1), ("0,none", 1), ("GPU-a1,0", 1), ("0,GPU-a1", 1), ("0,", 1)],  # ends there, as in CUDA
+        *[("MIG-a1,MIG-b2", 1), ("MIG-a1", 1)],  # a process sees one
+        *[("", 2), ("-1", 2), ("none", 2), ("NoDevFiles", 2), (",0", 2), ("0,0", 2)],  # no GPU: two on the CPU
+    ],
+)
 def test_a_process_per_visible_gpu(visible: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert default_processes() == processes

@@ -15,22 +15,23 @@ import pytest
 
 from tests.distributed import tiny, train
 from tests.engines import under_both
+from trainer.environment import FromLauncher, Ranks
 from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder
-from trainer.heartbeat import HEARTBEATS_VARIABLE, RECORD_BYTES, Heartbeat, Heartbeats, Phase
+from trainer.heartbeat import RECORD_BYTES, Heartbeat, Heartbeats, Phase
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def joined(heartbeats: Heartbeats, rank: int, monkeypatch: pytest.MonkeyPatch) -> Heartbeat:
-    for name, value in (("RANK", rank + 4), ("LOCAL_RANK", rank), (HEARTBEATS_VARIABLE, heartbeats.path)):
-        monkeypatch.setenv(name, str(value))
-    return Heartbeat.of_this_rank()
+def joined(heartbeats: Heartbeats, rank: int) -> Heartbeat:
+    unused = Path("/unused")
+    launcher = FromLauncher(0.0, 1, "token", unused, unused, unused, Path(heartbeats.path))
+    return Heartbeat.of(Ranks(rank + 4, 8, rank, 4), launcher)
 
 
-def test_each_rank_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_has_a_record_of_its_own() -> None:
     heartbeats = Heartbeats.make(3)
-    first, last = (joined(heartbeats, rank, monkeypatch) for rank in (0, 2))
+    first, last = (joined(heartbeats, rank) for rank in (0, 2))
     last.attempt = 7
     last.enter(Phase.WAITING_FOR_DATA, step=41)
     zero, one, two = Heartbeats.open(heartbeats.path).ranks()
@@ -57,15 +58,14 @@ def test_every_second_is_in_one_phase() -> None:
     assert seconds["computing"] >= 0.02
 
 
-def test_a_reader_never_sees_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_never_sees_a_mixture() -> None:
     """The writer, another process, gives its step the value of its beats."""
     heartbeats = Heartbeats.make(1)
     code = (
-        "from trainer.heartbeat import *\nh = Heartbeat.of_this_rank()\n"
+        "import sys\nfrom trainer.heartbeat import *\nh = Heartbeat.at(sys.argv[1], 0, 0)\n"
         "while True:\n    h.enter(Phase.COMPUTING, h._beats + 1)"
     )
-    env = {**os.environ, HEARTBEATS_VARIABLE: heartbeats.path}
-    writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env)
+    writer = subprocess.Popen([sys.executable, "-c", code, heartbeats.path], cwd=ROOT)
     try:
         seen = set()
         deadline = time.monotonic() + 20
@@ -80,10 +80,10 @@ def test_a_reader_never_sees_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 2000
 
 
-def test_a_mixture_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_is_not_believed() -> None:
     """A writer that was stopped in the middle of a write: what it said before holds."""
     heartbeats = Heartbeats.make(1)
-    heartbeat = joined(heartbeats, 0, monkeypatch)
+    heartbeat = joined(heartbeats, 0)
     heartbeat.enter(Phase.COMPUTING, 7)
     before = heartbeats.ranks()
     with open(heartbeats.path, "r+b") as file:

@@ -13,22 +13,23 @@ import pytest
 from trainer.stop import Cause, Kind, StopWish, write_request
 
 PROGRAM = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 from trainer import stop
 stop._AGENT_PATIENCE_S = 0.2
-wish = stop.StopWish()
+request = os.environ.get("REQUEST")
+wish = stop.StopWish(pathlib.Path(request) if request else None)
 wish.listen()
 for name in sys.argv[1:]:
     os.kill(os.getpid(), getattr(signal, name))
 cause = wish.poll()
 print(cause.word if cause else None, flush=True)
-time.sleep(1.0 if "MUSTER_STOP_REQUEST" in os.environ else 0)
+time.sleep(1.0 if request else 0)
 """
 
 
 def signalled(*names: str, request: Path | None = None, ignored: bool = False) -> tuple[int, str]:
     """Exit code and cause of a process that sends itself these signals."""
-    env = {**os.environ, **({"MUSTER_STOP_REQUEST": str(request)} if request else {})}
+    env = {**os.environ, **({"REQUEST": str(request)} if request else {})}
     command = [sys.executable, "-c", PROGRAM, *names]
     if ignored:
         command = ["sh", "-c", 'trap "" HUP USR2; exec "$@"', "sh", *command]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
+from trainer.environment import Ranks
 from trainer.names import node_name
 from trainer.world import World
 
@@ -125,7 +126,7 @@ class Swapping:
     def check_space(self, world: World, needed_bytes: Sequence[int]) -> None:
         """`needed_bytes`: of this rank, masters with their state, and parameters. Raises UserError, on all ranks alike,
         when they do not fit: DeepSpeed takes a write that a full disk cut short for a good one. A collective."""
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = Ranks.read(os.environ).local_size
         if self.sections:
             world.barrier()  # the other ranks' folders of the engine before are gone
 

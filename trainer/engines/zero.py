@@ -353,8 +353,7 @@ def _start_deepspeed(world: World) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
     if not dist.is_initialized():
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update({key: os.environ.get(key, value) for key, value in alone.items()})  # DeepSpeed reads them
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})  # it reads them
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     # A short cut for CPU ranks of one host: not needed, and compiled at the first start, behind a lock on which every

@@ -15,7 +15,7 @@ from tests.distributed import tiny
 from trainer.console import Console
 from trainer.events import Events, read_rows
 from trainer.folder import RunFolder
-from trainer.heartbeat import HEARTBEATS_VARIABLE, Heartbeat, Heartbeats, Phase
+from trainer.heartbeat import Heartbeat, Heartbeats, Phase
 from trainer.names import node_name
 
 
@@ -32,7 +32,6 @@ class Node:
         local = folder / "local"
         local.mkdir()
         self.keeper = Keeper(config, self.folder, self.heartbeats, local, Console(rank=0), self.events)
-        monkeypatch.setenv(HEARTBEATS_VARIABLE, self.heartbeats.path)
         self.keeper.start()
         self.rank = Heartbeat.at(self.heartbeats.path, 0, rank=0)
         self.rank.attempt = 3

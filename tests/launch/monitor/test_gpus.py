@@ -222,7 +222,14 @@ def test_beside_dcgm_gpm_is_left_out_and_said(reader: Make, tmp_path: Path) -> N
         ("0,7,1", [GPU[0]], "7"),
         ("-1", [], "-1"),
         ("", [], None),
-        ("0,GPU-0", [GPU[0]], "GPU-0"),  # means both
+        ("GPU-0", [], "GPU-0"),  # means both
+        ("0,-1,1", [GPU[0]], "-1"),
+        ("0,none,1", [GPU[0]], "none"),
+        ("NoDevFiles", [], "NoDevFiles"),
+        ("1gpu", [GPU[1]], None),  # CUDA reads as many digits as there are
+        (f"0,{GPU[1]}", [GPU[0]], GPU[1]),  # after an index a UUID is none, and the other way round
+        (f"{GPU[1]},0", [GPU[1]], "0"),
+        ("1,0,1", [], "1"),  # named twice: CUDA then has none
     ],
 )
 def test_only_the_gpus_of_the_job(visible: str, uuids: list[str], unknown: str | None, reader: Make) -> None:
@@ -242,7 +249,8 @@ def test_another_jobs_gpu_has_no_index(reader: Make) -> None:
     [
         (MIG[1], [MIG[1]]),
         (f"MIG-{GPU[1]}/8/0", [MIG[1]]),  # drivers before 470 named instances so
-        (f"{MIG[1]},{GPU[0]}", [MIG[1], GPU[0]]),
+        (f"{MIG[1]},{GPU[0]}", [MIG[1]]),
+        (f"{MIG[1]},{MIG[0]}", [MIG[1], MIG[0]]),
         (None, [GPU[0], *MIG]),
     ],
 )

@@ -1,0 +1,201 @@
+"""What stands in the environment is checked before anything else, by everybody in one way."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from tests.test_repository import PACKAGES, python_files
+from trainer.environment import VARIABLES, FromLauncher, Job, Ranks, check
+
+ROOT = Path(__file__).resolve().parents[2]
+RANK_1 = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+LAUNCHER = FromLauncher(1.5, 7, "token", Path("/t/request"), Path("/t/error"), Path("/t/failures"), Path("/t/beats"))
+
+
+def test_what_torchrun_says_is_read() -> None:
+    assert Ranks.read({}) == Ranks(0, 1, 0, 1, None, False)
+    assert Ranks.read({"MASTER_ADDR": "left", "MASTER_PORT": "1"}) == Ranks()  # job scripts export these for torchrun
+    assert Ranks.read(RANK_1) == Ranks(1, 4, 1, 2, ("127.0.0.1", 29500), False)
+    assert Ranks.read(RANK_1 | {"TORCHELASTIC_RUN_ID": "x"}).by_torchrun
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert Ranks.read(alone) == Ranks()
+    assert not Ranks.read(RANK_1).one_node
+    assert Ranks.read(RANK_1 | {"LOCAL_WORLD_SIZE": "4"}).one_node
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"RANK": "x"}, "RANK='x' is no whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' is no whole number"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+        ({"RANK": "1_0"}, "RANK='1_0'"),
+        ({"RANK": "１"}, "RANK='１'"),
+        ({"WORLD_SIZE": "9" * 5000}, "is no whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is no port"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT='0' is no port"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR='' is empty"),
+        ({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4 contradict each other"),
+        ({"WORLD_SIZE": "0"}, "RANK=1 and WORLD_SIZE=0 contradict"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 and LOCAL_WORLD_SIZE=2 contradict"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE=5 and WORLD_SIZE=4 contradict"),
+        ({"RANK": "0"}, "LOCAL_RANK=1 and RANK=0 contradict"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        Ranks.read(RANK_1 | changes)
+    assert words in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("RANK", "RANK is set, but not WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE"),
+        ("WORLD_SIZE", "WORLD_SIZE is set, but not RANK"),
+        ("WORLD_SIZE RANK", "RANK, WORLD_SIZE are set, but not LOCAL_RANK, LOCAL_WORLD_SIZE"),
+        ("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE", "WORLD_SIZE=4 without MASTER_ADDR, MASTER_PORT"),
+        ("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR", "WORLD_SIZE=4 without MASTER_PORT"),
+        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RUN_ID is set, but not RANK"),
+    ],
+)
+def test_some_of_torchruns_variables_alone_are_refused_and_the_advice_helps(given: str, words: str) -> None:
+    environ = {name: (RANK_1 | {"TORCHELASTIC_RUN_ID": "x"})[name] for name in given.split()}
+    with pytest.raises(UserError, match=words) as refused:
+        Ranks.read(environ)
+    advice = str(refused.value).rpartition("or unset ")[2].split()
+    assert Ranks.read({name: value for name, value in environ.items() if name not in advice}) == Ranks()
+
+
+def test_what_the_launcher_says_is_heard() -> None:
+    environ = LAUNCHER.environment()
+    assert len(environ) == 7
+    assert set(environ) <= set(VARIABLES)
+    assert FromLauncher.read(environ) == LAUNCHER
+    assert FromLauncher.read({}) is None
+
+
+@pytest.mark.parametrize("missing", LAUNCHER.environment())
+def test_some_of_a_launchers_variables_alone_are_refused_and_the_advice_helps(missing: str) -> None:
+    environ = {name: value for name, value in LAUNCHER.environment().items() if name != missing}
+    with pytest.raises(UserError, match=f"left over from a launcher .*{missing} is missing") as refused:
+        FromLauncher.read(environ)
+    advice = str(refused.value).rpartition("unset ")[2].split()
+    assert FromLauncher.read({name: value for name, value in environ.items() if name not in advice}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("OMP_NUM_THREADS", "many", "OMP_NUM_THREADS='many' is no whole number"),
+        ("OMP_NUM_THREADS", "0", "is no number of threads"),
+        ("OMP_NUM_THREADS", "", "is no whole number"),
+        ("MUSTER_PRETEND_GPUS", "two", "MUSTER_PRETEND_GPUS='two'"),
+        ("MUSTER_LAUNCHED", "nan", "MUSTER_LAUNCHED='nan' is no time"),
+        ("MUSTER_LAUNCHED", "soon", "MUSTER_LAUNCHED='soon'"),
+        ("MUSTER_HEARTBEATS", "here", "is no absolute path"),
+        ("MUSTER_LEASE", " ", "is empty"),
+        ("SLURM_JOB_ID", "7_1", "SLURM_JOB_ID='7_1'"),
+        ("SLURM_RESTART_COUNT", "-1", "SLURM_RESTART_COUNT='-1'"),
+    ],
+)
+def test_one_that_cannot_be_used_is_refused_by_name(name: str, value: str, words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check({name: value})
+    assert words in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_what_may_stand_there_does() -> None:
+    check({**RANK_1, **LAUNCHER.environment(), "OMP_NUM_THREADS": "4,2", "CUDA_VISIBLE_DEVICES": "", "TERM": ""})
+    assert VARIABLES["OMP_NUM_THREADS"].read({"OMP_NUM_THREADS": "4,2"}) == 4
+    assert Job.read({}) == Job(None, "0", None)
+    assert Job.read({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_STEP_ID": "0"}) == Job("7", "2", "0")
+
+
+def trainer(*arguments: str) -> tuple[int, str]:
+    """(exit code, what went to stderr) of `python -m trainer` in this process, with its environment."""
+    from trainer.__main__ import main
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = main(list(arguments))
+    return code, errors.getvalue()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_whatever_the_rank_says_it_itself_unless_there_is_a_rank_0(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RANK=1 python -m trainer` by hand ended with 2 and not a word."""
+    for name, value in (RANK_1 | {"RANK": rank, "LOCAL_RANK": rank}).items():
+        monkeypatch.setenv(name, value)
+    code, said = trainer("demo", "train.step=3")
+    assert (code, said.count("error: ")) == (2, 1)
+    monkeypatch.setattr("trainer.__main__.die_with_parent", lambda parent: True)  # this process is nobody's rank
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    code, said = trainer("demo", "train.step=3")
+    assert (code, said.count("error: ")) == (2, int(rank == "0"))
+    monkeypatch.delenv("WORLD_SIZE")
+    code, said = trainer("demo")
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert "are set, but not WORLD_SIZE" in said
+
+
+def test_a_dead_launchers_variables_are_refused_and_its_files_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHER.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("trainer.__main__.die_with_parent", lambda parent: parent != 7)
+    code, said = trainer("demo")
+    assert code == 2
+    assert len(said.splitlines()) == 1
+    assert "left over from a launcher that did not start this process (MUSTER_PARENT=7" in said
+
+
+# ---- one list -------------------------------------------------------------------------------------------------------
+
+
+def reads_of_the_environment(source: str) -> list[int]:
+    """Lines that look up a variable by its name: `os.environ["X"]`, `os.environ.get("X")`, `"X" in os.environ`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="environ"), ctx=ast.Load()):
+                found.append(node.lineno)
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get"), args=[name, *_]):
+                if not isinstance(name, ast.Name):  # else a user's own, named in a config
+                    found.append(node.lineno)
+            case ast.Compare(comparators=[ast.Attribute(attr="environ")]):
+                found.append(node.lineno)
+            case ast.Attribute(attr="getenv"):
+                found.append(node.lineno)
+    return found
+
+
+def test_nobody_reads_a_variable_past_the_list() -> None:
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in python_files()
+        if path.relative_to(ROOT).parts[0] in PACKAGES and path.relative_to(ROOT).parts[0] != "benchmarks"
+        if (lines := reads_of_the_environment(path.read_text("utf-8")))
+    }
+    assert found == {}
+
+
+def test_a_read_past_the_list_is_found() -> None:
+    for line in ('os.environ["A"]', 'os.environ.get("A", 1)', '"A" in os.environ', 'os.getenv("A")'):
+        assert reads_of_the_environment(f"import os\nx = {line}\n") == [2], line
+    for line in ('os.environ["A"] = "1"', 'os.environ.setdefault("A", "1")', "run(env={**os.environ})"):
+        assert reads_of_the_environment(f"import os\n{line}\n") == [], line

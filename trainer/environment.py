@@ -1,0 +1,257 @@
+"""Every environment variable that this project reads: what it is, and what may stand in it. No torch.
+
+Whoever reads one reads it here. What cannot be used is then refused in one line, in the same words for everybody.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from configs.errors import UserError
+
+T = TypeVar("T")
+Environ = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """A variable's name, what makes a value of its text (or raises ValueError), and what it is."""
+
+    name: str
+    kind: Callable[[str], T]
+    what: str
+
+    def read(self, environ: Environ) -> T | None:
+        """Its value; None when it is not set. Raises UserError when its text cannot be used."""
+        text = environ.get(self.name)
+        if text is None:
+            return None
+        try:
+            return self.kind(text)
+        except ValueError as error:
+            raise UserError(f"{self.name}={text!r} {error} ({self.what}): unset it, or set it right") from None
+
+    def need(self, environ: Environ) -> T:
+        """Its value. Raises UserError when it is not set, too."""
+        if (value := self.read(environ)) is None:
+            raise UserError(f"{self.name} is not set ({self.what})")
+        return value
+
+
+# ---- kinds ----------------------------------------------------------------------------------------------------------
+
+
+def text(value: str) -> str:
+    """Whatever stands there; perhaps nothing."""
+    return value
+
+
+def word(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty")
+    return value
+
+
+def number(value: str) -> int:
+    """A whole number from 0, in plain digits: int() would also take `1_0`, ` 1` and the digits of other scripts."""
+    if not (value.isascii() and value.isdigit() and len(value) <= 18):
+        raise ValueError("is no whole number")
+    return int(value)
+
+
+def port(value: str) -> int:
+    if not 1 <= number(value) <= 65535:
+        raise ValueError("is no port from 1 to 65535")
+    return int(value)
+
+
+def seconds(value: str) -> float:
+    if not math.isfinite(found := float(word(value))):
+        raise ValueError("is no time")
+    return found
+
+
+def path(value: str) -> Path:
+    if not value.startswith("/"):
+        raise ValueError("is no absolute path")
+    return Path(value)
+
+
+def threads(value: str) -> int:
+    """OpenMP also takes a list, by level of nesting; the first one counts here."""
+    counts = [number(part.strip()) for part in value.split(",")]
+    if 0 in counts:
+        raise ValueError("is no number of threads")
+    return counts[0]
+
+
+# ---- the list -------------------------------------------------------------------------------------------------------
+
+# Set by torchrun for each process that it starts.
+RANK = Variable("RANK", number, "which of all processes this is")
+WORLD_SIZE = Variable("WORLD_SIZE", number, "how many processes there are")
+LOCAL_RANK = Variable("LOCAL_RANK", number, "which of this node's processes this is")
+LOCAL_WORLD_SIZE = Variable("LOCAL_WORLD_SIZE", number, "how many processes this node has")
+MASTER_ADDR = Variable("MASTER_ADDR", word, "where the processes meet")
+MASTER_PORT = Variable("MASTER_PORT", port, "the port at which the processes meet")
+TORCHELASTIC_RUN_ID = Variable("TORCHELASTIC_RUN_ID", text, "set by torchrun")
+TORCHELASTIC_USE_AGENT_STORE = Variable("TORCHELASTIC_USE_AGENT_STORE", text, "whether torchrun has the store")
+
+# Set by `launch run` for the agent, the ranks and the monitor that it starts: see FromLauncher.
+MUSTER_LAUNCHED = Variable("MUSTER_LAUNCHED", seconds, "when the launcher began, UNIX time")
+MUSTER_PARENT = Variable("MUSTER_PARENT", number, "pid of the launcher or agent that started this process")
+MUSTER_LEASE = Variable("MUSTER_LEASE", word, "the token of the launcher's lease")
+MUSTER_STOP_REQUEST = Variable("MUSTER_STOP_REQUEST", path, "file in which the launcher passes on a stop")
+MUSTER_USER_ERROR = Variable("MUSTER_USER_ERROR", path, "file that tells the launcher of a person's mistake")
+MUSTER_FAILURES = Variable("MUSTER_FAILURES", path, "file that names the ranks that failed")
+MUSTER_HEARTBEATS = Variable("MUSTER_HEARTBEATS", path, "memory with where each rank is")
+
+# On a rehearsal cluster: how many GPUs a job got. Its ranks use the CPU.
+MUSTER_PRETEND_GPUS = Variable("MUSTER_PRETEND_GPUS", number, "how many GPUs a rehearsal cluster pretends")
+
+SLURM_JOB_ID = Variable("SLURM_JOB_ID", number, "this process's Slurm job")
+SLURM_RESTART_COUNT = Variable("SLURM_RESTART_COUNT", number, "how often Slurm started this job again")
+SLURM_STEP_ID = Variable("SLURM_STEP_ID", number, "this process's step of its Slurm job")
+SLURM_ARRAY_TASK_ID = Variable("SLURM_ARRAY_TASK_ID", number, "this job's place in its array")
+SLURM_JOB_NODELIST = Variable("SLURM_JOB_NODELIST", word, "the job's nodes")
+SLURM_JOB_NUM_NODES = Variable("SLURM_JOB_NUM_NODES", number, "how many nodes the job has")
+SLURM_STEP_NODELIST = Variable("SLURM_STEP_NODELIST", word, "the step's nodes")
+SLURM_STEP_NUM_NODES = Variable("SLURM_STEP_NUM_NODES", number, "how many nodes the step has")
+SLURM_STEP_NUM_TASKS = Variable("SLURM_STEP_NUM_TASKS", number, "how many tasks the step has")
+SLURM_NODEID = Variable("SLURM_NODEID", number, "which of the step's nodes this is")
+SLURMD_NODENAME = Variable("SLURMD_NODENAME", text, "this node's name in Slurm")
+
+CUDA_VISIBLE_DEVICES = Variable("CUDA_VISIBLE_DEVICES", text, "the GPUs that may be used")
+OMP_NUM_THREADS = Variable("OMP_NUM_THREADS", threads, "threads that a process computes with on the CPU")
+PATH = Variable("PATH", text, "where programs are")
+TERM = Variable("TERM", text, "the kind of terminal")
+XDG_CONFIG_HOME = Variable("XDG_CONFIG_HOME", text, "where a person's settings are")
+
+VARIABLES = {found.name: found for found in list(globals().values()) if isinstance(found, Variable)}
+
+
+def check(environ: Environ) -> None:
+    """Raise UserError for the first variable of the list whose text cannot be used. For the start of a command: what
+    is read later can then be read."""
+    for variable in VARIABLES.values():
+        variable.read(environ)
+
+
+# ---- what belongs together ------------------------------------------------------------------------------------------
+
+_RANKS = (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of all processes this is, as torchrun or a person says; alone when nobody says anything."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    meeting: tuple[str, int] | None = None  # address and port at which several processes meet
+    by_torchrun: bool = False
+
+    @classmethod
+    def read(cls, environ: Environ) -> Ranks:
+        """Raises UserError when they contradict each other, or when only some of them are set: a left-over
+        WORLD_SIZE alone would make this process wait half an hour for others that do not exist."""
+        values = {v.name: v.read(environ) for v in _RANKS}
+        by_torchrun = TORCHELASTIC_RUN_ID.read(environ) is not None
+        numbers = [value for value in values.values() if value is not None]
+        if not numbers and not by_torchrun:
+            return cls()
+        if len(numbers) < len(values):
+            _refuse_some(values, {TORCHELASTIC_RUN_ID.name: by_torchrun or None})
+        rank, size, local_rank, local_size = numbers
+        for small, large in ((RANK, WORLD_SIZE), (LOCAL_RANK, LOCAL_WORLD_SIZE)):
+            if environ[small.name] and int(environ[small.name]) >= int(environ[large.name]):
+                _contradict(environ, small, large, "the first must be below the second")
+        if local_size > size:
+            _contradict(environ, LOCAL_WORLD_SIZE, WORLD_SIZE, "a node cannot have more processes than the run")
+        if local_rank > rank:
+            _contradict(environ, LOCAL_RANK, RANK, "the first cannot be above the second")
+        if size == 1:
+            return cls(by_torchrun=by_torchrun)
+        address, where = MASTER_ADDR.read(environ), MASTER_PORT.read(environ)
+        if address is None or where is None:
+            missing = ", ".join(v.name for v in (MASTER_ADDR, MASTER_PORT) if v.name not in environ)
+            raise UserError(f"WORLD_SIZE={size} without {missing}: {_REMEDY}")
+        return cls(rank, size, local_rank, local_size, (address, where), by_torchrun)
+
+    @property
+    def one_node(self) -> bool:
+        """Whether all processes are on this machine."""
+        return self.local_size == self.size
+
+
+_REMEDY = "start with torchrun or python -m launch run, or unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE"
+
+
+def _refuse_some(values: Mapping[str, object], also: Mapping[str, object]) -> None:
+    given = [name for name, value in {**values, **also}.items() if value is not None]
+    missing = [name for name, value in values.items() if value is None]
+    verb = "is" if len(given) == 1 else "are"
+    raise UserError(f"{', '.join(given)} {verb} set, but not {', '.join(missing)}: {_REMEDY} {' '.join(also)}")
+
+
+def _contradict(environ: Environ, one: Variable[int], other: Variable[int], why: str) -> None:
+    told = f"{one.name}={environ[one.name]} and {other.name}={environ[other.name]}"
+    raise UserError(f"{told} contradict each other ({why}): {_REMEDY}")
+
+
+@dataclass(frozen=True)
+class FromLauncher:
+    """What `launch run` tells the processes that it starts. `environment` says it, `read` hears it."""
+
+    launched: float  # when the launcher began, UNIX time
+    parent: int  # pid of who started this process: the launcher, or the agent
+    lease: str  # the token of the launcher's lease of the run folder
+    stop_request: Path  # file in which it passes on the signals that it took
+    user_error: Path  # file through which a rank says that a person erred: nothing is to be started again
+    failures: Path  # file in which the agent names the ranks that failed
+    heartbeats: Path  # the node's records, which its monitor reads
+
+    def environment(self) -> dict[str, str]:
+        told = asdict(self) | {"launched": f"{self.launched:.3f}"}
+        return {f"MUSTER_{name.upper()}": str(value) for name, value in told.items()}
+
+    @classmethod
+    def read(cls, environ: Environ) -> FromLauncher | None:
+        """None without a launcher. Raises UserError when only some of it is set."""
+        names = [f"MUSTER_{name.upper()}" for name in cls.__dataclass_fields__]
+        missing = [name for name in names if name not in environ]
+        if len(missing) == len(names):
+            return None
+        if missing:
+            raise UserError(f"{_LEFT_OVER} ({missing[0]} is missing, others are set): {_UNSET}")
+        values: list[Any] = [VARIABLES[name].need(environ) for name in names]
+        return cls(*values)
+
+    def refuse_as_left_over(self) -> None:
+        """Raise UserError: this process is not a child of who says so."""
+        raise UserError(f"{_LEFT_OVER} (MUSTER_PARENT={self.parent}, but pid {os.getppid()} started this): {_UNSET}")
+
+
+_LEFT_OVER = "variables MUSTER_... are left over from a launcher that did not start this process"
+_UNSET = "unset " + " ".join(f"MUSTER_{name.upper()}" for name in FromLauncher.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that this process is in; nothing of it outside of one."""
+
+    id: str | None = None
+    life: str = "0"  # how often Slurm has started the job again
+    step: str | None = None
+
+    @classmethod
+    def read(cls, environ: Environ) -> Job:
+        job, life, step = (v.read(environ) for v in (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_STEP_ID))
+        return cls(None if job is None else str(job), str(life or 0), None if step is None else str(step))
