@@ -56,7 +56,7 @@ from trainer.checkpoint.pieces import Group, Piece
 from trainer.checkpoint.store import CheckpointStore
 from trainer.convert.convert import convert
 from trainer.convert.state import Kind
-from trainer.folder import checkpoint_name
+from trainer.entries import checkpoint_name
 
 KINDS = ("saving", "loading", "cold", "dcp", "converting", "frozen")
 SLACK_BYTES = 64 << 20  # the files' headers and the gaps to the next page

@@ -134,7 +134,7 @@ def loader(run: Any) -> Callable[[], None]:
     """As a start does it: the engine is built anew, then filled."""
     from trainer.begin import load, origin_at
     from trainer.checkpoint.load import Checkpoint
-    from trainer.folder import checkpoint_name
+    from trainer.entries import checkpoint_name
 
     def again() -> None:
         path = run.folder.checkpoints / checkpoint_name(run.progress.step)

@@ -16,7 +16,8 @@ from typing import Any
 
 from configs.errors import UserError
 from trainer import life
-from trainer.folder import RunFolder, checkpoint_name
+from trainer.entries import checkpoint_name
+from trainer.folder import RunFolder
 from trainer.lease import alive_here
 from trainer.life import Attempt
 from trainer.names import node_name

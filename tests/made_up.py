@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.folder import RunFolder, checkpoint_name
+from trainer.entries import checkpoint_name
+from trainer.folder import RunFolder
 from trainer.life import End
 
 

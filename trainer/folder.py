@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_COMMITTED = re.compile(r"step-(\d{8,})")
-
-
-def checkpoint_name(step: int) -> str:
-    """The folder of a committed checkpoint."""
-    return f"step-{step:08d}"
+from trainer.entries import checkpoint_name, committed_steps
 
 
 @dataclass(frozen=True)
@@ -83,14 +77,6 @@ class RunFolder:
         """(step, name) of the newest committed checkpoint; (0, None) without one."""
         steps = self.committed_steps()
         return (steps[-1], checkpoint_name(steps[-1])) if steps else (0, None)
-
-
-def committed_steps(checkpoints: Path) -> list[int]:
-    """Steps of the committed checkpoints in a folder, ascending. Whether they are good is not asked here."""
-    if not checkpoints.is_dir():
-        return []
-    found = ((_COMMITTED.fullmatch(entry.name), entry) for entry in os.scandir(checkpoints))
-    return sorted(int(match[1]) for match, entry in found if match and entry.is_dir(follow_symlinks=False))
 
 
 def write_text(path: Path, text: str) -> None:

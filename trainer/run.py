@@ -21,8 +21,9 @@ from trainer.data.loader import Loader, StepBatch, validation_batches
 from trainer.data.prepare import Interrupted, prepare
 from trainer.data.prepared import Prepared
 from trainer.engines import build_engine
+from trainer.entries import checkpoint_name
 from trainer.events import Events, append_row
-from trainer.folder import RunFolder, checkpoint_name
+from trainer.folder import RunFolder
 from trainer.heartbeat import Phase
 from trainer.layout import resolve
 from trainer.life import Attempt

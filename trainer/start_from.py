@@ -8,7 +8,8 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.files import open_regular
-from trainer.folder import RunFolder, checkpoint_name, committed_steps
+from trainer.entries import checkpoint_name, committed_steps, newest_checkpoint
+from trainer.folder import RunFolder
 
 _MANIFEST = "manifest.json"
 _WANTED = "name a run folder or a checkpoint in it"
@@ -18,6 +19,10 @@ def checkpoint_named(path: Path) -> Path:
     """The folder of the checkpoint. Raises UserError that says what lies there instead, and what to name."""
     try:
         found = _checkpoint(path)
+        if found != path:
+            newest_checkpoint(
+                RunFolder(path).checkpoints
+            )  # refused when something there may be newer than what we found
         instead = _instead(path) if found is None else ""
     except OSError as error:  # closed to us, or no file at all, such as a pipe
         raise UserError(f"start.from: {path} cannot be read: {error.strerror or error}; {_WANTED}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,23 +18,26 @@ from launch.text import age_text, size_text, table
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.pieces import GROUPS
+from trainer.entries import Entry, Kind, entries, name_fault
 from trainer.folder import RunFolder
 
-_NAME = re.compile(r"step-(\d{8,})(?:\.(bad|partial|deleting)-.*)?")
 _VERDICTS = {
-    "bad": "bad: set aside",
-    "partial": "unfinished: being written, or left by a crash",
-    "deleting": "half deleted",
+    Kind.ASIDE: "bad: set aside",
+    Kind.PARTIAL: "unfinished: being written, or left by a crash",
+    Kind.DELETING: "half deleted",
 }
 _VERDICT_LENGTH = 90
 
 
 @dataclass(frozen=True)
 class Row:
-    """One folder. Everything but name, step and sizes is None when the manifest cannot be read."""
+    """One entry. Everything but name, kind and sizes is None when it cannot be known. `link` is what it leads to."""
 
     name: str
-    step: int
+    kind: str
+    step: int | None
+    link: str | None
     good: bool
     verdict: str
     bytes: int
@@ -58,8 +61,8 @@ def list_checkpoints(folder: Path, as_json: bool) -> int:
     else:
         for index, (path, (rows, size)) in enumerate(runs.items()):
             print("\n".join([*([""] if index else []), *_text(path, rows, size)]))
-    committed = [row for rows, _ in runs.values() for row in rows if "." not in row.name]
-    return 0 if all(row.good for row in committed) else 1
+    meant = (Kind.COMMITTED.word, Kind.UNUSABLE.word)
+    return 0 if all(row.good for rows, _ in runs.values() for row in rows if row.kind in meant) else 1
 
 
 def shelves(folder: Path) -> Iterator[Path]:
@@ -71,7 +74,7 @@ def shelves(folder: Path) -> Iterator[Path]:
     own = RunFolder(folder).checkpoints
     if own.is_dir():
         yield own
-    elif any(_NAME.fullmatch(name) for name in names):
+    elif entries(folder):
         yield folder
     else:
         for name in names:
@@ -81,26 +84,25 @@ def shelves(folder: Path) -> Iterator[Path]:
 
 
 def _rows(folder: Path) -> list[Row]:
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _NAME.fullmatch(entry.name))
-    return [_row(folder / name) for name in found]
+    return [_row(entry) for entry in entries(folder)]
 
 
-def _row(path: Path) -> Row:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    step, kind = int(match[1]), match[2]
+def _row(entry: Entry) -> Row:
+    path, about = entry.path, (entry.path.name, entry.kind.word, entry.step, entry.target)
+    if entry.fault is not None:
+        return Row(*about, False, f"unusable: {entry.fault}", 0, 0)
     sizes = list(_sizes(path))
     total, shared = sum(size for _, size, _ in sizes), sum(size for _, size, links in sizes if links > 1)
     try:
         manifest = Checkpoint(path).manifest
     except (BadCheckpoint, UserError) as error:
-        verdict = _VERDICTS[kind] if kind else "bad: " + _short(str(error), path)
-        return Row(path.name, step, False, verdict, total, shared)
-    verdict = "good" if manifest.step == step else f"bad: it holds step {manifest.step}"
-    verdict = _VERDICTS[kind] if kind else verdict
+        verdict = _VERDICTS.get(entry.kind) or "bad: " + _short(str(error), path)
+        return Row(*about, False, verdict, total, shared)
+    fault = name_fault(path, manifest.step)
+    verdict = _VERDICTS.get(entry.kind) or (f"bad: {fault}" if fault else "good")
     age_s = round(max(time.time() - manifest.saved_s, 0.0), 1)
     share = trained_share(manifest)
-    return Row(path.name, step, verdict == "good", verdict, total, shared, age_s, manifest.layout, share)
+    return Row(*about, verdict == "good", verdict, total, shared, age_s, manifest.layout, share)
 
 
 def trained_share(manifest: Manifest) -> float:
@@ -113,27 +115,35 @@ def trained_share(manifest: Manifest) -> float:
 
 
 def _sizes(path: Path) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """(inode, bytes, names) of each file below."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                found = os.lstat(os.path.join(folder, name))
-            except FileNotFoundError:
-                continue  # a run deletes while we look
-            yield (found.st_dev, found.st_ino), found.st_size, found.st_nlink
+    """(inode, bytes, names) of each file. Only where files of a checkpoint lie: behind a link may be a whole disk."""
+    for folder in (path, *(path / group for group in GROUPS)):
+        try:
+            names = os.listdir(folder) if folder == path or not folder.is_symlink() else []
+            found = [os.lstat(folder / name) for name in names]
+        except OSError:
+            continue  # no such folder, or a run deletes while we look
+        for status in found:
+            if not stat.S_ISDIR(status.st_mode):
+                yield (status.st_dev, status.st_ino), status.st_size, status.st_nlink
 
 
 def _unique_bytes(folder: Path) -> int:
     """Bytes of all checkpoints together, linked files counted once."""
-    inodes = {
-        inode: size for entry in os.scandir(folder) if entry.is_dir() for inode, size, _ in _sizes(Path(entry.path))
-    }
-    return sum(inodes.values())
+    usable = [entry.path for entry in entries(folder) if entry.fault is None]
+    return sum({inode: size for path in usable for inode, size, _ in _sizes(path)}.values())
 
 
 def _short(reason: str, path: Path) -> str:
     line = reason.splitlines()[0].replace(f"{path}/", "").replace(f"{path}: ", "")
     return line if len(line) <= _VERDICT_LENGTH else line[: _VERDICT_LENGTH - 1] + "…"
+
+
+def _told(row: Row) -> str:
+    """The verdict, with what is unusual about the name."""
+    if row.kind == Kind.UNUSABLE.word:
+        return f"{row.name}: {row.verdict}"
+    told = f"{row.name.partition('.')[2]}: {row.verdict}" if row.kind != Kind.COMMITTED.word else row.verdict
+    return told if row.link is None else f"{told}, a link to {row.link}"
 
 
 def _text(path: str, rows: list[Row], unique_bytes: int) -> list[str]:
@@ -145,13 +155,13 @@ def _text(path: str, rows: list[Row], unique_bytes: int) -> list[str]:
     header = ("step", "age", "size", "shared", "layout", "trained", "verdict")
     cells = [
         (
-            row.step,
+            "-" if row.step is None else row.step,
             "-" if row.age_s is None else age_text(row.age_s),
             size_text(row.bytes),
             size_text(row.shared_bytes),
             "-" if row.layout is None else layout_text(row.layout),
             "-" if row.trained_share is None else f"{row.trained_share:.1%}",
-            row.verdict if "." not in row.name else f"{row.name.partition('.')[2]}: {row.verdict}",
+            _told(row),
         )
         for row in rows
     ]

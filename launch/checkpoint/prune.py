@@ -15,10 +15,9 @@ from configs.errors import UserError
 from configs.schema import KeepSection
 from launch.text import size_text
 from trainer.checkpoint import disk
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.shelf import Shelf
-from trainer.folder import RunFolder, checkpoint_name
+from trainer.entries import checkpoint_name
+from trainer.folder import RunFolder
 from trainer.lease import Lease
 from trainer.names import node_name
 
@@ -36,9 +35,12 @@ def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dr
         going = [checkpoint_name(step) for step in shelf.going()]
         if bad:
             _must_hold_a_good_one(shelf)
-            going += shelf.set_aside()
+            going += _deletable(shelf)
         every = keep.every_steps and f", every {keep.every_steps} steps"
         print(f"{run.checkpoints}: keeping the newest {keep.last}{every or ''}{', the best' if keep.best else ''}")
+        stay = [*map(checkpoint_name, shelf.linked()), *(sorted(set(shelf.set_aside()) - set(going)) if bad else [])]
+        for name in stay:
+            print(f"{name} stays: it is a link, and what it leads to may be in use elsewhere; delete it by hand")
         freed = _freed(run.checkpoints / name for name in going)
         for name in going:
             print(f"{'would delete' if dry_run else 'deleting'} {name}")
@@ -52,7 +54,7 @@ def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dr
             _confirm(f"delete {len(going)} and free {size_text(freed)}?")
         shelf.clean()
         shelf.prune(_TAG)
-        for name in shelf.set_aside() if bad else []:
+        for name in _deletable(shelf) if bad else []:
             _delete(run.checkpoints / name)
     print(f"{size_text(freed)} freed")
     return 0
@@ -92,13 +94,15 @@ def _keep(run: RunFolder, last: int | None, every_steps: int | None) -> KeepSect
     return keep.model_copy(update={name: value for name, value in said.items() if value is not None})
 
 
+def _deletable(shelf: Shelf) -> list[str]:
+    """What was set aside, but for links."""
+    return [name for name in shelf.set_aside() if not (shelf.root / name).is_symlink()]
+
+
 def _must_hold_a_good_one(shelf: Shelf) -> None:
     for step in reversed(shelf.steps()):
-        try:
-            Checkpoint(shelf.path(step))
-        except (BadCheckpoint, UserError):
-            continue
-        return
+        if shelf.opens(step):
+            return
     raise UserError(f"{shelf.root} holds no good checkpoint: what was set aside may be all that is left of the run")
 
 

@@ -13,6 +13,7 @@ from launch.text import size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.convert.convert import find_kind, open_checkpoint
+from trainer.entries import name_fault
 
 _LOG_EVERY_S = 5.0
 _DRAW_EVERY_S = 0.1
@@ -33,7 +34,11 @@ def open_named(path: Path) -> Checkpoint:
     if kind != "muster":
         raise UserError(f"{path}: not a Muster checkpoint; convert it first: python -m launch checkpoint convert")
     try:
-        return open_checkpoint(found)
+        checkpoint = open_checkpoint(found)
+        fault = name_fault(found, checkpoint.step)
+        if fault is not None:
+            raise BadCheckpoint(found, fault)
+        return checkpoint
     except BadCheckpoint as error:
         raise UserError(f"{error}\nlook further with: python -m launch checkpoint verify {found}") from None
 

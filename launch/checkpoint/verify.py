@@ -19,7 +19,7 @@ from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.threads import CORES, in_threads
 from trainer.convert.convert import open_checkpoint
-from trainer.folder import checkpoint_name, committed_steps
+from trainer.entries import Kind, entries, entry_at, name_fault
 
 _THREADS = 8
 _BLOCKS_PER_TASK = 16
@@ -68,7 +68,8 @@ def _named(folder: Path) -> list[Path]:
     """The checkpoints that were named. Raises UserError when there is none."""
     if folder.name.startswith("step-") or (folder / MANIFEST).exists():
         return [folder]
-    found = [shelf / checkpoint_name(step) for shelf in shelves(folder) for step in committed_steps(shelf)]
+    meant = (Kind.COMMITTED, Kind.UNUSABLE)
+    found = [entry.path for shelf in shelves(folder) for entry in entries(shelf) if entry.kind in meant]
     if not found:
         raise UserError(f"{folder} is no checkpoint and holds no committed one")
     return found
@@ -76,12 +77,18 @@ def _named(folder: Path) -> list[Path]:
 
 def _open(path: Path, files: dict[tuple[int, int, str], _File]) -> _Checkpoint:
     """What must be read of a checkpoint; its faults so far. Without a good manifest nothing more can be said."""
-    opened = _Checkpoint(path)
+    opened, entry = _Checkpoint(path), entry_at(path)
+    if entry is not None and entry.fault is not None:
+        opened.faults.append(f"{path}: {entry.fault}")
+        return opened
     try:
         manifest, _, hashes = read_manifest(path)
     except BadCheckpoint as error:
         opened.faults.append(str(error))
         return opened
+    fault = name_fault(path, manifest.step)
+    if fault is not None:
+        opened.faults.append(f"{path}: {fault}")
     opened.size = manifest.size_bytes
     for stored in manifest.files:
         place, wanted = file_path(path, manifest, stored), hashes[stored.name]

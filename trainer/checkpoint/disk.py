@@ -119,9 +119,15 @@ def fsync_dir(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Unlink a folder with all its files, in a fixed order. A part that is already gone is no error."""
-    for folder, _, files in sorted(os.walk(path, topdown=False), key=lambda entry: (-entry[0].count(os.sep), entry[0])):
-        for name in sorted(files):
+    """Unlink a folder with all its files, in a fixed order. A part that is already gone is no error. No link is
+    followed, it is unlinked: what it leads to is not ours."""
+    if os.path.islink(path):
+        _tolerate_missing(unlink, path)
+        return
+    walked = sorted(os.walk(path, topdown=False), key=lambda entry: (-entry[0].count(os.sep), entry[0]))
+    for folder, folders, files in walked:
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in sorted([*files, *links]):
             _tolerate_missing(unlink, os.path.join(folder, name))
         _tolerate_missing(rmdir, folder)
 

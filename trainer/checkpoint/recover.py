@@ -25,8 +25,9 @@ from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
 from trainer.checkpoint.inside import check_file, read_small
 from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST_LIMIT_BYTES, Checksums, Manifest
+from trainer.checkpoint.pieces import GROUPS
+from trainer.entries import Kind, entries
 
-_OF_A_RUN = re.compile(r"^step-\d{8,}(\.bad-\d+)?$")
 _FILE = re.compile(r"^(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")
 _BAD_BLOCK = "a block's checksum is wrong"
 UNFINISHED = re.compile(r"^\..*\.mending$")  # the temporary name of a file that is being made whole
@@ -116,8 +117,8 @@ def _real(path: Path) -> Path:
 
 def _folders(folder: Path, root: Path, manifest: Manifest) -> list[Path]:
     """Checkpoints that may hold copies: those of the run, newest first, then the sources."""
-    own = sorted((entry.name for entry in os.scandir(root) if _OF_A_RUN.match(entry.name)), reverse=True)
-    found = [root / name for name in own] + [Path(source.path) for source in manifest.sources]
+    own = [entry.path for entry in entries(root) if entry.kind in (Kind.COMMITTED, Kind.ASIDE)]
+    found = sorted(own, reverse=True) + [Path(source.path) for source in manifest.sources]
     return [other for other in found if other != folder]
 
 
@@ -129,7 +130,7 @@ def _mend(expected: Expected, reason: str, folders: Sequence[Path], root: Path, 
         if not bad and reason == _BAD_BLOCK:
             return False
         taken = _find(expected, bad, own, folders)
-        if root not in expected.path.parents:
+        if _real(root) not in _real(expected.path).parents:  # behind a link, or in a source
             raise BadCheckpoint(expected.path, f"{reason}; the folder is not this run's, so it is left as it is")
         _rewrite(expected, [taken.get(index, own) for index in range(blocks_in(expected.size))])
     finally:
@@ -179,7 +180,9 @@ def _copies(expected: Expected, bad: Sequence[int], folders: Sequence[Path]) -> 
             table = read_small(folder / CHECKSUMS, MANIFEST_LIMIT_BYTES)
             known = Checksums.model_validate_json(table).xxh3_64
         except (BadCheckpoint, UserError, ValidationError):
-            yield from sorted(p for p in folder.glob("*/*.safetensors") if _size_of(p) == expected.size)
+            # Only where files of a checkpoint lie: a link may lead to a folder with a whole disk below it.
+            files = (path for group in GROUPS for path in (folder / group).glob("*.safetensors"))
+            yield from sorted(path for path in files if _size_of(path) == expected.size)
             continue
         for name, hashes in known.items():
             same = len(hashes) == len(expected.hashes) and any(

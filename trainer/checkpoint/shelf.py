@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,17 @@ from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.recover import UNFINISHED, recover
-from trainer.folder import checkpoint_name, committed_steps
+from trainer.entries import (
+    Kind,
+    checkpoint_name,
+    committed_steps,
+    entries,
+    name_fault,
+    passed_over,
+    refuse_to_pass_over,
+)
 
-_ASIDE = re.compile(r"^step-\d{8,}\.bad-\d+$")
 KEEP = "KEEP"  # a file in a checkpoint's folder; while it is there the checkpoint is not pruned
-_LEFTOVER = re.compile(r"^step-\d{8,}\.(partial|deleting)-")
 
 
 @dataclass(frozen=True)
@@ -55,25 +60,30 @@ class Shelf:
         """Committed steps, ascending. Whether they are good is not asked here."""
         return committed_steps(self.root)
 
+    def linked(self) -> list[int]:
+        """Committed steps whose folder lies elsewhere, behind a link: read like the others, never deleted or mended."""
+        return [e.step for e in entries(self.root) if e.kind is Kind.COMMITTED and e.is_link and e.step is not None]
+
     def clean(self) -> list[str]:
         """Remove what a crash left half written or half deleted; returns the names. Only under the run's lease."""
-        if not self.root.is_dir():
-            return []
-        names = sorted(entry.name for entry in os.scandir(self.root) if _LEFTOVER.match(entry.name))
-        for name in names:
-            disk.remove_tree(str(self.root / name))
-        for step in self.steps():
-            for path in sorted(self.path(step).glob("*/.*")):
-                if UNFINISHED.match(path.name):
-                    disk.unlink(str(path))
-        return names
+        found = entries(self.root)
+        left = [entry.path for entry in found if entry.kind in (Kind.PARTIAL, Kind.DELETING)]
+        for path in sorted(left):
+            disk.remove_tree(str(path))
+        for entry in found:
+            if entry.kind is Kind.COMMITTED and not entry.is_link:
+                for path in sorted(entry.path.glob("*/.*")):
+                    if UNFINISHED.match(path.name):
+                        disk.unlink(str(path))
+        return sorted(path.name for path in left)
 
     def newest_good(self) -> Checkpoint | None:
         """The newest checkpoint whose manifest and files are sound, or None when there is none at all.
 
         A file that is missing or has a wrong size is recovered from another copy, where there is one. Bad ones that are
         newer are set aside as `step-....bad-<k>`, loudly. When all are bad nothing is renamed and a UserError says so,
-        because going on would begin the run from nothing; likewise when only such are left.
+        because going on would begin the run from nothing; likewise when only such are left, and when an entry that
+        cannot be used may be newer than the one found.
         """
         bad: list[tuple[int, BadCheckpoint]] = []
         for step in reversed(self.steps()):
@@ -82,6 +92,7 @@ class Shelf:
             except BadCheckpoint as error:
                 bad.append((step, error))
                 continue
+            refuse_to_pass_over(self.root, step)
             for bad_step, reason in bad:
                 self.reject(bad_step, str(reason))
             return checkpoint
@@ -93,12 +104,14 @@ class Shelf:
                 f"no good checkpoint is left in {self.root}, only {', '.join(aside)}: "
                 "repair one, or move them away to begin the run anew"
             )
+        refuse_to_pass_over(self.root, None)
         return None
 
     def _open(self, step: int) -> Checkpoint:
         checkpoint = Checkpoint(self.path(step))
-        if checkpoint.step != step:
-            raise BadCheckpoint(checkpoint.path, f"it holds step {checkpoint.step}")
+        fault = name_fault(checkpoint.path, checkpoint.step)
+        if fault is not None:
+            raise BadCheckpoint(checkpoint.path, fault)
         return checkpoint
 
     def _open_or_recover(self, step: int) -> Checkpoint:
@@ -126,9 +139,7 @@ class Shelf:
 
     def set_aside(self) -> list[str]:
         """Names of the bad checkpoints."""
-        if not self.root.is_dir():
-            return []
-        return sorted(entry.name for entry in os.scandir(self.root) if _ASIDE.match(entry.name))
+        return sorted(entry.path.name for entry in entries(self.root) if entry.kind is Kind.ASIDE)
 
     def reject(self, step: int, reason: str) -> Path:
         """Set a bad checkpoint aside under another name, from which nothing continues. Returns the new path."""
@@ -165,6 +176,9 @@ class Shelf:
         fault = self._known(steps[-1]).fault
         if fault is not None:
             self._facts.pop(steps[-1])
+        newer = passed_over(self.root, steps[-1])
+        fault = f"{newer[0].path}: {newer[0].fault}" if newer else fault
+        if fault is not None:
             self._say(f"no old checkpoint is deleted, as the newest does not open: {fault}")
             return []
         kept = self.kept(steps)
@@ -172,7 +186,8 @@ class Shelf:
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Which of the committed steps stay: the `last` that open well and whatever is newer than these, those of
-        `every_steps`, those with a file KEEP, the best one, and what lies in `manifest.sources` of any that stays."""
+        `every_steps`, those with a file KEEP, links, the best one, and what lies in `manifest.sources` of any that
+        stays."""
         kept: set[int] = set()
         well = 0
         for step in sorted(steps, reverse=True):
@@ -181,6 +196,7 @@ class Shelf:
             kept.add(step)
             well += self._known(step).fault is None
         kept |= {step for step in steps if (self.path(step) / KEEP).exists()}
+        kept |= set(self.linked())
         if self._keep.every_steps:
             kept |= {step for step in steps if step % self._keep.every_steps == 0}
         if self._keep.best:
@@ -203,6 +219,10 @@ class Shelf:
             except (BadCheckpoint, UserError) as error:
                 self._facts[step] = _Facts(str(error))
         return self._facts[step]
+
+    def opens(self, step: int) -> bool:
+        """Whether it does, as what its name says."""
+        return self._known(step).fault is None
 
     def check_space(self, changing_bytes: int, frozen_bytes: int) -> None:
         """Raise UserError unless the filesystem has room for the checkpoints that `keep` will hold, and the one being

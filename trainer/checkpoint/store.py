@@ -29,7 +29,7 @@ from trainer.checkpoint.pieces import GROUPS, Piece
 from trainer.checkpoint.share import PlannedFile, WrittenFile, plan_files, write_files
 from trainer.checkpoint.shelf import KEEP, Shelf, ask_to_keep
 from trainer.checkpoint.staging import HostCopy
-from trainer.folder import checkpoint_name
+from trainer.entries import checkpoint_name
 
 FRESH_EVERY = 10  # carried files are copied at every n-th save, so that one bad block is not in all
 _WRITING_ERRORS = (OSError, SaveError, BadCheckpoint, ValueError, RuntimeError)

@@ -27,7 +27,8 @@ from trainer.convert.deepspeed import find_deepspeed, read_deepspeed
 from trainer.convert.muster import write_muster
 from trainer.convert.state import Kind, State, Target, state_of
 from trainer.convert.torch_file import ZIP_MAGIC, read_torch, write_torch
-from trainer.folder import RunFolder, checkpoint_name, committed_steps
+from trainer.entries import newest_checkpoint
+from trainer.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ def _look(path: Path) -> tuple[Kind, Path] | None:
     if METADATA in names:
         return "dcp", path
     for folder in (RunFolder(path).checkpoints, path):
-        steps = committed_steps(folder)
-        if steps:
-            return "muster", folder / checkpoint_name(steps[-1])
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            return "muster", newest
     found = find_deepspeed(path, names)
     if found is not None:
         return "deepspeed", found

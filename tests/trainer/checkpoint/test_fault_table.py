@@ -27,7 +27,7 @@ from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.store import CheckpointStore
 from trainer.engines.base import Engine
-from trainer.folder import checkpoint_name
+from trainer.entries import checkpoint_name
 from trainer.run import Run
 from trainer.start import start
 from trainer.stop import StopWish
