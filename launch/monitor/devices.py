@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pynvml
 
 from trainer.environment import CUDA_VISIBLE_DEVICES
 
+DRIVER_GONE = {
+    pynvml.NVML_ERROR_UNINITIALIZED,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+}
+_NO_INSTANCE = {pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_NO_PERMISSION}
+_UNKNOWN_UUID = "unknown-"
+
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or a MIG instance of one. `gpu` is the whole GPU's handle, `handle` the instance's."""
+    """A GPU, or a MIG instance of one. `gpu` is the whole GPU's handle, `handle` the instance's. One that refused to
+    tell who it is has neither, and the reason in `refusal`."""
 
     uuid: str
     index: int  # of the whole GPU among those that this job may open, in the order of their PCI addresses
@@ -23,6 +33,12 @@ class Device:
     handle: Any
     instance: int | None = None  # MIG GPU instance
     other_names: tuple[str, ...] = ()
+    refusal: str | None = None
+
+    @classmethod
+    def refused(cls, index: int, error: pynvml.NVMLError, instance: int | None = None) -> Device:
+        place = f"{index}" if instance is None else f"{index}-{instance}"
+        return cls(f"{_UNKNOWN_UUID}{place}", index, "", None, None, instance, refusal=str(error))
 
     def is_called(self, name: str) -> bool:
         """Whether an entry of CUDA_VISIBLE_DEVICES means this one: by its index, its UUID or the UUID's beginning."""
@@ -32,41 +48,47 @@ class Device:
 
 
 def all_devices() -> list[Device]:
-    """Every GPU that this process may open, each followed by its MIG instances."""
+    """Every GPU that this process may open, each followed by its MIG instances. One that refuses keeps its index, so
+    that the others keep theirs. Raises NVMLError when it is the driver that refuses."""
     found: list[Device] = []
     index = 0
     for number in range(pynvml.nvmlDeviceGetCount()):
         try:
-            gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
+            found += _devices(number, index)
         except pynvml.NVMLError as error:
-            if error.value in (pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_GPU_IS_LOST):
-                continue  # another job's, which CUDA does not count either; or gone
-            raise
-        uuid, name = pynvml.nvmlDeviceGetUUID(gpu), pynvml.nvmlDeviceGetName(gpu)
-        found.append(Device(uuid, index, name, gpu, gpu))
-        found += _instances(uuid, index, gpu)
+            if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
+                continue  # another job's, which CUDA does not count either
+            if error.value in DRIVER_GONE:
+                raise
+            found.append(Device.refused(index, error))
         index += 1
     return found
 
 
-def _instances(uuid: str, index: int, gpu: Any) -> list[Device]:
+def _devices(number: int, index: int) -> list[Device]:
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
+    uuid, name = pynvml.nvmlDeviceGetUUID(gpu), pynvml.nvmlDeviceGetName(gpu)
+    return [Device(uuid, index, name, gpu, gpu), *_instances(uuid, index, gpu)]
+
+
+def _instances(uuid: str, index: int, gpu: Any) -> Iterator[Device]:
     try:
         if pynvml.nvmlDeviceGetMigMode(gpu)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
-            return []
+            return
         most = pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)
     except pynvml.NVMLError:
-        return []  # no MIG on this kind of GPU
-    found = []
+        return  # no MIG on this kind of GPU
     for number in range(most):
         try:
             mig = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, number)
             instance, compute = pynvml.nvmlDeviceGetGpuInstanceId(mig), pynvml.nvmlDeviceGetComputeInstanceId(mig)
-            old_name = f"MIG-{uuid}/{instance}/{compute}"
             names = pynvml.nvmlDeviceGetUUID(mig), index, pynvml.nvmlDeviceGetName(mig)
-            found.append(Device(*names, gpu, mig, instance, (old_name,)))
-        except pynvml.NVMLError:
-            continue  # this place holds no instance, or not one of ours
-    return found
+            yield Device(*names, gpu, mig, instance, (f"MIG-{uuid}/{instance}/{compute}",))
+        except pynvml.NVMLError as error:
+            if error.value in DRIVER_GONE:
+                raise
+            if error.value not in _NO_INSTANCE:  # else this place holds no instance, or not one of ours
+                yield Device.refused(index, error, number)
 
 
 def named(visible: str) -> tuple[list[str], str | None]:
@@ -98,7 +120,7 @@ def count_visible() -> int:
         names = named(visible or "")[0]
         return min(len(names), 1) if "MIG-" in "".join(names) else len(names)
     try:
-        chosen, _ = choose(all_devices(), visible)
+        chosen = [device for device in choose(all_devices(), visible)[0] if device.refusal is None]
     finally:
         pynvml.nvmlShutdown()
     instances = [device for device in chosen if device.instance is not None]
@@ -109,16 +131,21 @@ def choose(devices: list[Device], visible: str | None) -> tuple[list[Device], st
     """(The job's devices in the order of its local ranks, the first entry that means none).
 
     As in CUDA: such an entry hides itself and all after it. Without the variable every GPU is the job's, and of one
-    that is cut into MIG instances these.
+    that is cut into MIG instances these. A UUID that none has is that of the first one that refuses to tell its own.
     """
     if visible is None:
         cut = {d.index for d in devices if d.instance is not None}
         return [d for d in devices if d.instance is not None or d.index not in cut], None
     names, ended_by = named(visible)
     chosen: list[Device] = []
+    silent = [d for d in devices if d.refusal is not None]
     for name in names:
         called = [d for d in devices if d.is_called(name)]
-        if len(called) != 1:
+        if len(called) == 1:
+            chosen += called
+            silent = [d for d in silent if d not in called]
+        elif not called and silent and not name.isdigit():
+            chosen.append(replace(silent.pop(0), uuid=name))
+        else:
             return chosen, name
-        chosen += called
     return chosen, ended_by

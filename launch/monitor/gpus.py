@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pynvml
 
-from launch.monitor.devices import all_devices, choose
+from launch.monitor.devices import Device, all_devices, choose
 from launch.monitor.gpm import Gpm, dcgm_process
 from launch.monitor.readings import DriverGone, Gpu, GpuLost
 from trainer.environment import CUDA_VISIBLE_DEVICES
@@ -42,6 +42,8 @@ class Gpus:
             if time.monotonic() < self._again_s:
                 return []
             self._start(again=True)
+        if any(gpu.device.refusal is not None for gpu in self._gpus) and time.monotonic() >= self._again_s:
+            self._ask_again()
         rows = []
         for gpu in self._gpus:
             try:
@@ -76,7 +78,7 @@ class Gpus:
             pynvml.nvmlInit()
             self._open = True
             self.driver = pynvml.nvmlSystemGetDriverVersion()
-            devices, unknown = choose(all_devices(), CUDA_VISIBLE_DEVICES.read(os.environ))
+            devices, unknown = _devices()
         except pynvml.NVMLError as error:
             self._close()
             if not again:
@@ -89,11 +91,26 @@ class Gpus:
             self._tell("unknown_gpu", line, entry=unknown)
         self._gpus = [Gpu(device, None) for device in devices]
         self._lost = {}
-        if self._gpus:
-            self._start_gpm()
+        self._start_gpm(self._gpus)
 
-    def _start_gpm(self) -> None:
-        dcgm = dcgm_process() if self._gpm == "auto" else None
+    def _ask_again(self) -> None:
+        """Whether those that refused tell by now who they are. The others stay as they are."""
+        self._again_s = time.monotonic() + _AGAIN_S
+        try:
+            devices, _ = _devices()
+        except pynvml.NVMLError:
+            return  # the readings meet the same and say so
+        known = {gpu.device.uuid: gpu for gpu in self._gpus if gpu.device.refusal is None}
+        back = [device for device in devices if device.refusal is None and device.uuid not in known]
+        for device in back:
+            self._tell("gpu_back", f"GPU {device.index} ({device.uuid}) answers again", gpu=device.uuid)
+        self._lost = {uuid: since for uuid, since in self._lost.items() if uuid not in {d.uuid for d in back}}
+        self._gpus = [known.get(device.uuid) or Gpu(device, None) for device in devices]
+        self._start_gpm([gpu for gpu in self._gpus if gpu.device in back])
+
+    def _start_gpm(self, gpus: list[Gpu]) -> None:
+        gpus = [gpu for gpu in gpus if gpu.device.refusal is None]
+        dcgm = dcgm_process() if gpus and self._gpm == "auto" else None
         if dcgm is not None:
             line = (
                 f"SM, tensor and DRAM activity are left out: {dcgm} may profile too; monitor.gpm=on reads all the same"
@@ -101,7 +118,7 @@ class Gpus:
             self._tell("gpm_left_out", line, cause=dcgm)
         if dcgm is not None or self._gpm == "off":
             return
-        for gpu in self._gpus:
+        for gpu in gpus:
             try:
                 gpu.gpm = Gpm(gpu.device) if Gpm.is_supported(gpu.device) else None
             except pynvml.NVMLError as error:
@@ -126,3 +143,7 @@ class Gpus:
             self._open = False
             with contextlib.suppress(pynvml.NVMLError):  # it may be what fails
                 pynvml.nvmlShutdown()
+
+
+def _devices() -> tuple[list[Device], str | None]:
+    return choose(all_devices(), CUDA_VISIBLE_DEVICES.read(os.environ))

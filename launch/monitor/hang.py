@@ -77,8 +77,16 @@ def share(found: list[Standstill], attempt: Path, node: str, nodes: list[str]) -
     while True:
         known = [read_json(attempt / f"hang-{other}.json") for other in nodes if other != node]
         if all(rows is not None for rows in known) or time.monotonic() > deadline:
-            return found + [Standstill(**row) for rows in known if rows is not None for row in rows]
+            return found + [standstill for rows in known for standstill in _standstills(rows)]
         time.sleep(0.2)
+
+
+def _standstills(rows: Any) -> list[Standstill]:
+    """What another node found; nothing when it wrote none, or something else."""
+    try:
+        return [Standstill(**row) for row in rows or []]
+    except TypeError:
+        return []
 
 
 def describe(guilty: list[Standstill], why: str) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -33,30 +34,56 @@ class Rates:
 
 
 class Host:
-    """The whole node, other people's processes included."""
+    """The whole node, other people's processes included. What a machine or container does not tell is left out, and
+    said once."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[..., None]) -> None:
         self.cpus = psutil.cpu_count() or 1
+        self._tell = tell
+        self._left_out: set[str] = set()
         self._rates = Rates()
 
     def read(self) -> dict[str, Any]:
-        now = time.monotonic()
+        values: dict[str, Any] = {}
+        for reading in (self._cpu, self._memory, self._swap, self._disk, self._network):
+            name = reading.__name__[1:]
+            try:
+                values |= reading(time.monotonic())
+            except Exception as error:  # noqa: BLE001 - psutil: TypeError, AssertionError, ..., by how /proc is made
+                if name not in self._left_out:
+                    self._left_out.add(name)
+                    self._tell("reading_left_out", None, reading=name, error=f"{type(error).__name__}: {error}")
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _cpu(self, now: float) -> dict[str, Any]:
         cpu = psutil.cpu_times()
         busy_s = sum(cpu) - cpu.idle - getattr(cpu, "iowait", 0.0) - getattr(cpu, "guest", 0.0)
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        disk, network = psutil.disk_io_counters(), psutil.net_io_counters()
-        values: dict[str, Any] = {
-            "cpu_pct": self._rate("cpu", busy_s * 100 / self.cpus, now),
-            "memory_gib": round((memory.total - memory.available) / 2**30, 3),
-            "swap_gib": round(swap.used / 2**30, 3),
+        return {"cpu_pct": self._rate("cpu", busy_s * 100 / self.cpus, now)}
+
+    def _memory(self, now: float) -> dict[str, Any]:
+        memory = psutil.virtual_memory()
+        return {"memory_gib": round((memory.total - memory.available) / 2**30, 3)}
+
+    def _swap(self, now: float) -> dict[str, Any]:
+        return {"swap_gib": round(psutil.swap_memory().used / 2**30, 3)}
+
+    def _disk(self, now: float) -> dict[str, Any]:
+        disk = psutil.disk_io_counters()
+        if disk is None:
+            return {}
+        return {
+            "disk_read_mib_s": self._rate("read", disk.read_bytes / 2**20, now),
+            "disk_write_mib_s": self._rate("write", disk.write_bytes / 2**20, now),
         }
-        if disk is not None:
-            values["disk_read_mib_s"] = self._rate("read", disk.read_bytes / 2**20, now)
-            values["disk_write_mib_s"] = self._rate("write", disk.write_bytes / 2**20, now)
-        if network is not None:
-            values["network_in_mib_s"] = self._rate("in", network.bytes_recv / 2**20, now)
-            values["network_out_mib_s"] = self._rate("out", network.bytes_sent / 2**20, now)
-        return {name: value for name, value in values.items() if value is not None}
+
+    def _network(self, now: float) -> dict[str, Any]:
+        network = psutil.net_io_counters()
+        if network is None:
+            return {}
+        return {
+            "network_in_mib_s": self._rate("in", network.bytes_recv / 2**20, now),
+            "network_out_mib_s": self._rate("out", network.bytes_sent / 2**20, now),
+        }
 
     def _rate(self, name: str, count: float, now: float) -> float | None:
         rate = self._rates.of(name, count, now)
@@ -75,21 +102,29 @@ class Processes:
         try:
             with open(f"/proc/{beat.pid}/stat", "rb") as file:
                 stat = file.read()
-            with open(f"/proc/{beat.pid}/task/{beat.pid}/schedstat", "rb") as file:
-                schedule = file.read().split()
         except OSError:
             self._rates.forget(f"{beat.pid}.")
             return {"gone": True}
         fields = stat[stat.rindex(b")") + 2 :].split()  # from the third field on: the name may hold anything
         now = time.monotonic()
-        busy_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
         values: dict[str, Any] = {
             "state": fields[0].decode(),
             "memory_gib": round(int(fields[21]) * _PAGE_BYTES / 2**30, 3),
         }
-        main = (int(schedule[0]) / 1e9, int(schedule[1]) / 1e9)  # seconds on a core, seconds ready for one
-        for name, seconds in (("cpu_pct", busy_s), ("main_cpu_pct", main[0]), ("cpu_wait_pct", main[1])):
+        spent_s = {"cpu_pct": (int(fields[11]) + int(fields[12])) / _TICKS_PER_S, **_main_thread_s(beat.pid)}
+        for name, seconds in spent_s.items():
             rate = self._rates.of(f"{beat.pid}.{name}", seconds, now)
             if rate is not None:
                 values[name] = round(rate * 100, 1)
         return values
+
+
+def _main_thread_s(pid: int) -> dict[str, float]:
+    """Seconds that the main thread was on a core, and that it was ready for one; nothing where the kernel does not
+    count them."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/schedstat", "rb") as file:
+            on_core, ready = map(int, file.read().split()[:2])
+    except (OSError, ValueError):
+        return {}
+    return {"main_cpu_pct": on_core / 1e9, "cpu_wait_pct": ready / 1e9}

@@ -18,9 +18,9 @@ from launch.monitor.hang import HangWatch, culprits, describe, share
 from launch.monitor.host import Host, Processes
 from launch.monitor.journal import Journal
 from launch.monitor.keeper import Orders
+from launch.monitor.others import Others
 from launch.monitor.prometheus import Endpoint
 from launch.monitor.rollup import Minute
-from launch.monitor.rows import newest
 from launch.monitor.windows import Windows
 from trainer.events import Events, tolerate_unwritable
 from trainer.folder import RunFolder, read_json, write_json
@@ -50,10 +50,11 @@ class Monitor:
         self.hooks = Hooks(settings.hook, settings.webhook, self._print)
         self.journal: Journal | None = None
         self._untold: list[tuple[str, str | None, dict[str, Any]]] = []
-        self.host, self.processes = Host(), Processes()
+        self.host, self.processes = Host(self.tell), Processes()
         self.gpus = Gpus(self.tell, settings.gpm)
         self.minute = Minute()
-        self.windows = Windows(settings, node_name(), self.folder.gpu, self.tell)
+        self.others = Others(self.folder.gpu, node_name(), self.tell)
+        self.windows = Windows(settings, node_name(), self.folder.gpu, self.others, self.tell)
         self.endpoint = self._endpoint(settings.prometheus_port)
 
     def _endpoint(self, port: int | None) -> Endpoint | None:
@@ -139,9 +140,10 @@ class Monitor:
         if self.endpoint is not None:
             self.endpoint.show({"time_s": round(time.time(), 3), "attempt": self.events.attempt, **values})
         beats = [beat for beat in beats if beat.attempt >= 0]
-        window = self.windows.add(beats, values)
-        if window is not None:
-            self._write("window", window)
+        if self.journal is not None:  # not before there is a folder to write to
+            window = self.windows.add(beats, values, self.events.attempt)
+            if window is not None:
+                self._write("window", window)
         hangs = self.hang.look(beats, time.monotonic()) and not self._others_take_time()
         return hangs and self._end_hang(beats)
 
@@ -152,19 +154,19 @@ class Monitor:
 
     def _others_take_time(self) -> bool:
         """Whether a rank of another node is at something that may take long: those here wait for it, rightly."""
-        for path in self.folder.gpu.glob("*.jsonl"):
-            row = newest(path, "second") if path.stem != node_name() else None
-            if row is not None and abs(time.time() - row["time_s"]) < _OTHERS_S:
-                for rank in row["ranks"]:
-                    if not self.hang.may_hang(Phase[rank["phase"].upper()], rank["still_s"]):
-                        return True
-        return False
+
+        def takes_time(row: dict[str, Any]) -> bool:
+            return any(not self.hang.may_hang(Phase[r["phase"].upper()], float(r["still_s"])) for r in row["ranks"])
+
+        return any(found for _, found in self.others.newest("second", self.events.attempt, _OTHERS_S, takes_time))
 
     def _end_hang(self, beats: list[Beat]) -> bool:
         """Ask every rank where it is, name the culprit, and have the launcher end the attempt.
 
         The first node says how the attempt ended. The others wait for that: ranks that lose their peers fail within
         milliseconds, and would write down that as the cause. Returns whether it is a hang."""
+        if self.journal is None:
+            self._begin()
         attempt = Attempt(self.folder, max(beat.attempt for beat in beats))
         found = ask(beats, node_name(), attempt.path)
         if all(standstill.gone for standstill in found):

@@ -9,17 +9,18 @@ from typing import Any
 
 import pynvml
 
-from launch.monitor.devices import Device
+from launch.monitor.devices import DRIVER_GONE, Device
 from launch.monitor.gpm import Gpm
 
 Values = dict[str, Any]
 
-_DRIVER_GONE = {
-    pynvml.NVML_ERROR_UNINITIALIZED,
-    pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+_GPU_GONE = {
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_GPU_NOT_FOUND,
+    pynvml.NVML_ERROR_INSUFFICIENT_POWER,
+    pynvml.NVML_ERROR_IRQ_ISSUE,
+    pynvml.NVML_ERROR_RESET_REQUIRED,
 }
-_GPU_GONE = {pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED, pynvml.NVML_ERROR_GPU_NOT_FOUND}
 _PASSING = {  # worth asking again
     pynvml.NVML_ERROR_TIMEOUT,
     pynvml.NVML_ERROR_IN_USE,
@@ -153,15 +154,22 @@ class Gpu:
     def __init__(self, device: Device, gpm: Gpm | None) -> None:
         self.device, self.gpm = device, gpm
         self.left_out: dict[str, str] = {}
+        self._error: str | None = None  # the last one of this read
         self._slow: Values = {}
         self._slow_time_s = float("-inf")
         self._counts: dict[int, tuple[float, int]] = {}
 
     def read(self) -> Values:
         """Raises GpuLost or DriverGone when there is nothing to read any more."""
+        if self.device.refusal is not None:
+            raise GpuLost(self.device.refusal)
         values: Values = {"uuid": self.device.uuid, "index": self.device.index}
+        known, self._error = dict(self.left_out), None
         for reading in EACH_TIME:
             values |= self._try(reading.__name__[1:], partial(reading, self.device))
+        if self._error is not None and values.keys() == {"uuid", "index"}:
+            self.left_out = known  # it is not the readings that are missing here
+            raise GpuLost(self._error)
         if self.gpm is not None:
             values |= self._try("gpm", self.gpm.read)
         if "pcie_tx_mib_s" not in values:
@@ -179,10 +187,11 @@ class Gpu:
         try:
             return read()
         except pynvml.NVMLError as error:
-            if error.value in _DRIVER_GONE:
+            if error.value in DRIVER_GONE:
                 raise DriverGone(str(error)) from error
             if error.value in _GPU_GONE:
                 raise GpuLost(str(error)) from error
+            self._error = str(error)
             if error.value not in _PASSING:
                 self.left_out[name] = str(error)
             return {}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.monitor_section import MonitorSection
+from launch.monitor.others import Others
 from launch.monitor.rollup import Minute
-from launch.monitor.rows import newest
 from launch.monitor.slow import RankWindow, idle, is_training, rank_window, stragglers
 from trainer.events import tolerate_unwritable
 from trainer.folder import write_json
@@ -23,8 +23,9 @@ _READINGS = ("sm_pct", "tensor_pct", "dram_pct", "gpu_pct", "memory_gib", "power
 class Windows:
     """`add` each row. Other nodes' windows are read from their files: the median is that of all ranks."""
 
-    def __init__(self, settings: MonitorSection, node: str, folder: Path, tell: Tell) -> None:
+    def __init__(self, settings: MonitorSection, node: str, folder: Path, others: Others, tell: Tell) -> None:
         self._settings, self._node, self._folder, self._tell = settings, node, folder, tell
+        self._others = others
         self._slow: set[int] = set()  # ranks that were named and are still slow
         self._suspected: set[int] = set()  # slow in one window: that may be chance
         self._idle_windows = 0
@@ -36,7 +37,7 @@ class Windows:
         self._last: dict[int, tuple[Beat, float]] = {}
         self._began_s: float | None = None
 
-    def add(self, beats: list[Beat], row: dict[str, Any]) -> dict[str, Any] | None:
+    def add(self, beats: list[Beat], row: dict[str, Any], attempt: int | None) -> dict[str, Any] | None:
         """The window's row, when this one ends it."""
         now = time.monotonic()
         if self._began_s is None or any(b.rank in self._first and self._first[b.rank][0].pid != b.pid for b in beats):
@@ -49,16 +50,17 @@ class Windows:
         if now - self._began_s < self._settings.window_s:
             return None
         rolled = self._minute.row()
-        ranks, others = self._ranks(row, rolled), self._others()
+        ranks = self._ranks(row, rolled)
+        others = dict(self._others.newest("window", attempt, 2 * self._settings.window_s, _window))
         self._start()
         if ranks and all(is_training(rank) and rank.steps > 0 for rank in ranks):
-            self._name_slow(ranks, [RankWindow(**values) for other in others.values() for values in other["ranks"]])
+            self._name_slow(ranks, [rank for other_ranks, _ in others.values() for rank in other_ranks])
             self._name_idle(ranks)
         window = {"ranks": [asdict(rank) for rank in ranks], "readings": readings(ranks, rolled["gpus"])}
         if any(rank.rank == 0 for rank in ranks):  # which is on this node, and hands them on
             with tolerate_unwritable():
-                nodes = {self._node: window, **others}
-                write_json(self._folder / "readings.json", {node: nodes[node]["readings"] for node in sorted(nodes)})
+                nodes = {self._node: window["readings"], **{node: told for node, (_, told) in others.items()}}
+                write_json(self._folder / "readings.json", dict(sorted(nodes.items())))
         return window
 
     def _ranks(self, row: dict[str, Any], rolled: dict[str, Any]) -> list[RankWindow]:
@@ -72,15 +74,6 @@ class Windows:
             if rank in self._first and self._last[rank][1] > self._first[rank][1]:
                 both = {"rank": by_rank[rank], "gpu": gpu}
                 found.append(rank_window(self._first[rank], self._last[rank], self._node, both))
-        return found
-
-    def _others(self) -> dict[str, dict[str, Any]]:
-        """The other nodes' newest windows."""
-        found = {}
-        for path in self._folder.glob("*.jsonl"):
-            row = newest(path, "window") if path.stem != self._node else None
-            if row is not None and abs(time.time() - row["time_s"]) < 2 * self._settings.window_s:
-                found[path.stem] = row
         return found
 
     def _name_slow(self, ranks: list[RankWindow], others: list[RankWindow]) -> None:
@@ -114,3 +107,9 @@ def readings(ranks: list[RankWindow], gpus: list[dict[str, Any]]) -> dict[str, l
     found = {"activity_pct": [rank.activity_pct for rank in ranks if rank.activity_pct is not None]}
     found |= {name: [gpu[name][0] for gpu in gpus if name in gpu] for name in _READINGS}
     return {name: [round(sum(each) / len(each), 3), round(min(each), 3)] for name, each in found.items() if each}
+
+
+def _window(row: dict[str, Any]) -> tuple[list[RankWindow], dict[str, list[float]]]:
+    """Another node's window: its ranks, and its readings."""
+    told = {str(name): [float(mean), float(lowest)] for name, (mean, lowest) in row["readings"].items()}
+    return [RankWindow(**values) for values in row["ranks"]], told

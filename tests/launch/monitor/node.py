@@ -22,10 +22,11 @@ from trainer.names import node_name
 class Node:
     """A node of a run, with a launcher's side and one rank that is this process."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, begun: bool = True, **settings: Any) -> None:
         self.folder = RunFolder(folder / "run")
         self.folder.root.mkdir()
-        self.folder.config.write_text("run: {}\n")
+        if begun:
+            self.begin()
         self.heartbeats = Heartbeats.make(2)
         self.events = Events(self.folder, node_name(), "launcher")
         config = Config.model_validate({**tiny(folder), "monitor": {"interval_s": 0.05, **settings}})
@@ -36,6 +37,10 @@ class Node:
         self.rank = Heartbeat.at(self.heartbeats.path, 0, rank=0)
         self.rank.attempt = 3
         self.rank.enter(Phase.COMPUTING, 17)
+
+    def begin(self) -> None:
+        """From here on the folder holds a run."""
+        self.folder.config.write_text("run: {}\n")
 
     def rows(self, kind: str = "second") -> list[dict[str, Any]]:
         return [row for row in read_rows(self.folder.gpu / f"{node_name()}.jsonl") if row["kind"] == kind]

@@ -6,6 +6,7 @@
        closed G                     GPU G is another job's
        fail CALL CODE               CALL answers CODE; `*` is every call
        fail CALL@G CODE             only for GPU G
+       fail CALL@G/N CODE           only for instance N of GPU G
        set NAME VALUE / set NAME@G VALUE
        process G PID BYTES          a process on GPU G
    layout.h is made from the real nvidia-ml-py: its codes as macros, and assertions that these structs are its own. */
@@ -49,7 +50,7 @@ enum { GPUS = 64, INSTANCES = 7, LINES = 512 };
 typedef struct { int gpu, instance; } device_t; /* instance -1: the whole GPU */
 static device_t whole[GPUS], parts[GPUS][INSTANCES];
 
-typedef struct { char verb[16], name[80]; int gpu; double value, more; } line_t;
+typedef struct { char verb[16], name[80]; int gpu, instance; double value, more; } line_t;
 static line_t lines[LINES];
 static int line_count, started;
 static struct timespec read_at;
@@ -65,21 +66,21 @@ static void read_lines(void) {
     while (file && fgets(text, sizeof text, file) && line_count < LINES) {
         line_t *l = &lines[line_count];
         memset(l, 0, sizeof *l);
-        l->gpu = -1;
+        l->gpu = l->instance = -1;
         if (sscanf(text, "%15s %79s %lf %lf", l->verb, l->name, &l->value, &l->more) < 2) continue;
         char *at = strchr(l->name, '@');
-        if (at) { l->gpu = atoi(at + 1); *at = 0; }
+        if (at) sscanf(at, "@%d/%d", &l->gpu, &l->instance), *at = 0;
         line_count++;
     }
     if (file) fclose(file);
 }
 
-static int answer(const char *call, int gpu) {
+static int answer(const char *call, int gpu, int instance) {
     read_lines();
     if (!started && strcmp(call, "nvmlInitWithFlags")) return NVML_ERROR_UNINITIALIZED;
     for (int i = 0; i < line_count; i++)
         if (!strcmp(lines[i].verb, "fail") && (!strcmp(lines[i].name, call) || !strcmp(lines[i].name, "*"))
-            && (lines[i].gpu < 0 || lines[i].gpu == gpu))
+            && (lines[i].gpu < 0 || lines[i].gpu == gpu) && (lines[i].instance < 0 || lines[i].instance == instance))
             return (int)lines[i].value;
     return NVML_SUCCESS;
 }
@@ -104,8 +105,9 @@ static double now_s(void) {
     return now.tv_sec + now.tv_nsec * 1e-9;
 }
 
-#define CALL(name, gpu) do { int code = answer(name, gpu); if (code) return code; } while (0)
-#define ASK(name) CALL(name, device->gpu)
+#define CALL_OF(name, gpu, instance) do { int code = answer(name, gpu, instance); if (code) return code; } while (0)
+#define CALL(name, gpu) CALL_OF(name, gpu, -1)
+#define ASK(name) CALL_OF(name, device->gpu, device->instance)
 
 int nvmlInitWithFlags(unsigned flags) { (void)flags; CALL("nvmlInitWithFlags", -1); started = 1; return 0; }
 int nvmlShutdown(void) { CALL("nvmlShutdown", -1); started = 0; return 0; }
@@ -146,7 +148,7 @@ int nvmlDeviceGetMaxMigDeviceCount(device_t *device, unsigned *count) {
     return 0;
 }
 int nvmlDeviceGetMigDeviceHandleByIndex(device_t *device, unsigned index, device_t **mig) {
-    ASK("nvmlDeviceGetMigDeviceHandleByIndex");
+    CALL_OF("nvmlDeviceGetMigDeviceHandleByIndex", device->gpu, (int)index);
     if ((int)index >= count_of("mig", device->gpu)) return NVML_ERROR_NOT_FOUND;
     parts[device->gpu][index] = (device_t){device->gpu, (int)index};
     *mig = &parts[device->gpu][index];

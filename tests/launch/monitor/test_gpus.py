@@ -11,6 +11,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from launch.monitor.devices import DRIVER_GONE
 from launch.monitor.gpm import METRICS
 from tests.launch.monitor.standin import Reader, layout
 
@@ -177,9 +178,74 @@ def test_a_driver_that_goes_away_and_comes_back(reader: Make) -> None:
     assert [row["uuid"] for row in rows] == GPU
 
 
-@pytest.mark.parametrize(
-    "call", ["nvmlInitWithFlags", "nvmlDeviceGetCount_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetName"]
+# Every code that there is, but for those that are the driver's or say that the GPU is another job's.
+REFUSALS = sorted(
+    value
+    for name, value in vars(pynvml).items()
+    if name.startswith("NVML_ERROR_") and value not in DRIVER_GONE | {pynvml.NVML_ERROR_NO_PERMISSION}
 )
+WHO = ["nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetName"]
+
+
+@pytest.mark.parametrize("call", WHO)
+def test_one_gpu_that_refuses_takes_no_other(call: str, reader: Make) -> None:
+    """Whatever it answers. Its index stays its own, and so do those of the others."""
+    text = "gpus 4\n" + "".join(f"fail {call}@1 {code}\n" for code in REFUSALS[:1])
+    one = reader(text)
+    one.read()
+    for code in REFUSALS:
+        one.read(f"gpus 4\nfail * {pynvml.NVML_ERROR_DRIVER_NOT_LOADED}\n")
+        rows, told = one.read(f"gpus 4\nfail {call}@1 {code}\n", again=True)
+        assert [(row["index"], "lost" in row, "power_w" in row) for row in rows] == [
+            (0, False, True),
+            (1, True, False),
+            (2, False, True),
+            (3, False, True),
+        ], code
+        assert events(told) == ["driver_back", "gpu_lost"]
+        assert "GPU 1 " in str(told[1]["line"])
+        assert one.read()[1] == []
+    rows, told = one.read("gpus 4\n", again=True)
+    assert [(e["event"], e["gpu"]) for e in told] == [("gpu_back", GPU[1])]
+    one.read()
+    assert [set(row) for row in one.read()[0]] == [ALL] * 4
+
+
+@pytest.mark.parametrize(
+    ("visible", "lost", "uuid"),
+    [("3,1,0", [False, True, False], "unknown-1"), (f"{GPU[1]},{GPU[0]}", [True, False], GPU[1])],
+)
+def test_one_that_refuses_keeps_its_place_among_the_jobs(
+    visible: str, lost: list[bool], uuid: str, reader: Make
+) -> None:
+    """Local rank i computes on the i-th."""
+    code = pynvml.NVML_ERROR_RESET_REQUIRED
+    rows, told = reader(f"gpus 4\nfail {WHO[0]}@1 {code}\n", CUDA_VISIBLE_DEVICES=visible).read()
+    assert ["lost" in row for row in rows] == lost
+    assert [(e["event"], e["gpu"]) for e in told] == [("gpu_lost", uuid)]
+
+
+@pytest.mark.parametrize("call", ["nvmlDeviceGetMigDeviceHandleByIndex", "nvmlDeviceGetUUID", "nvmlDeviceGetName"])
+def test_one_mig_instance_that_refuses_takes_no_other(call: str, reader: Make) -> None:
+    one = reader(f"gpus 1\nmig 0 3\nfail {call}@0/1 {pynvml.NVML_ERROR_UNKNOWN}\n")
+    rows, told = one.read()
+    assert ["lost" in row for row in rows] == [False, True, False]
+    assert events(told) == ["gpu_lost", "reading_left_out"]  # NVML has no utilization of instances
+
+
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_INSUFFICIENT_POWER])
+def test_one_that_answers_nothing_any_more_is_lost(code: int, reader: Make) -> None:
+    one = reader("gpus 2\n")
+    one.read()
+    rows, told = one.read(f"gpus 2\nfail *@1 {code}\n")
+    assert ["lost" in row for row in rows] == [False, True]
+    assert events(told) == ["gpu_lost"]
+    rows, told = one.read("gpus 2\n", again=True)
+    assert [set(row) for row in rows] == [ALL, ALL]
+    assert events(told) == ["gpu_back"]
+
+
+@pytest.mark.parametrize("call", ["nvmlInitWithFlags", "nvmlDeviceGetCount_v2"])
 def test_nothing_to_watch_is_said_once(call: str, reader: Make) -> None:
     one = reader(f"gpus 1\nfail {call} {pynvml.NVML_ERROR_UNKNOWN}\n")
     rows, told = one.read()

@@ -49,19 +49,35 @@ def test_what_the_gpus_did_is_handed_to_rank_0_by_window(
     (tmp_path / "gpus.txt").write_text("gpus 2\nset nvmlDeviceGetPowerUsage@0 100000\n")
     one = node(window_s=1.0)
     one.wait_for("a row", one.rows)
-    other, soon_s = {"activity_pct": [50.0, 10.0]}, time.time() + 1.0
-    append_row(one.folder.gpu / "b.jsonl", {"kind": "window", "time_s": soon_s, "ranks": [], "readings": other})
-    append_row(one.folder.gpu / "c.jsonl", {"kind": "window", "time_s": 1.0, "ranks": [], "readings": other})  # is gone
+    other = {"activity_pct": [50.0, 10.0]}
+    window = {"kind": "window", "ranks": [], "readings": other}
+    append_row(one.folder.gpu / "b.jsonl", window | {"time_s": 1.0, "attempt": 3})  # its clock shows another time
+    append_row(one.folder.gpu / "c.jsonl", window | {"time_s": time.time() + 1.0, "attempt": 2})  # is gone
     append_row(one.folder.gpu / "d.jsonl", {"kind": "node", "version": 2})
+    append_row(one.folder.gpu / "e.jsonl", window | {"time_s": 1.0, "attempt": 3, "readings": [1]})
     one.wait_for("readings", one.folder.readings.exists)
     assert one.told("monitor_lost") == []
     found = read_json(one.folder.readings)
     assert found.keys() == {node_name(), "b"}
     assert found["b"] == other
+    assert [e["file"] for e in one.told("bad_row")] == [str(one.folder.gpu / "e.jsonl")]
     mine = found[node_name()]
     assert mine["power_w"] == [200.75, 100.0]  # of two GPUs the mean and the lowest
     assert mine.keys() >= {"activity_pct", "sm_pct", "tensor_pct", "memory_gib", "sm_clock_mhz"}
     assert one.rows("window")[-1]["readings"] == mine
+
+
+def test_it_waits_for_a_run_that_takes_long_to_begin(node: Callable[..., Node]) -> None:
+    """Data may be prepared for many windows before the folder holds a run."""
+    one = node(begun=False, window_s=1.0)
+    watched = lambda: (one.heartbeats.monitor() or one.heartbeats.ranks()[0]).beats  # noqa: E731
+    one.wait_for("a window and a half", lambda: watched() > 30)
+    assert one.told("monitor_lost") == []
+    assert not one.folder.gpu.exists()
+    one.begin()
+    one.wait_for("a window", lambda: one.rows("window"))
+    assert one.told("monitor_lost") == []
+    assert [e["event"] for e in one.told("no_gpus")] == ["no_gpus"]  # what was found before is said now
 
 
 def is_over(process: psutil.Process) -> bool:

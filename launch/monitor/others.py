@@ -1,0 +1,46 @@
+"""What the other nodes of an attempt wrote last, and whether they still write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launch.monitor.rows import Row, newest
+
+T = TypeVar("T")
+
+
+class Others:
+    """How old a row is tells this node's own clock, by when the row was first seen: the clocks of two nodes may differ,
+    and one may be set while the run goes on. A file that makes no sense is said once, and takes no other."""
+
+    def __init__(self, folder: Path, node: str, tell: Callable[..., None]) -> None:
+        self._folder, self._node, self._tell = folder, node, tell
+        self._first_seen: dict[tuple[str, str], tuple[Any, float]] = {}
+        self._said: set[str] = set()
+
+    def newest(
+        self, kind: str, attempt: int | None, within_s: float, read: Callable[[Row], T]
+    ) -> Iterator[tuple[str, T]]:
+        """(node, what `read` makes of its newest row) of each node that wrote one in this attempt and within that time,
+        as far as this one can know: one that is met for the first time counts."""
+        now = time.monotonic()
+        for path in sorted(self._folder.glob("*.jsonl")):
+            row = newest(path, kind) if path.stem != self._node else None
+            if row is None or row.get("attempt") != attempt:
+                continue
+            stamp = row.get("time_s")
+            known = self._first_seen.get((path.stem, kind))
+            if known is None or known[0] != stamp:
+                known = self._first_seen[path.stem, kind] = stamp, now
+            if now - known[1] > within_s:
+                continue
+            try:
+                yield path.stem, read(row)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                if path.stem not in self._said:
+                    self._said.add(path.stem)
+                    line = f"{path} holds a row that is none ({type(error).__name__}: {error}); it is passed over"
+                    self._tell("bad_row", line, file=str(path), error=f"{type(error).__name__}: {error}")
