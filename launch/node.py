@@ -37,6 +37,7 @@ from trainer.lease import Lease
 from trainer.life import End
 from trainer.names import node_name
 from trainer.preflight import check, check_numbers, refuse
+from trainer.shadow import apart, python
 from trainer.stop import Kind, StopWish, write_request
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -208,7 +209,7 @@ class Supervisor:
             torchrun += [f"--rdzv-endpoint={nodes.first}:{nodes.port}", f"--local-addr={node_name()}"]
             torchrun += ["--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in meet.items())]
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
-        return [sys.executable, "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
+        return [*python(), "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
 
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.processes)
@@ -219,7 +220,7 @@ class Supervisor:
         }
         # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
         ours = {**self.told.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return {**unless_set, **os.environ, **ours}
+        return {**unless_set, **os.environ, **apart(), **ours}
 
     def _pass_on(self) -> None:
         cause = self.wish.cause

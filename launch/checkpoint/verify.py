@@ -20,6 +20,7 @@ from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.threads import CORES, in_threads
 from trainer.convert.convert import open_checkpoint
 from trainer.entries import Kind, entries, entry_at, name_fault
+from trainer.terminal import say
 
 _THREADS = 8
 _BLOCKS_PER_TASK = 16
@@ -57,10 +58,10 @@ def verify(folder: Path, threads: int | None) -> int:
         faults = faults or _header_faults(checkpoint.path)
         found += bool(faults)
         for line in faults:
-            print(f"bad: {line}")
+            say(f"bad: {line}")
         if not faults:
-            print(f"{checkpoint.path}: good, {size_text(checkpoint.size)} in {len(checkpoint.files)} files")
-    print(f"{size_text(total)} read in {progress.seconds:.1f} s, {total / max(progress.seconds, 1e-9) / 1e9:.2f} GB/s")
+            say(f"{checkpoint.path}: good, {size_text(checkpoint.size)} in {len(checkpoint.files)} files")
+    say(f"{size_text(total)} read in {progress.seconds:.1f} s, {total / max(progress.seconds, 1e-9) / 1e9:.2f} GB/s")
     return 1 if found else 0
 
 
