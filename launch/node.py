@@ -29,7 +29,7 @@ from launch.monitor.keeper import Keeper
 from launch.processes import kill
 from trainer import environment, life
 from trainer.console import Console
-from trainer.environment import FromLauncher
+from trainer.environment import LOOPBACK, FromLauncher
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeats
@@ -201,7 +201,9 @@ class Supervisor:
         nodes = self.nodes
         torchrun = [f"--nproc-per-node={self.processes}"]
         if nodes.count == 1:
-            torchrun += ["--standalone"]
+            # Not --standalone: it meets at the name of this host, which perhaps nothing resolves.
+            torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}"]
+            torchrun += ["--rdzv-id=muster", "--rdzv-conf=is_host=1"]
         else:
             # Said, not guessed from names: a node that took itself for the first would be a world of its own.
             meet = {"is_host": int(nodes.is_first), "join_timeout": int(self.config.parallel.load_timeout_s)}
@@ -234,6 +236,8 @@ class Supervisor:
         """The newest attempt's end. One that nobody wrote is written here: failed."""
         attempt = life.newest(self.folder)
         if attempt is None or attempt.number <= before:
+            if self.wish.cause is not None and not status:
+                return self._unwritten_end(status)  # they left while they waited for each other
             self.console.say(f"the workers ended (status {status}) before an attempt began")
             return End("failed", 0, None, requeue=True, cause="start_failed")
         if self._agent_died:

@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from configs.errors import UserError
 
+LOOPBACK = "127.0.0.1"  # where the processes of one node meet
+
 T = TypeVar("T")
 Environ = Mapping[str, str]
 
