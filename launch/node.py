@@ -27,7 +27,7 @@ from configs.schema import Config
 from launch.monitor.devices import count_visible
 from launch.monitor.keeper import Keeper
 from launch.processes import kill
-from trainer import environment, life
+from trainer import environment, life, processors
 from trainer.console import Console
 from trainer.environment import LOOPBACK, FromLauncher
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
@@ -141,6 +141,7 @@ class Supervisor:
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
         self._failures_told = 0
         self._agent_died = False
+        self._threads = environment.OMP_NUM_THREADS.read(os.environ) or self._choose_threads()
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
 
@@ -213,12 +214,16 @@ class Supervisor:
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
         return [*python(), "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
 
+    def _choose_threads(self) -> int:
+        threads = processors.threads(self.processes)
+        self.console.say(str(threads))
+        return threads.each
+
     def _environment(self) -> dict[str, str]:
-        threads = max(1, (os.cpu_count() or 1) // self.processes)
         unless_set = {
             "TORCH_FR_BUFFER_SIZE": "2000",  # collectives, told after a hang
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # an index then means the same GPU to CUDA, to NVML and to people
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(self._threads),
         }
         # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
         ours = {**self.told.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -16,8 +16,9 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from configs.errors import UserError
 from configs.schema import Config
+from trainer import processors
 from trainer.console import Console
-from trainer.environment import TORCHELASTIC_USE_AGENT_STORE, Ranks
+from trainer.environment import OMP_NUM_THREADS, TORCHELASTIC_USE_AGENT_STORE, Ranks
 from trainer.heartbeat import Heartbeat
 from trainer.meeting import meet
 from trainer.names import node_name
@@ -148,6 +149,10 @@ def start(config: Config, heartbeat: Heartbeat | None = None, wish: StopWish | N
     """Join the ranks that torchrun started, or be alone. Raises StopRequested when `wish` says so meanwhile."""
     ranks = Ranks.read(os.environ)
     rank, size = ranks.rank, ranks.size
+    if OMP_NUM_THREADS.read(os.environ) is None:  # neither a person nor a launcher has decided
+        threads = processors.threads(ranks.local_size)
+        torch.set_num_threads(threads.each)
+        Console(rank).say(str(threads))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if ranks.local_size > torch.cuda.device_count():

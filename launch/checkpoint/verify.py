@@ -17,9 +17,10 @@ from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_file
 from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.manifest import MANIFEST
-from trainer.checkpoint.threads import CORES, in_threads
+from trainer.checkpoint.threads import in_threads
 from trainer.convert.convert import open_checkpoint
 from trainer.entries import Kind, entries, entry_at, name_fault
+from trainer.processors import allowed
 from trainer.terminal import say
 
 _THREADS = 8
@@ -49,7 +50,7 @@ def verify(folder: Path, threads: int | None) -> int:
     total = sum(file.reader.size for file in files.values())
     progress = Progress("verified", total)
     try:
-        _read_all(list(files.values()), threads or min(_THREADS, CORES), progress)
+        _read_all(list(files.values()), threads or min(_THREADS, allowed()), progress)
     finally:
         progress.close()
     found = 0
