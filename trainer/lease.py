@@ -22,6 +22,7 @@ import psutil
 from configs.errors import UserError
 from trainer.environment import FromLauncher, Job
 from trainer.folder import RunFolder, read_json
+from trainer.inherited import without_job
 
 _JOB_LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
 
@@ -69,7 +70,8 @@ def _job_alive(job: str | None) -> bool | None:
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        environment = without_job(os.environ)  # with SQUEUE_PARTITION a job of another partition would look dead
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode:
@@ -118,10 +120,13 @@ class Lease:
         return cls(folder.lease, mine["token"])
 
     @classmethod
-    def of_first_node(cls, folder: RunFolder, first: str, node: str, patience_s: float) -> Lease:
+    def of_first_node(
+        cls, folder: RunFolder, first: str, node: str, patience_s: float, wished: Callable[[], object]
+    ) -> Lease | None:
         """The lease that the first node of this very job step took, for the others; it is not theirs to release.
 
-        Also the proof that this node sees the same run folder. Raises UserError when it does not come.
+        Also the proof that this node sees the same run folder. Raises UserError when it does not come; None when this
+        node is `wished` to end first, as when the first one was refused and Slurm ends the others.
         """
         job = Job.read(os.environ)
         step = {"job": job.id, "step": job.step, "life": job.life}
@@ -130,6 +135,8 @@ class Lease:
             holder = read_json(folder.lease) or {}
             if holder and all(holder.get(key) == value for key, value in step.items()):
                 return cls(folder.lease, holder["token"])
+            if wished():
+                return None
             time.sleep(0.1)
         raise UserError(
             f"{node}: {first} has not taken {folder.root} within {patience_s:g} s; "

@@ -81,6 +81,7 @@ def test_a_lease_cut_short_by_a_crash_is_replaced(tmp_path: Path) -> None:
     [
         ("echo RUNNING", "already running"),
         ("echo PENDING", "already running"),  # requeued: it will come back for its folder
+        ('[ "$SQUEUE_PARTITION" ] || echo RUNNING', "already running"),  # what a person likes to see hides no job
         ("echo CANCELLED", None),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "cannot be asked from here"),
@@ -95,6 +96,7 @@ def test_slurm_is_asked_for_a_holder_on_another_node(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SQUEUE_PARTITION", "other")
     folder = RunFolder(tmp_path / "run")
     held_by(folder, psutil.Process().pid, boot_id="x", node="there", job="7")
     if told is None:
@@ -109,9 +111,13 @@ def test_the_other_nodes_find_the_lease_of_their_first(tmp_path: Path, monkeypat
         monkeypatch.setenv(f"SLURM_{name}", value)
     folder = RunFolder(tmp_path)
     first = Lease.take(folder, "node1", 0, print)
-    assert Lease.of_first_node(folder, "node1", "node2", 1.0).token == first.token
+    found = Lease.of_first_node(folder, "node1", "node2", 1.0, lambda: False)
+    assert found is not None
+    assert found.token == first.token
     for name, value in (("JOB_ID", "8"), ("STEP_ID", "1"), ("RESTART_COUNT", "0")):
         with monkeypatch.context() as changed:  # another job's, step's or life's is none
             changed.setenv(f"SLURM_{name}", value)
             with pytest.raises(UserError, match=r"node2: node1 has not taken .* every node sees"):
-                Lease.of_first_node(folder, "node1", "node2", 0.0)
+                Lease.of_first_node(folder, "node1", "node2", 0.0, lambda: False)
+            # told to end, it does not wait for Slurm to kill it
+            assert Lease.of_first_node(folder, "node1", "node2", 60.0, lambda: True) is None
