@@ -1,17 +1,12 @@
 """`python -m launch VERB ...`."""
 
-import os
-import sys
+from trainer.shadow import refuse_shadow
 
-if __name__ == "__main__":  # before all other imports: the current folder may hold a `trainer.py`
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-    from trainer.shadow import stand_apart
+refuse_shadow()  # before any import that a folder of the user's could answer
 
-    del sys.path[0]
-    stand_apart()
+import sys  # noqa: E402
 
-from launch.verbs import Verb, run_verb
-from trainer.terminal import enter
+from launch.verbs import Verb, run_verb  # noqa: E402
 
 VERBS = {
     "run": Verb("launch.run:main", "Run a config on this node: checks, torchrun, restarts, stopping."),
@@ -23,8 +18,8 @@ VERBS = {
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    return run_verb("launch", "What a person types around a run.", VERBS, arguments)
+    return run_verb("python -m launch", "What a person types around a run.", VERBS, arguments)
 
 
 if __name__ == "__main__":
-    enter(main)
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from trainer.environment import FromLauncher
 from trainer.events import append_row
 from trainer.parents import die_with_parent
-from trainer.terminal import enter, go_on_unheard
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +21,6 @@ def main(arguments: list[str]) -> int:
     if not die_with_parent(launcher.parent):
         return 1
     os.environ.update(replace(launcher, parent=os.getpid()).environment())
-    go_on_unheard()
     # Slurm signals every process of a step. An agent that dies of it takes its workers along, unsaved.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -57,4 +56,4 @@ def _tell_failures(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    enter(main)
+    sys.exit(main(sys.argv[1:]))

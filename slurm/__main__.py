@@ -1,17 +1,12 @@
 """`python -m slurm VERB ...`."""
 
-import os
-import sys
+from trainer.shadow import refuse_shadow
 
-if __name__ == "__main__":  # before all other imports: the current folder may hold a `trainer.py`
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-    from trainer.shadow import stand_apart
+refuse_shadow()  # before any import that a folder of the user's could answer
 
-    del sys.path[0]
-    stand_apart()
+import sys  # noqa: E402
 
-from launch.verbs import Verb, run_verb
-from trainer.terminal import enter
+from launch.verbs import Verb, run_verb  # noqa: E402
 
 VERBS = {
     "submit": Verb("slurm.submit:main", "Submit a run; --dry-run prints the batch script."),
@@ -30,8 +25,8 @@ VERBS = {
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    return run_verb("slurm", "Muster on a Slurm cluster.", VERBS, arguments)
+    return run_verb("python -m slurm", "Muster on a Slurm cluster.", VERBS, arguments)
 
 
 if __name__ == "__main__":
-    enter(main)
+    sys.exit(main(sys.argv[1:]))

@@ -26,7 +26,6 @@ from trainer.events import Events, read_rows
 from trainer.folder import RunFolder
 from trainer.life import End
 from trainer.names import node_name
-from trainer.terminal import go_on_unheard, say
 
 _PATIENCE_S = 10.0  # for the last words of nodes after srun has ended, on a filesystem that caches
 _TAKEN_DOWN_PATIENCE_S = 120.0  # Slurm ends the job: srun at once, the tasks and this process after KillWait
@@ -36,8 +35,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code of the run, which becomes the job's."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # Slurm's ends of a job reach the batch script, and what it starts
-    go_on_unheard()  # a job that cannot be heard is started again all the same
-    parser = config_parser("slurm after", __doc__)
+    parser = config_parser("python -m slurm after", __doc__)
     parser.add_argument("--code", type=int, required=True, metavar="N", help="exit code of srun")
     options = take(parser, arguments)
     config = load(options.config, options.overrides)
@@ -172,4 +170,4 @@ class After:
 
     @staticmethod
     def _say(text: str) -> None:
-        say(text, sys.stderr)
+        print(text, file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from configs.errors import UserError
 from launch.run_folder import JOB_FILE
-from slurm.limits import ask, facts_of
+from slurm.ask import ask, facts_of
 from trainer.environment import SLURM_ARRAY_TASK_ID, SLURM_JOB_NUM_NODES, SLURM_RESTART_COUNT
 from trainer.folder import RunFolder, read_json, write_json
 
@@ -34,12 +34,12 @@ class Job:
     excluded: list[str]
 
 
-def patiently(*command: str, script: str | None = None, environment: dict[str, str] | None = None) -> str:
+def patiently(*command: str, script: str | None = None) -> str:
     """`ask`, until the controller answers."""
     deadline = time.monotonic() + _CONTROLLER_PATIENCE_S
     while True:
         try:
-            return ask(*command, script=script, environment=environment)
+            return ask(*command, script=script)
         except UserError as error:
             if time.monotonic() > deadline or not any(words in str(error) for words in _NOBODY_ANSWERS):
                 raise
@@ -106,14 +106,13 @@ def by_exit(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str
 
 def by_chain(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
     """Submit the same script as a job of its own, which begins once this one has ended."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     flags = [f"--exclude={','.join(excluded)}"] if excluded else []
     task = SLURM_ARRAY_TASK_ID.read(os.environ)
     if task is not None:
         flags += [f"--array={task}"]  # the script asks for all tasks, and the others live their own lives
     script = patiently("scontrol", "write", "batch_script", job.number, "-")
     words = ["sbatch", "--parsable", f"--dependency=afterany:{job.number}", *flags]
-    told = patiently(*words, script=script, environment=clean)
+    told = patiently(*words, script=script)
     place = folder.root / JOB_FILE
     holder = read_json(place)
     if holder is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 import shlex
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from configs.slurm_section import SlurmSection
 from slurm import snapshot
 from slurm.submit import Submission, lives
 from trainer import life
-from trainer.terminal import say
+from trainer.preflight import Problem, problems_of
 
 _POLL_S = 2.0
+_LABEL_BYTES = 200  # of a folder's name: a filesystem takes 255, and tools add something of their own
 
 
 def overrides_of(words: list[str]) -> list[list[str]]:
@@ -53,17 +56,36 @@ def _written(value: Any) -> str:
 
 def configs_of(base: Config, words: list[str], argument: str | None, typed: list[str]) -> list[Config]:
     """The config of each run; its folder lies in that of `base` and is named by what is its own. Raises UserError."""
-    found: dict[str, Config] = {}
-    for own in overrides_of(words):
+    runs = overrides_of(words)
+    for own in runs:
         if any(text.startswith(("slurm.", "run.dir=")) for text in own):
             raise UserError("--array: the runs of an array share what is asked of Slurm, and have folders of their own")
-        label = re.sub(r"[^\w.=,+-]", "_", ",".join(own))
-        if label in found:
-            raise UserError(f"--array: two runs would both be {label}")
-        found[label] = load(argument, [*typed, *own, f"run.dir={Path(base.run_dir) / label}"])
-    if not found:
+    if not runs:
         raise UserError("--array: no runs")
-    return list(found.values())
+    return [
+        load(argument, [*typed, *own, f"run.dir={Path(base.run_dir) / label}"])
+        for own, label in zip(runs, labels(runs), strict=True)
+    ]
+
+
+def labels(runs: list[list[str]]) -> list[str]:
+    """The name of each run's folder. A long one, and those that would be alike, end in a digest of the overrides, so
+    that a run has the same name in every array. Raises UserError for a run that stands twice."""
+    texts = [",".join(own) for own in runs]
+    twice = next((text for text, count in Counter(texts).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"--array: two runs would both be {twice}")
+    plain = [re.sub(r"[^\w.=,+-]", "_", text) for text in texts]
+    alike = {label for label, count in Counter(plain).items() if count > 1}
+    return [
+        _shortened(label, text) if label in alike or len(label.encode()) > _LABEL_BYTES else label
+        for label, text in zip(plain, texts, strict=True)
+    ]
+
+
+def _shortened(label: str, text: str) -> str:
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
+    return f"{label.encode()[: _LABEL_BYTES - 13].decode(errors='ignore')}-{digest}"
 
 
 class ArraySubmission(Submission):
@@ -79,9 +101,18 @@ class ArraySubmission(Submission):
     def config_path(self) -> str:
         return shlex.quote(str(self.snapshot)) + '/config-"$SLURM_ARRAY_TASK_ID".yaml'
 
-    def check(self) -> None:
+    def problems(self, paths: bool) -> list[Problem]:
+        """Of all runs. What several name alike outside their folders is looked for once."""
+        found = problems_of(self._check_words, self._check_place)
+        seen: set[str] = set()
         for run in self.runs:
-            run.check()
+            named = f"{run.config.data.model_dump_json()} {run.config.model.vocab_size} {run.config.start.from_}"
+            found += run.problems(paths and named not in seen)
+            seen.add(named)
+        return found
+
+    def output(self, number: str = "%A_%a") -> str:
+        return super().output(number)
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | {"map_count": len(self.runs)}
@@ -93,7 +124,7 @@ class ArraySubmission(Submission):
     def note(self, number: str) -> None:
         for task, run in enumerate(self.runs):
             run.note(f"{number}_{task}")
-            say(f"{number}_{task}  {run.folder.root}")
+            print(f"{number}_{task}  {run.folder.root}")
 
     def follow(self, number: str) -> int:
         """Wait for all; the worst outcome. Ctrl-C leaves the jobs running."""
@@ -101,7 +132,7 @@ class ArraySubmission(Submission):
             while lives(*(run.holder() or number for run in self.runs)):
                 time.sleep(_POLL_S)
         except KeyboardInterrupt:
-            say(f"\njob {number} goes on without being watched")
+            print(f"\njob {number} goes on without being watched")
             return life.STOPPED
         codes = [run.outcome() for run in self.runs]
         return next((code for code in (life.FAILED, life.USER_ERROR, life.REQUEUE, life.STOPPED) if code in codes), 0)

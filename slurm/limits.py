@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
 from configs.slurm_section import SlurmSection
+from slurm.ask import ask, facts_of
 from slurm.request import minutes
 
 
@@ -35,35 +36,14 @@ def filesystem(path: Path) -> str | None:
         mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
         return None
-    over = {str(parent) for parent in (path.resolve(), *path.resolve().parents)}
+    real = Path(os.path.realpath(path))  # not resolve(), which raises for a link to itself
+    over = {str(parent) for parent in (real, *real.parents)}
     found = [(len(place), kind) for place, kind in mounts if place in over]
     return sorted(found, key=lambda pair: pair[0])[-1][1] if found else None  # the last one lies on top
 
 
 class NoSlurm(UserError):
     """This is no place to submit from."""
-
-
-def ask(
-    *command: str, script: str | None = None, environment: dict[str, str] | None = None, timeout_s: float = 60.0
-) -> str:
-    """What one of Slurm's commands says. Raises UserError with its own words."""
-    try:
-        done = subprocess.run(
-            command, input=script, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{command[0]}: {error}") from error
-    if done.returncode:
-        words = [line for line in done.stderr.splitlines() if line.strip()]
-        told = words[-1].strip().removeprefix(f"{command[0]}: ") if words else f"exit code {done.returncode}"
-        raise UserError(f"{command[0]}: {told}")
-    return done.stdout
-
-
-def facts_of(line: str) -> dict[str, str]:
-    """`key=value` words of a line of `scontrol --oneliner`. A value with blanks is cut at the first."""
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 def partitions() -> list[Partition]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import UserError
-from slurm.limits import ask, facts_of
+from slurm.ask import ask, facts_of
 from slurm.request import minutes
 
 _PATIENCE_S = 20.0  # a person waits; a controller that is being restarted answers later
@@ -81,7 +80,7 @@ def _queue(which: str) -> Queue:
     except UserError as error:
         return Queue() if "Invalid job id" in str(error) else Queue(silent=str(error))
     jobs: dict[str, Job] = {}
-    for line in told.splitlines():
+    for line in told.split("\n"):  # not splitlines: the path of a run may hold other breaks
         words = line.split("|", len(_FIELDS) - 1)
         if len(words) == len(_FIELDS) and words[2] not in _OVER:
             job = _job(words)
@@ -91,7 +90,7 @@ def _queue(which: str) -> Queue:
 
 def _job(words: list[str]) -> Job:
     number, _, state, reason, nodes, node_list, left, restarts, output = words
-    made_here = _OUTPUT.fullmatch(output.rstrip("|"))
+    made_here = _OUTPUT.fullmatch(output.rstrip("|").replace("%%", "%"))
     return Job(
         number=number,
         state=state,
@@ -122,9 +121,8 @@ def lives(numbers: Iterable[str]) -> tuple[dict[str, list[Life]], str | None]:
         return {}, None
     names = ",".join(_LIFE)
     command = ["sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", f"--format={names}"]
-    in_seconds = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     try:
-        told = ask(*command, f"--jobs={','.join(wanted)}", timeout_s=_PATIENCE_S, environment=in_seconds)
+        told = ask(*command, f"--jobs={','.join(wanted)}", timeout_s=_PATIENCE_S, SLURM_TIME_FORMAT="%s")
     except UserError as error:
         return _remembered(wanted), str(error)
     found: dict[str, list[Life]] = {}
@@ -171,14 +169,15 @@ def output_of(number: str) -> Path | None:
         line = ask("scontrol", "--oneliner", "show", "job", number, timeout_s=_PATIENCE_S)
     except UserError:
         return None
-    match = re.search(r" StdOut=(.*?)(?: Power=| \w+=|$)", line)
-    return Path(match[1].strip()) if match and match[1].strip() else None
+    match = re.search(r" StdOut=(.*?_log\.out)(?: |$)", line) or re.search(r" StdOut=(.*?)(?: Power=| \w+=|$)", line)
+    return Path(match[1].strip().replace("%%", "%")) if match and match[1].strip() else None
 
 
 def folder_of(number: str) -> Path | None:
     """The run folder of a job that `slurm submit` made, living or over."""
     output = output_of(number)
-    if output is not None and (match := _OUTPUT.fullmatch(str(output))):
+    match = _OUTPUT.fullmatch(str(output))
+    if match and Path(match["run"]).is_dir():  # of a path with `%%j` scontrol shows another
         return Path(match["run"])
     try:
         told = ask(
@@ -187,5 +186,5 @@ def folder_of(number: str) -> Path | None:
         )
     except UserError:
         return None
-    found = re.search(r"(/\S+)/slurm/\S+", told)
+    found = re.search(r" (/.+)/slurm/[^/]+\.sh", told)
     return Path(found[1]) if found else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,48 @@ from configs.errors import UserError
 from configs.parse import Place, Problem, parse
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
-from trainer.environment import XDG_CONFIG_HOME
+from trainer.environment import SLURM_JOB_ID, XDG_CONFIG_HOME
+from trainer.inherited import NEEDED
+
+# Where a person's own defaults for sbatch stand. `sbatch` itself would take them over what the script says.
+_VARIABLES = {
+    "account": "SBATCH_ACCOUNT",
+    "constraint": "SBATCH_CONSTRAINT",
+    "mem": "SBATCH_MEM_PER_NODE",
+    "partition": "SBATCH_PARTITION",
+    "qos": "SBATCH_QOS",
+    "reservation": "SBATCH_RESERVATION",
+    "time": "SBATCH_TIMELIMIT",
+}
 
 
-def cluster_file() -> Path:
-    """Where a site's own values stand, for all runs of a user."""
+def cluster_file() -> Path | None:
+    """Where a site's own values stand, for all runs of a user. None for a user id without a name and without HOME."""
     base = XDG_CONFIG_HOME.read(os.environ) or "~/.config"
-    return Path(base).expanduser() / "muster" / "cluster.yaml"
+    try:
+        return Path(base).expanduser() / "muster" / "cluster.yaml"
+    except RuntimeError:
+        return None
+
+
+def of_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a person's environment asks for. Inside a job it is that job's, and asks for nothing."""
+    if SLURM_JOB_ID.read(environment) is not None:
+        return {}
+    return {name: environment[variable] for name, variable in _VARIABLES.items() if environment.get(variable)}
+
+
+def not_heard(environment: Mapping[str, str]) -> str | None:
+    """A line that names what of the environment a plain `sbatch` would have heard and this one does not."""
+    job = SLURM_JOB_ID.read(environment)
+    told: tuple[str, ...] = ("SBATCH_", "SLURM_")
+    heard, why = {*_VARIABLES.values(), *NEEDED}, "the job is as its script says"
+    if job is not None:  # which sets SLURM_... itself
+        told, heard, why = ("SBATCH_",), set(), f"of job {job}, in which this was typed"
+    names = [name for name in sorted(environment) if name.startswith(told) and name not in heard]
+    return (
+        f"not handed on: {', '.join(names)} ({why}); say it by flags, by slurm.sbatch or slurm.srun" if names else None
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +74,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def request_of(config: Config, overrides: list[str], options: argparse.Namespace) -> SlurmSection:
-    """The request. What a person typed, as a flag or as slurm.x=y, lies above both files."""
+    """The request. What a person typed, as a flag or as slurm.x=y, lies above both files, SBATCH_... below them."""
     in_config = config.slurm.model_dump(exclude_unset=True)
     typed = {text.partition("=")[0].strip().split(".")[1] for text in overrides if text.strip().startswith("slurm.")}
     over = {name: value for name, value in in_config.items() if name in typed}
@@ -48,11 +84,18 @@ def request_of(config: Config, overrides: list[str], options: argparse.Namespace
             over[name] = given
     if options.no_snapshot:
         over["snapshot"] = False
-    of_site = _read_file(cluster_file())
+    place, of_person = cluster_file(), of_environment(os.environ)
+    of_site = _read_file(place) if place is not None else {}
+    _section(of_person, "the environment (SBATCH_...)")
+    return _section({**of_person, **in_config, **of_site, **over}, "the command line")
+
+
+def _section(values: dict[str, Any], place: str) -> SlurmSection:
+    """Raises UserError that names the place where they stand."""
     try:
-        return SlurmSection.model_validate({**in_config, **of_site, **over})
+        return SlurmSection.model_validate(values)
     except ValidationError as error:
-        raise UserError(_told(error, "the command line")) from error
+        raise UserError(_told(error, place)) from error
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -69,10 +112,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     data = node.plain() if node is not None else {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected lines of `key: value`, as below `slurm:` in a config")
-    try:
-        SlurmSection.model_validate(data)
-    except ValidationError as error:
-        raise UserError(_told(error, str(path))) from error
+    _section(data, str(path))
     return data
 
 

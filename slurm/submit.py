@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
-import io
 import os
 import shlex
 import sys
 import time
+import unicodedata
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,16 @@ from configs.slurm_section import SlurmSection
 from launch.hooks import refuse_written_down
 from launch.run_folder import JOB_FILE
 from slurm import limits, queue, snapshot
+from slurm.ask import ask
 from slurm.lives import outcomes
-from slurm.request import add_flags, minutes, request_of
+from slurm.request import add_flags, minutes, not_heard, request_of
 from trainer import life
-from trainer.arguments import config_parser, take, typed
-from trainer.engines import check_engine
+from trainer.arguments import config_parser, take
 from trainer.events import read_events
 from trainer.folder import RunFolder, read_json, write_json
-from trainer.layout import resolve
-from trainer.preflight import check_folder
-from trainer.terminal import say, say_exactly
+from trainer.preflight import Problem, check, problems_of, refuse
 
+_ELSEWHERE = "where only the nodes see such a path: --no-check-data, and the job looks"
 _POLL_S = 2.0
 _WITHOUT_GPUS = 2  # processes on a node, as `launch run` has it
 _BY_NAME = (
@@ -42,7 +42,7 @@ _BY_NAME = (
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = config_parser("slurm submit", "Submit a run to a Slurm cluster.")
+    parser = config_parser("python -m slurm submit", "Submit a run to a Slurm cluster.")
     add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="check, print the exact batch script, and end")
     several = (
@@ -50,24 +50,29 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--array", action="append", default=[], metavar="LIST", help=several)
     parser.add_argument("--wait", action="store_true", help="follow the job; the exit code is the run's outcome")
+    unseen = "do not look for data, tokenizer, cache and start.from: only the nodes see them, and the job looks"
+    parser.add_argument("--no-check-data", action="store_true", help=unseen)
     options = take(parser, arguments)
     config = load(options.config, options.overrides)
     request = request_of(config, options.overrides, options)
+    if line := not_heard(os.environ):
+        print(line, file=sys.stderr)
     job: Submission = Submission(config, request)
     if options.array:
         from slurm.array import ArraySubmission, configs_of
 
         job = ArraySubmission(config, request, configs_of(config, options.array, options.config, options.overrides))
-    job.check()
+    problems = job.problems(paths=not options.no_check_data)
+    refuse(problems, _ELSEWHERE if any(problem.elsewhere for problem in problems) else "")
     try:
         limits.check(job.request, limits.partitions())
-        limits.ask("sbatch", "--test-only", script=job.script())  # what else Slurm has against it: account, features
+        ask("sbatch", "--test-only", script=job.script())  # what else Slurm has against it: account, features
     except limits.NoSlurm as error:
         if not options.dry_run:
             raise
-        say(f"not held against a cluster: {error}", sys.stderr)
+        print(f"not held against a cluster: {error}", file=sys.stderr)
     if options.dry_run:
-        say_exactly(job.script())
+        print(job.script(), end="")
         return 0
     number = job.submit()
     _say_next(number, job)
@@ -98,24 +103,44 @@ class Submission:
         """On each node."""
         return self.request.gpus_per_node or _WITHOUT_GPUS
 
-    def check(self) -> None:
-        """Everything that can be known before the queue. Raises UserError; touches nothing."""
+    def problems(self, paths: bool) -> list[Problem]:
+        """Everything that can be known before the queue; touches nothing. `paths`: also of what only nodes may see."""
+        if self.request.gpus_per_node is None:
+            text = "how many GPUs has a node? --gpus-per-node 8 (or slurm.gpus_per_node; 0: ranks on the CPU)"
+            return [Problem(text)]
+        found = problems_of(
+            lambda: refuse_written_down("slurm.webhook", self.request.webhook),
+            lambda: refuse_written_down("monitor.webhook", self.config.monitor.webhook),
+            self._check_time,
+            self._check_words,
+            self._check_place,
+        )
+        found += check(self.config, self.request.nodes * self.processes, self.folder, paths)
+        return found or problems_of(self._check_saves)
+
+    def _check_time(self) -> None:
         r = self.request
-        if r.gpus_per_node is None:
-            raise UserError("how many GPUs has a node? --gpus-per-node 8 (or slurm.gpus_per_node; 0: ranks on the CPU)")
-        resolve(self.config.parallel, r.nodes * self.processes)
-        check_engine(self.config.parallel, r.nodes * self.processes)
-        check_folder(self.config, self.folder)
-        refuse_written_down("slurm.webhook", r.webhook)
-        refuse_written_down("monitor.webhook", self.config.monitor.webhook)
-        if r.time is not None:
-            limit = minutes(r.time)
-            if limit is not None and limit * 60 <= r.warning_s:
-                raise UserError(f"time {r.time}: the warning comes slurm.warning_s={r.warning_s} before, so at once")
+        limit = minutes(r.time) if r.time is not None else None
+        if limit is not None and limit * 60 <= r.warning_s:
+            raise UserError(f"time {r.time}: the warning comes slurm.warning_s={r.warning_s} before, so at once")
+
+    def _check_words(self) -> None:
+        """What a script's lines for sbatch can hold: an option ends with its line."""
+        words = {"run.name": self.config.run.name, "run.dir": str(self.place)}
+        words |= {f"slurm.{name}": str(getattr(self.request, name)) for name in _BY_NAME}
+        words |= {f"slurm.sbatch: {name}": f"{name}={value}" for name, value in self.request.sbatch.items()}
+        for key, word in words.items():
+            if not word.isprintable() and any(unicodedata.category(c) == "Cc" for c in word):
+                raise UserError(f"{key}: {word!r} has a line break or another control character: sbatch takes none")
+
+    def _check_place(self) -> None:
         kind = limits.filesystem(self.folder.root)
         if kind in limits.IN_MEMORY:
             raise UserError(f"run.dir: {self.folder.root} lies in this machine's memory ({kind}): no node sees it")
-        self._check_saves()
+        if "\\" in str(self.place):
+            raise UserError(f"run.dir: {self.folder.root}: Slurm takes no backslash in the path of an output")
+        if ":" in str(self.place) and self.request.snapshot:
+            raise UserError(f"run.dir: {self.folder.root}: PYTHONPATH takes no colon: another path, or --no-snapshot")
 
     def _check_saves(self) -> None:
         """The warning has to leave time for a save as slow as the slowest that this folder has seen."""
@@ -129,13 +154,10 @@ class Submission:
     def parameters(self) -> dict[str, Any]:
         """What submitit calls them."""
         r = self.request
-        more: dict[str, str | bool] = {"requeue": True, **r.sbatch}
-        if r.reservation is not None:
-            more["reservation"] = r.reservation
-        found = {name: value for name in _BY_NAME if (value := getattr(r, name)) is not None}
+        found: dict[str, Any] = {name: value for name in _BY_NAME if (value := getattr(r, name)) is not None}
         if r.gpus_per_node:
             found["gpus_per_node"] = r.gpus_per_node
-        return found | {
+        found |= {
             "job_name": self.config.run.name,
             "nodes": r.nodes,
             "time": r.time,  # also None: else submitit's own, of 5 minutes
@@ -143,10 +165,19 @@ class Submission:
             "signal_delay_s": r.warning_s,
             "stderr_to_stdout": True,
             "wckey": None,  # submitit's own would be refused where the site checks them
-            "setup": self._setup(),
-            "srun_args": self._srun(),
-            "additional_parameters": more,
         }
+        more: dict[str, Any] = {"requeue": True, "output": self.output(), **r.sbatch}
+        if r.reservation is not None:
+            more["reservation"] = r.reservation
+        return _as_sbatch_reads(found) | {
+            "setup": self._setup(),
+            "use_srun": False,
+            "additional_parameters": _as_sbatch_reads(more),
+        }
+
+    def output(self, number: str = "%j") -> str:
+        """Where the job's output goes, as sbatch reads it: `%` begins what it fills in."""
+        return f"{str(self.place).replace('%', '%%')}/{number}_0_log.out"
 
     def _setup(self) -> list[str]:
         # Under `--export=NONE` srun would keep what follows from the tasks: the snapshot's path above all.
@@ -160,8 +191,8 @@ class Submission:
 
     def _srun(self) -> list[str]:
         r = self.request
-        # One node alone would wait for the others. One log holds what all of them say: submitit's would be a file each.
-        words = ["--kill-on-bad-exit=1", "--output=all"]
+        # One node alone would wait for the others. One log holds what all of them say.
+        words = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--output=all"]
         if r.cpus_per_task is not None:
             words += [f"--cpus-per-task={r.cpus_per_task}"]
         if r.container is not None:
@@ -173,7 +204,7 @@ class Submission:
         r = self.request
         inside = r.python or ("python" if r.container else sys.executable)
         outside = sys.executable if r.container else inside
-        job = f"{shlex.join([inside, '-m', 'slurm', 'job'])} {self.config_path} --nproc {self.processes}"
+        job = f"{shlex.join([*self._srun(), inside, '-m', 'slurm', 'job'])} {self.config_path} --nproc {self.processes}"
         # Waited for, as a shell hears no SIGTERM while a command runs in front, and srun can outlive KillWait.
         return f"{job} & wait $!\n{shlex.join([outside, '-m', 'slurm', 'after'])} {self.config_path} --code $?"
 
@@ -197,7 +228,7 @@ class Submission:
         """Raises UserError when a job that lives has the run folder."""
         other = self.holder()
         if other is not None and state(other) is not None:
-            raise UserError(f"{self.folder.root}: job {other} has it; end it first: {typed('slurm stop', other)}")
+            raise UserError(f"{self.folder.root}: job {other} has it; end it first: python -m slurm stop {other}")
 
     def holder(self) -> str | None:
         """The job that was given the run folder last. With slurm.requeue=chain each life has a number of its own."""
@@ -207,21 +238,19 @@ class Submission:
     def note(self, number: str) -> None:
         """Write down which job has the run folder."""
         self.place.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder.root / JOB_FILE, {"job": number, "time_s": time.time(), "user": getpass.getuser()})
+        write_json(self.folder.root / JOB_FILE, {"job": number, "time_s": time.time(), "user": _user()})
 
     def _sbatch(self) -> str:
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-        from submitit.slurm.slurm import SlurmExecutor
-
-        executor = SlurmExecutor(self.place)
-        executor.parameters = self.parameters()
+        """Not by submitit: that would pickle a function by its place in the working tree, and cut a path at `%`."""
+        script = self.place / f".submission-{uuid.uuid4().hex}.sh"
+        script.write_text(self.script(), encoding="utf-8")
         try:
-            # Not submit(): that would pickle a function by its place in the working tree.
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints an error, and raises it as well
-                return str(executor._submit_command(self.command()).job_id)
-        except (FailedJobError, FailedSubmissionError) as error:
-            words = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-            raise UserError(words[-1].strip()) from error
+            told = ask("sbatch", "--parsable", str(script))  # its path stays in what sacct remembers
+            number = told.strip().partition(";")[0]
+            script.rename(self.place / f"{number}_submission.sh")
+        finally:
+            script.unlink(missing_ok=True)
+        return number
 
     def follow(self, number: str) -> int:
         """Show the job's output until it is over; the run's outcome. Ctrl-C leaves the job running."""
@@ -232,7 +261,7 @@ class Submission:
                 time.sleep(_POLL_S)
             _show(self.log(number), shown)
         except KeyboardInterrupt:
-            say(f"\njob {number} goes on without being watched")
+            print(f"\njob {number} goes on without being watched")
             return life.STOPPED
         following = self.holder()
         if following is not None and following != number:
@@ -247,6 +276,18 @@ class Submission:
     def log(self, number: str) -> Path:
         """Where the job's output goes."""
         return self.place / f"{number}_0_log.out"
+
+
+def _as_sbatch_reads(options: dict[str, Any]) -> dict[str, Any]:
+    """Its reader of `#SBATCH` lines takes a backslash away, in quotes as well."""
+    return {k: v.replace("\\", "\\\\") if isinstance(v, str) else v for k, v in options.items()}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, such as in a container
+        return str(os.getuid())
 
 
 @contextlib.contextmanager
@@ -281,10 +322,10 @@ def lives(*numbers: str) -> bool:
 
 
 def _say_next(number: str, job: Submission) -> None:
-    say(f"job      {number}")
-    say(f"folder   {job.folder.root}")
-    say(f"look     {typed('slurm status', number)}    (or watch, or logs -f)")
-    say(f"stop     {typed('slurm stop', number)}    (saves and ends)")
+    print(f"job      {number}")
+    print(f"folder   {job.folder.root}")
+    print(f"look     python -m slurm status {number}    (or watch, or logs -f)")
+    print(f"stop     python -m slurm stop {number}    (saves and ends)")
 
 
 def _show(log: Path, shown: int) -> int:

@@ -96,11 +96,12 @@ def problems_of(*checks: Callable[[], object], elsewhere: bool = False) -> list[
     return found
 
 
-def refuse(problems: Iterable[Problem]) -> None:
-    """Raise UserError that says all of them, each once."""
+def refuse(problems: Iterable[Problem], advice: str = "") -> None:
+    """Raise UserError that says all of them, each once, and the advice."""
     texts = list(dict.fromkeys(problem.text for problem in problems))
     if texts:
-        raise UserError(texts[0] if len(texts) == 1 else "\n".join([f"{len(texts)} mistakes:", *texts]))
+        heading = [f"{len(texts)} mistakes:"] if len(texts) > 1 else []
+        raise UserError("\n".join([*heading, *texts, *([advice] if advice else [])]))
 
 
 def check_place(key: str, folder: Path) -> None:

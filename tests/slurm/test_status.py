@@ -223,7 +223,7 @@ def test_jobs_without_slurm_are_told_apart_from_the_dead(tmp_path: Path) -> None
 
 def test_without_accounting_the_controller_is_asked(tmp_path: Path) -> None:
     training(tmp_path / "runs/r")
-    job = "JobId=7 JobName=a b JobState=NODE_FAIL ExitCode=0:0 StartTime=2026-11-22T12:26:57 NodeList=n1\n"
+    job = "JobId=7 JobName=a b UserId=me(1) JobState=NODE_FAIL ExitCode=0:0 StartTime=2026-11-22T12:26:57 NodeList=n1\n"
     answers = SLURM | {"sacct": "!Slurm accounting storage is disabled", "scontrol": job}
     done = verb(tmp_path, "status", **answers)
     assert one(done)["state"] == "node_fail"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
@@ -115,7 +114,7 @@ def test_a_reader_that_leaves_is_no_error(run: Path, tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr is not None
         assert process.stderr.read() == ""
-        assert process.wait(20) == 128 + signal.SIGPIPE
+        assert process.wait(20) == 0
 
 
 def test_a_follower_asks_slurm_seldom(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
