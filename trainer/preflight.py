@@ -15,6 +15,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import dump, load
 from configs.schema import Config, differences, fields, fingerprint, result_fields
+from trainer.data.listing import check_source
 from trainer.engines import check_engine
 from trainer.folder import RunFolder, write_text
 from trainer.freeze import check_schedule
@@ -67,8 +68,7 @@ def _check_freezing(config: Config) -> None:
 
 
 def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
-    from trainer.data.sources import check_source  # late: numpy takes a while, and most mistakes need none
-    from trainer.data.tokenizer import load_tokenizer
+    from trainer.data.tokenizer import load_tokenizer  # late: numpy takes a while, and most mistakes need none
 
     def start() -> None:
         if config.start.from_ is not None and folder.newest_checkpoint()[1] is None:  # else it is not read

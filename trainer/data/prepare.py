@@ -14,32 +14,30 @@ import errno
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from configs.errors import UserError
 from configs.schema import Config, Source
 from trainer.data import files
+from trainer.data.content import check_content
+from trainer.data.cuts import ANYWHERE, PIECE_BYTES, pieces
+from trainer.data.listing import FileStat, list_files, readable, refuse_unreadable, source_root
 from trainer.data.order import quotas
 from trainer.data.prepared import Prepared
-from trainer.data.sources import (
-    Document,
-    FileReading,
-    FileStat,
-    hash_file,
-    list_files,
-    new_hash,
-    read_file,
-    source_root,
-)
+from trainer.data.sources import Document, FileReading, hash_file, new_hash, read_file
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
-_FILES = "files.json"
+CUTS = (
+    2  # how long texts are cut; folders of the first way do not say it, and some of its ids were not those of the whole
+)
+_FILES, _META = "files.json", "meta.json"
 _BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is seen soon
+_LARGE_PIECE_BYTES = 1 << 20  # a piece of this much text is worth a line
 _POLL_S = 0.05
 _SAY_S = 1.0
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -49,10 +47,17 @@ class Interrupted(Exception):
     """A stop was asked for while data was prepared. Finished sources stay; the next start goes on after them."""
 
 
-def prepare(config: Config, cache: Path, say: Callable[[str], None], should_stop: Callable[[], bool]) -> Path:
+def prepare(
+    config: Config,
+    cache: Path,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
+    began_with: Mapping[str, str] | None = None,
+) -> Path:
     """Make every source of a config ready and return what `Prepared.open` takes. For one process, rank 0.
 
-    say: takes progress lines, at most one a second and source; should_stop: asked several times a second.
+    say: takes progress lines, at most one a second and source; should_stop: asked several times a second; began_with:
+    fingerprints that the run's checkpoint has: where they were prepared in an older way, that is used.
     Raises UserError for whatever is wrong with the data, Interrupted when `should_stop` says so.
     """
     tokenizer = load_tokenizer(config.data, config.model.vocab_size)
@@ -60,7 +65,12 @@ def prepare(config: Config, cache: Path, say: Callable[[str], None], should_stop
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(cache)
-        folders = [_source_folder(config, s, tokenizer, cache, say, should_stop) for s in config.data.sources]
+        folders = [
+            _source_folder(
+                config, s, tokenizer, cache, _Progress(s.name, say, should_stop), (began_with or {}).get(s.name)
+            )
+            for s in config.data.sources
+        ]
         index = {
             "format": FORMAT,
             "tokenizer": {
@@ -126,34 +136,56 @@ class _Progress:
 
 
 def _source_folder(
-    config: Config,
-    source: Source,
-    tokenizer: Tokenizer,
-    cache: Path,
-    say: Callable[[str], None],
-    should_stop: Callable[[], bool],
+    config: Config, source: Source, tokenizer: Tokenizer, cache: Path, progress: _Progress, began_with: str | None
 ) -> Path:
     """The folder of a prepared source that holds what its files hold now; made if there is none."""
-    progress = _Progress(source.name, say, should_stop)
     progress.poll()
     found = list_files(source, progress.poll)
     settings = _settings(config, source, tokenizer)
     name = f"{source.name}-{_digest(settings)}"
-    stats = {}
-    for relative, path in found:
-        stats[relative] = FileStat.of(source, path)
-        progress.poll()
-    for folder in sorted(cache.glob(f"{name}-*")):
+    stats = _stats(source, found, progress)
+    expected = cache / f"{name}-{(began_with or '')[:16]}"
+    for folder in sorted(cache.glob(f"{name}-*"), key=lambda folder: folder != expected):
+        if folder != expected and not _is_cut_as_now(folder, source, tokenizer, stats):
+            continue
         if _still_holds(folder, source, dict(found), stats, progress):
             return folder
+    check_content(source, found, progress.say, progress.poll)
     with files.temporary_folder(cache) as temporary:
         fingerprint = _tokenise(config, source, settings, tokenizer, found, temporary, progress)
         final = cache / f"{name}-{fingerprint[:16]}"
         if not files.publish(temporary, final):
             # Another start was faster, or the same documents came in other files: these are the files now.
-            (temporary / _FILES).replace(final / _FILES)
+            for file in (_FILES, _META):
+                (temporary / file).replace(final / file)
     progress.say(f"prepared {progress.summary()}")
     return final
+
+
+def _stats(source: Source, found: list[tuple[str, Path]], progress: _Progress) -> dict[str, FileStat]:
+    stats, gone = {}, {}
+    for relative, path in found:
+        progress.poll()
+        try:
+            stats[relative] = FileStat.of(path)
+        except OSError as error:
+            gone[relative] = error.strerror or str(error)
+    refuse_unreadable(source, gone, len(found))
+    return stats
+
+
+def _is_cut_as_now(folder: Path, source: Source, tokenizer: Tokenizer, stats: dict[str, FileStat]) -> bool:
+    """Whether a folder holds what would be prepared today: long texts were once cut where it could change the ids."""
+    if (
+        source.kind == "tokens"
+        or tokenizer.places is ANYWHERE
+        or all(s.size_bytes <= PIECE_BYTES for s in stats.values())
+    ):
+        return True
+    try:
+        return bool(files.read_json(folder / _META).get("cuts") == CUTS)
+    except (OSError, ValueError):
+        return False
 
 
 def _settings(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -175,7 +207,7 @@ def _still_holds(
     """Whether a prepared folder holds these files. Files whose size or time differ are read and compared by content."""
     try:
         known: dict[str, list[Any]] = files.read_json(folder / _FILES)
-        files.read_json(folder / "meta.json")
+        files.read_json(folder / _META)
     except (OSError, ValueError):
         return False
     if known.keys() != stats.keys():
@@ -223,12 +255,15 @@ class _SplitWriter:
 class _SourceWriter:
     """Sends documents to their split by the hash of their content, tokenising text in batches."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, say: Callable[[str], None]
+    ) -> None:
         dtype = np.dtype(settings["dtype"])
         self.train, self.validation = _SplitWriter(folder, "train", dtype), _SplitWriter(folder, "validation", dtype)
         self.fingerprint = new_hash()
         self.fingerprint.update(json.dumps([settings[k] for k in sorted(settings) if k != "source"]).encode())
-        self._tokenizer = tokenizer
+        self._tokenizer, self._say, self._said_large = tokenizer, say, False
+        self._is_text = settings["source"]["kind"] != "tokens"
         self._end = np.array([tokenizer.end_token], dtype=dtype)
         self._threshold = int(settings["validation_fraction"] * 2**64)
         self._waiting: list[tuple[_SplitWriter, bytes | None]] = []  # None: the document ends
@@ -240,17 +275,33 @@ class _SourceWriter:
         held_out = int.from_bytes(document.digest[:8], "little") < self._threshold
         split = self.validation if held_out else self.train
         self._waiting.append((split, b""))
-        for piece in document.pieces:
-            if isinstance(piece, bytes):
-                self._waiting.append((split, piece))
-                self._waiting_bytes += len(piece)
-                if self._waiting_bytes >= _BATCH_BYTES:
-                    self.flush()
-            else:
-                self.flush()
-                split.tokens.add(piece)
-            poll()
+        if self._is_text:
+            self._add_text(split, document, poll)
+        else:
+            self.flush()
+            for ids in document.chunks:
+                split.tokens.add(np.asarray(ids))
+                poll()
         self._waiting.append((split, None))
+
+    def _add_text(self, split: _SplitWriter, document: Document, poll: Callable[[], None]) -> None:
+        if document.size_bytes > PIECE_BYTES and self._tokenizer.places is not ANYWHERE:
+            self.fingerprint.update(b"cuts %d" % CUTS)  # its ids may differ from those of the older way
+        for piece in pieces(cast(Iterable[bytes], document.chunks), self._tokenizer.places):
+            self._largest(len(piece))
+            self._waiting.append((split, piece))
+            self._waiting_bytes += len(piece)
+            if self._waiting_bytes >= _BATCH_BYTES:
+                self.flush()
+            poll()
+
+    def _largest(self, size_bytes: int) -> None:
+        if size_bytes >= _LARGE_PIECE_BYTES and not self._said_large:
+            self._said_large = True
+            self._say(
+                f"a text of {size_bytes / 1e6:,.1f} MB is tokenised in one go, which needs memory and time: "
+                "data.tokenizer gives other ids if it is cut"
+            )
 
     def flush(self) -> None:
         """Tokenise and write what waits. b"" begins a document, None ends it."""
@@ -284,13 +335,14 @@ def _tokenise(
     progress: _Progress,
 ) -> str:
     """Write all of a source into a folder; returns the fingerprint of its content."""
-    writer = _SourceWriter(folder, settings, tokenizer)
+    writer = _SourceWriter(folder, settings, tokenizer, progress.say)
     known: dict[str, list[Any]] = {}
     reading = FileReading(poll=progress.poll)
     try:
         for name, path in found:
             # Before reading: a change after this moment shows at the next start.
-            stat = FileStat.of(source, path)
+            with readable(source, path):
+                stat = FileStat.of(path)
             for document in read_file(source, path, tokenizer.end_token, config.model.vocab_size, reading):
                 writer.add(document, progress.poll)
                 progress.documents += 1
@@ -303,6 +355,7 @@ def _tokenise(
         **settings,
         "fingerprint": fingerprint,
         "splits": splits,
+        "cuts": CUTS,
         "empty_documents": reading.empty_documents,
         "replaced_documents": reading.replaced_documents,
     }
@@ -313,7 +366,7 @@ def _tokenise(
             "is data.tokenizer the one they were made with?"
         )
     files.write_json(folder / _FILES, known)
-    files.write_json(folder / "meta.json", meta)
+    files.write_json(folder / _META, meta)
     return fingerprint
 
 

@@ -176,6 +176,8 @@ def _what_changed(source: PreparedSource, expected: str) -> str:
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
                 parts.append(f"{len(names)} {'file' if len(names) == 1 else 'files'} {what} ({shown})")
+        if not parts and meta.get("cuts") != source.meta["cuts"]:
+            parts = ["its long texts were cut where that can change ids, and are not any more"]
         return "; ".join(parts) or unknown
     return unknown
 

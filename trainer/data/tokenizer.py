@@ -13,16 +13,19 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataSection
+from trainer.data.cuts import ANYWHERE, places_of
 
 USUAL_END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the data code needs. `size` is the largest id plus one; `end_token` ends every document."""
+    """What the rest of the data code needs. `size` is the largest id plus one; `end_token` ends every document;
+    `places` says where a long text may be cut (`cuts.py`)."""
 
     size: int
     end_token: int
     fingerprint: str
+    places: re.Pattern[bytes]
 
     def encode(self, texts: list[bytes]) -> list[np.ndarray]:
         """One 1-D integer array of ids for each piece of text; never contains a special token."""
@@ -37,6 +40,7 @@ class ByteTokenizer:
     size = 257
     end_token = 256
     fingerprint = "bytes"
+    places = ANYWHERE
 
     def encode(self, texts: list[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(text, dtype=np.uint8) for text in texts]
@@ -62,6 +66,9 @@ class JsonTokenizer:
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
+        if getattr(self._inner.model, "dropout", None) is not None:
+            self._inner.model.dropout = None  # it would draw other ids each time
+        self.places = places_of(spec)
         vocabulary: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
         name = _end_token(path, vocabulary, end_token)
@@ -88,9 +95,15 @@ class JsonTokenizer:
         """Encode a text whose special-looking strings are also ordinary vocabulary, by cutting inside those strings.
 
         `encode_special_tokens` covers the added-token matcher only: a Unigram or word-level model holds `</s>` in its
-        own vocabulary too, and an added token that is not marked special is matched all the same.
+        own vocabulary too, and an added token that is not marked special is matched all the same. Only strings that
+        gave such a token are cut: what one place of a text holds changes no id at another.
         """
-        cuts = [0, *(m.start() + 1 for m in self._special_text.finditer(text)), len(text)]
+        whole = self._inner.encode(text, add_special_tokens=False)
+        special = np.zeros(len(text) + 1, dtype=bool)
+        for (begin, end), is_special in zip(whole.offsets, np.isin(whole.ids, self._special_ids), strict=True):
+            special[begin:end] |= is_special
+        found = (m for m in self._special_text.finditer(text) if special[m.start() : m.end()].any())
+        cuts = [0, *(m.start() + 1 for m in found), len(text)]
         parts = [text[a:b] for a, b in itertools.pairwise(cuts) if b > a]
         ids = [np.array(e.ids, dtype=np.int64) for e in self._inner.encode_batch_fast(parts, add_special_tokens=False)]
         joined = np.concatenate([np.empty(0, np.int64), *ids])

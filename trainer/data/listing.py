@@ -1,0 +1,194 @@
+"""Which files a source consists of. What cannot be read is named before any work: nothing is left out in silence."""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.schema import Source
+
+STDLIB = "python:stdlib"
+_STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What tells cheaply that a file may have changed."""
+
+    size_bytes: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(path: Path) -> FileStat:
+        stat = path.stat()
+        return FileStat(stat.st_size, stat.st_mtime_ns)
+
+
+@contextmanager
+def readable(source: Source, path: Path) -> Iterator[None]:
+    """Turns failures to read a file into UserErrors. Around a generator's body it sees nothing of its consumer."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"data source {source.name!r}: cannot read {path}: {e.strerror or e}") from e
+
+
+def first_three(names: list[str]) -> str:
+    """As a message shows a list that may be long."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def refuse_unreadable(source: Source, wrong: dict[str, str], count: int) -> None:
+    """UserError when any file of a source cannot be read. wrong: reasons by name; count: of all its files."""
+    if wrong:
+        named = first_three([f"{name} ({reason})" for name, reason in wrong.items()])
+        raise UserError(
+            f"data source {source.name!r}: {len(wrong):,} of its {count:,} files cannot be read: {named}\n"
+            "restore or remove them, or narrow `pattern` of this data.sources entry"
+        )
+
+
+def source_root(source: Source) -> Path:
+    """Absolute path of a source. UserError when there is no file or folder."""
+    if source.path == STDLIB:
+        if source.kind != "text":
+            raise UserError(f"data source {source.name!r}: path {STDLIB} is text; set its kind to text")
+        return Path(sysconfig.get_path("stdlib")).resolve()
+    path = Path(source.path).expanduser()
+    with readable(source, path):
+        root = Path(os.path.realpath(path))
+        known = root.is_file() or root.is_dir()
+        if not known and not root.exists():
+            led = f" (a link to {root})" if path.is_symlink() else ""
+            raise UserError(
+                f"data source {source.name!r}: {path.absolute()}{led} does not exist\n"
+                "set the path of this data.sources entry"
+            )
+    if not known:
+        raise UserError(f"data source {source.name!r}: {path} is neither a file nor a folder")
+    return root
+
+
+def list_files(source: Source, poll: Callable[[], None]) -> list[tuple[str, Path]]:
+    """(relative path, path) of every file, sorted by relative path. Hidden files and folders are left out.
+
+    UserError when there is none, or when what should be one is a dead link, a pipe or a device.
+    """
+    found: dict[str, Path] = {}
+    wrong: dict[str, str] = {}
+    for name, path, reason in _wanted(source, poll):
+        if reason is None:
+            found[name] = path
+        else:
+            wrong[name] = reason
+    _refuse(source, found, wrong)
+    return sorted(found.items())
+
+
+def check_source(source: Source) -> None:
+    """Raise UserError when there is nothing to read. Looks no further than to the first file."""
+    wrong: dict[str, str] = {}
+    for name, _, reason in _wanted(source, lambda: None):
+        if reason is None:
+            return
+        wrong[name] = reason
+    _refuse(source, {}, wrong)
+
+
+def _refuse(source: Source, found: dict[str, Path], wrong: dict[str, str]) -> None:
+    refuse_unreadable(source, dict(sorted(wrong.items())), len(found) + len(wrong))
+    if not found:
+        raise UserError(
+            f"data source {source.name!r} is empty: no file in {source_root(source)} matches {_pattern(source)!r}\n"
+            "set path or pattern of this data.sources entry"
+        )
+
+
+def _pattern(source: Source) -> str:
+    return "**/*.py" if source.path == STDLIB and source.pattern == "**/*" else source.pattern
+
+
+def _wanted(source: Source, poll: Callable[[], None]) -> Iterator[tuple[str, Path, str | None]]:
+    """(relative path, path, why it is no file) of what the pattern asks for, folder by folder."""
+    root, pattern = source_root(source), _pattern(source)
+    if root.is_file():
+        yield root.name, root, None
+        return
+    try:
+        wanted = _glob(pattern)
+    except re.error as e:
+        raise UserError(f"data source {source.name!r}: {pattern!r} is not a pattern: {e}") from e
+    for name, no_file in _walk(source, root, poll):
+        if wanted.fullmatch(name) or (no_file and no_file.folder and "/" in pattern):
+            yield name, root / name, no_file.words if no_file else None
+
+
+@dataclass(frozen=True)
+class _NoFile:
+    """Why an entry of a folder is no file; `folder`: it may have been a folder, so its own name says nothing."""
+
+    words: str
+    folder: bool
+
+
+def _walk(source: Source, root: Path, poll: Callable[[], None]) -> Iterator[tuple[str, _NoFile | None]]:
+    """Relative paths of all entries that are no folders, links followed. (Path.glob skips linked and unreadable
+    folders without a word.)"""
+    left_out = _STDLIB_LEFT_OUT if source.path == STDLIB else set[str]()
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        poll()
+        with readable(source, root / folder):
+            stat = (root / folder).stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue  # a link back: each folder counts once
+            seen.add((stat.st_dev, stat.st_ino))
+            entries = sorted(os.scandir(root / folder), key=lambda e: e.name, reverse=True)
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name in left_out:
+                continue
+            name = f"{folder}{entry.name}"
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, a folder that may not be entered: `_no_file` says which
+                is_folder = is_file = False
+            if is_folder:
+                waiting.append(f"{name}/")
+            else:
+                yield name, None if is_file else _no_file(entry)
+
+
+def _no_file(entry: os.DirEntry[str]) -> _NoFile:
+    """What is no file and no folder. `os.scandir` calls a link to nothing neither."""
+    try:
+        os.stat(entry.path)
+    except FileNotFoundError:
+        if not entry.is_symlink():
+            return _NoFile("it is gone", folder=False)
+        target = os.readlink(entry.path)
+        return _NoFile(f"a link to {target}, which is gone", folder=not os.path.splitext(target)[1])
+    except OSError as error:
+        return _NoFile(error.strerror or str(error), folder=False)
+    return _NoFile("a pipe, socket or device", folder=False)
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """A glob over relative paths: `*` and `?` stay within a name, `**/` is any number of folders."""
+    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^]/]+\])", pattern)
+    return re.compile("".join(special.get(p) or _set_or_text(p) for p in parts), re.DOTALL)
+
+
+def _set_or_text(part: str) -> str:
+    if len(part) > 2 and part[0] == "[" and part[-1] == "]" and part != "[!]":
+        inside = re.escape(part[1:-1]).replace(r"\-", "-")
+        return f"[^{inside[1:]}]" if inside[0] == "!" else f"[{inside}]"
+    return re.escape(part)
