@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from functools import cache
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from configs.parse import Node, Place, Problem
+from configs.parse import Node, Place, Problem, index_of
 from configs.schema import Config, Section
+from configs.section import is_section, keys
+from configs.typed import options_of
 
 UNITS = {
     "s": "seconds",
@@ -66,22 +67,13 @@ _LIMITS = {
 }
 
 
-def keys(section: type[Section]) -> dict[str, FieldInfo]:
-    """The fields of a section under the names they have in a file."""
-    return {info.alias or name: info for name, info in section.model_fields.items()}
-
-
 def section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
     """The section inside an annotation, and whether it is a list of them."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return section_of(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return next((found for a in get_args(annotation) if (found := section_of(a))[0]), (None, False))
-    if origin is list:
-        return section_of(get_args(annotation)[0])[0], True
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation, False
+    for option in options_of(annotation):
+        if is_section(option):
+            return option, False
+        if get_origin(option) is list:
+            return section_of(get_args(option)[0])[0], True
     return None, False
 
 
@@ -90,7 +82,7 @@ def field_at(path: list[str]) -> FieldInfo | None:
     section: type[Section] | None = Config
     info: FieldInfo | None = None
     for part in path:
-        if part.isdigit():
+        if index_of(part) is not None:
             continue
         info = keys(section).get(part) if section is not None else None
         section = section_of(info.annotation)[0] if info is not None else None
@@ -112,12 +104,14 @@ def all_keys(section: type[Section] = Config, prefix: str = "") -> tuple[str, ..
 def nearest(unknown: str) -> str | None:
     """The valid dotted key that an unknown one most likely means, by its last name or its whole path."""
     pattern = re.sub(r"\.\d+(?=\.|$)", ".*", unknown)
-    name = pattern.rpartition(".")[2]
+    section, _, name = pattern.rpartition(".")
     if name in ELSEWHERE:
         return ELSEWHERE[name]
 
     def likeness(known: str) -> float:
-        last = SequenceMatcher(None, name, known.rpartition(".")[2]).ratio()
+        its_section, _, its_name = known.rpartition(".")
+        stranger = its_section != section and its_name[:2] != name[:2]  # `peft.type` does not mean `start.allow.dtype`
+        last = 0.0 if stranger else SequenceMatcher(None, name, its_name).ratio()
         return max(0.9 * last, SequenceMatcher(None, pattern, known).ratio())  # of equal names, the one in this section
 
     best = max(all_keys(), key=likeness)
@@ -128,8 +122,16 @@ def nearest(unknown: str) -> str | None:
     return best.replace("*", "0")
 
 
-def take_unknown(node: Node, section: type[Section] = Config, prefix: str = "") -> Iterator[Problem]:
-    """Remove every key that the schema does not know, with a problem for each."""
+class Unknown(NamedTuple):
+    """A key that the schema does not know, what stands at it, and the section in which it stands."""
+
+    key: str
+    node: Node
+    section: type[Section]
+
+
+def take_unknown(node: Node, section: type[Section] = Config, prefix: str = "") -> Iterator[Unknown]:
+    """Remove every key that the schema does not know."""
     if not isinstance(node.value, dict):
         return
     known = keys(section)
@@ -137,7 +139,7 @@ def take_unknown(node: Node, section: type[Section] = Config, prefix: str = "") 
         key = prefix + name
         if name not in known:
             del node.value[name]
-            yield Problem(child.place, _unknown(key, child, section))
+            yield Unknown(key, child, section)
             continue
         inner, listed = section_of(known[name].annotation)
         if inner is None:
@@ -149,14 +151,16 @@ def take_unknown(node: Node, section: type[Section] = Config, prefix: str = "") 
             yield from take_unknown(child, inner, key + ".")
 
 
-def _unknown(key: str, node: Node, section: type[Section]) -> str:
+def explain_unknown(unknown: Unknown) -> Problem:
+    key, inner, section = unknown
     if key.rpartition(".")[2] == "include":
-        return "`include` stands at the top of a file, not here"
-    while isinstance(node.value, dict) and len(node.value) == 1:  # `optimizer.lr` says more than `optimizer`
-        (name, node), *_ = node.value.items()
+        return Problem(inner.place, "`include` stands at the top of a file, not here")
+    while isinstance(inner.value, dict) and len(inner.value) == 1:  # `optimizer.lr` says more than `optimizer`
+        (name, inner), *_ = inner.value.items()
         key += f".{name}"
     near = nearest(key)
-    return f"unknown key {key}; " + (f"did you mean {near}?" if near else f"valid here: {', '.join(keys(section))}")
+    message = f"unknown key {key}; " + (f"did you mean {near}?" if near else f"valid here: {', '.join(keys(section))}")
+    return Problem(unknown.node.place, message)
 
 
 def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple[str, Problem]]:
@@ -184,7 +188,7 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
             message = f"{key} is empty: give its keys or remove the line"
         elif kind in _WANTS:
             message = f"{key} wants {_unit(path[-1], _WANTS[kind])}, not {show(found['input'])}"
-            message += _hint(path[-1], kind, found["input"], at.line == 0)
+            message += _hint(path[-1], kind, found["input"])
         else:
             message = f"{key}: {found['msg'].removeprefix('Input ')}, not {show(found['input'])}"
         yield kind, Problem(at, message)
@@ -217,8 +221,8 @@ def _locate(root: Node, path: list[str], source: Place) -> Place:
         value = node.value
         if isinstance(value, dict) and part in value:
             node = value[part]
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
-            node = value[int(part)]
+        elif isinstance(value, list) and (index := index_of(part)) is not None and index < len(value):
+            node = value[index]
         else:
             break
         at = node.place
@@ -243,11 +247,8 @@ def _unit(name: str, wants: str) -> str:
     return f"{wants} of {UNITS[unit]}" if unit in UNITS and "number" in wants else wants
 
 
-def _hint(name: str, kind: str, value: Any, override: bool) -> str:
+def _hint(name: str, kind: str, value: Any) -> str:
     """What to write instead, where that is plain to see."""
-    if kind == "string_type" and isinstance(value, int | float):
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        return f"; quote it: '\"{text}\"'" if override else f'; quote it: "{text}"'
     if isinstance(value, float) and kind.startswith("int") and value.is_integer():
         return f"; write {int(value)}"
     if not isinstance(value, str) or kind not in ("int_type", "float_type"):

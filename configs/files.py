@@ -49,3 +49,24 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise NotAFile(errno.EFBIG, f"it is larger than {limit_bytes} bytes", str(path))
     return data
+
+
+TEXT_BYTES = 16 << 20  # what a person writes by hand is far smaller
+
+
+class NotText(OSError):
+    """A file that a person wrote and that is no UTF-8. `line` counts from 1, `strerror` says what it is."""
+
+    line = 0
+
+
+def read_text(path: Path) -> str:
+    """What a person wrote: a config, a list. A byte-order mark is dropped. Raises as `read_regular`, and NotText."""
+    data = read_regular(path, TEXT_BYTES)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        found = NotText(errno.EILSEQ, "is UTF-16: save it as UTF-8" if wide else "is not UTF-8 text", str(path))
+        found.line = data.count(b"\n", 0, error.start) + 1
+        raise found from None

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from configs.errors import UserError
-from configs.explain import explain, field_at, short, show, take_unknown
-from configs.parse import Node, Place, Problem, parse, teach_core
+from configs.errors import UserError, printable
+from configs.explain import explain, explain_unknown, field_at, short, show, take_unknown
+from configs.files import NotText, read_text
+from configs.parse import Node, Place, Problem, index_of, parse, teach_core
 from configs.schema import Config, to_dict
+from configs.typed import in_shell, options_at, settle
 
 FOLDER = Path(__file__).resolve().parent
 DEFAULT = "demo"
+MOST_LINES = 20  # of an error
+MOST_EXPLAINED = 50  # of each sort of mistakes: a wrong file may hold a hundred thousand
 
 
 def presets() -> list[str]:
@@ -45,15 +51,19 @@ def load(argument: str | None, overrides: list[str]) -> Config:
     root = root or Node({}, source)
     for text in overrides:
         _override(root, text, problems)
-    problems.extend(take_unknown(root))
+    unknown = list(take_unknown(root))
+    problems.extend(map(explain_unknown, unknown[:MOST_EXPLAINED]))
+    unsaid = len(unknown[MOST_EXPLAINED:])
+    settle(root, Config, problems)
     try:
         config = Config.model_validate(root.plain())
     except ValidationError as error:
-        found = explain(error, root, source)
+        found = islice(explain(error, root, source), MOST_EXPLAINED)
         problems.extend(problem for kind, problem in found if kind != "missing" or not blocked)
+        unsaid += max(error.error_count() - MOST_EXPLAINED, 0)
         config = None
     if problems or config is None:
-        raise UserError(_report(problems, overrides))
+        raise UserError(_report(problems, overrides, unsaid))
     return config
 
 
@@ -90,7 +100,10 @@ def find(argument: str, folder: Path, place: Place, problems: list[Problem], inc
 
 def _shown(path: Path) -> str:
     """A path as short as it can be named from here."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except OSError:  # the folder where we are was removed
+        return str(path)
     return str(path) if relative.startswith("..") else relative
 
 
@@ -98,14 +111,12 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Node 
     """A file over what it includes. `chain` holds the files that include it."""
     name = _shown(path)
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        text = read_text(path)
+    except NotText as error:
+        problems.append(Problem(Place(name, error.line), str(error.strerror), True))
+        return None
     except OSError as error:
         problems.append(Problem(Place(name), f"cannot be read: {error.strerror}", True))
-        return None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        problems.append(Problem(Place(name, line), "is not UTF-8 text", True))
         return None
     before = len(problems)
     node = parse(text, lambda line: Place(name, line), problems)
@@ -158,29 +169,33 @@ def _command_line(text: str) -> Place:
 
 
 def _override(root: Node, text: str, problems: list[Problem]) -> None:
-    """Set one `a.b=value` in place; the value is YAML, a number in the path is an index in a list."""
+    """Set one `a.b=value` in place; a number in the path is an index in a list."""
     place = _command_line(text)
     key, equals, written = text.partition("=")
     path = key.strip().split(".")
+    if re.search("[\ud800-\udfff]", text):  # how Python spells a byte of an argument that it could not decode
+        problems.append(Problem(place, "holds a byte that is no UTF-8"))
+        return
     if not equals or not all(path):
         problems.append(Problem(place, "expected key=value, for example train.steps=100"))
         return
     before = len(problems)
-    value = parse(written, lambda _: place, problems)
+    value = in_shell(written, options_at(Config, path), place, problems)
     if len(problems) > before:
         return
     node = root
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
-        new = (value or Node(None, place)) if last else _default(path[: depth + 1], place)
+        new = value if last else _default(path[: depth + 1], place)
         if isinstance(node.value, list):
-            if not part.isdigit() or int(part) >= len(node.value):
+            index = index_of(part)
+            if index is None or index >= len(node.value):
                 have = f"items 0 to {len(node.value) - 1}" if node.value else "no items"
-                problems.append(Problem(place, f"{'.'.join(path[:depth])} has {have}, not {part!r}"))
+                problems.append(Problem(place, f"{'.'.join(path[:depth])} has {have}, not {short(part)!r}"))
                 return
             if last:
-                node.value[int(part)] = new
-            node = node.value[int(part)]
+                node.value[index] = new
+            node = node.value[index]
             continue
         if not isinstance(node.value, dict):  # e.g. null in the file, a section now
             node.value, node.place = {}, place
@@ -197,12 +212,15 @@ def _default(path: list[str], place: Place) -> Node:
     return Node({}, place)
 
 
-def _report(problems: list[Problem], overrides: list[str]) -> str:
+def _report(problems: list[Problem], overrides: list[str], unsaid: int) -> str:
     """One line per mistake: files first, by line, then the overrides as they were given."""
     order = {_command_line(text): rank for rank, text in enumerate(overrides, start=1)}
     problems = sorted(set(problems), key=lambda p: (order.get(p.place, 0), p.place, p.message))
-    lines = [str(problem) for problem in problems]
-    return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} mistakes in the config:", *lines])
+    lines = [printable(str(problem)).replace("\n", "\\n") for problem in problems[:MOST_LINES]]
+    count = len(problems) + unsaid
+    if count > len(lines):
+        lines.append(f"and {count - len(lines)} more")
+    return lines[0] if len(lines) == 1 else "\n".join([f"{count} mistakes in the config:", *lines])
 
 
 class _Dumper(yaml.SafeDumper):

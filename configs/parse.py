@@ -7,8 +7,8 @@ second of two equal keys wins in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import yaml
@@ -35,12 +35,13 @@ class Problem(NamedTuple):
         return f"{self.place}: {self.message}"
 
 
-@dataclass
+@dataclass(slots=True)
 class Node:
     """A value (a dict or list holds nodes) and where it was written: the line of its key, if it has one."""
 
     value: Any
     place: Place
+    typed: str | None = None  # how a value without quotes was written: `007`, where the value is 7
 
     def plain(self) -> Any:
         """The value without places."""
@@ -50,6 +51,9 @@ class Node:
             return [node.plain() for node in self.value]
         return self.value
 
+
+MOST_LEVELS = 100  # of sections and lists inside each other
+MOST_COPIES = 100_000  # values that the aliases of one text stand for
 
 _TAG = "tag:yaml.org,2002:"
 # The core schema of YAML 1.2.2, chapter 10.3.2: tag, form, first characters.
@@ -63,25 +67,23 @@ CORE = (
         "-+.0123456789",
     ),
 )
+_FORMS = {
+    first: [(name, re.compile(rf"(?:{form})\Z")) for name, form, firsts in CORE if first in firsts]
+    for first in {c for _, _, firsts in CORE for c in firsts}
+}
 
 
 def teach_core(resolver: Any) -> None:
-    """Add the core schema's plain values to a loader's or dumper's own."""
+    """Add the core schema's plain values to a dumper's own."""
     for name, form, first in CORE:
         firsts = ["" if c == "\0" else c for c in first]  # "" stands for the empty scalar
         resolver.add_implicit_resolver(_TAG + name, re.compile(rf"(?:{form})\Z"), firsts)
 
 
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times as fast where libyaml is there
-
-
-class Loader(_Base):
-    """Composes nodes with their lines; nothing is constructed, so no tag can run anything."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own name; empty: none of YAML 1.1)
-
-
-teach_core(Loader)
+def events_of(text: str) -> Iterator[Any]:
+    """What stands in a YAML text, piece by piece. Raises yaml.YAMLError."""
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times as fast where libyaml is there
+    return iter(loader(text).get_event, None)  # which follows the end
 
 
 def parse(text: str, place: Callable[[int], Place], problems: list[Problem]) -> Node | None:
@@ -89,21 +91,147 @@ def parse(text: str, place: Callable[[int], Place], problems: list[Problem]) -> 
 
     `place` turns a line of the text, counted from 1, into a place.
     """
-    loader = None
     try:
-        loader = Loader(text)  # reads ahead, so that it may fail as well
-        root = loader.get_single_node()
+        return _Reader(text, place, problems).document()
     except yaml.reader.ReaderError as error:
         at = place(text.count("\n", 0, error.position) + 1)
         problems.append(Problem(at, f"not valid YAML: the character U+{_code(error):04X} is not allowed", True))
-        return None
     except yaml.MarkedYAMLError as error:
         problems.append(_syntax(error, text, place))
-        return None
-    finally:
-        if loader is not None:
-            loader.dispose()
-    return None if root is None else _convert(root, place, None, problems, ())
+    except _Unreadable as error:
+        problems.append(error.problem)
+    return None
+
+
+def plain_scalar(text: str, at: Place, problems: list[Problem]) -> Node:
+    """What a value without quotes is, by the core schema."""
+    for tag, form in _FORMS.get(text[:1] or "\0", ()):
+        if form.match(text):
+            return Node(_scalar(tag, text, at, problems), at, text)
+    return Node(text, at, text)
+
+
+def index_of(part: str) -> int | None:
+    """The place in a list that one part of a dotted key names."""
+    return int(part) if re.fullmatch("[0-9]{1,9}", part) else None
+
+
+class _Unreadable(Exception):
+    """Stops reading: what follows would only be more of the same."""
+
+    def __init__(self, place: Place, message: str) -> None:
+        self.problem = Problem(place, message, True)
+
+
+@dataclass
+class _Reader:
+    """Turns the parser's events into nodes. Nothing is constructed, so no tag can run anything."""
+
+    text: str
+    place: Callable[[int], Place]
+    problems: list[Problem]
+    anchors: dict[str, Node | None] = field(default_factory=dict)  # None: begun, not ended
+    copies: int = 0
+
+    def document(self) -> Node | None:
+        self.events = events_of(self.text)
+        next(self.events)  # the stream begins
+        if isinstance(next(self.events), yaml.StreamEndEvent):
+            return None
+        node = self.node(next(self.events), None, 0)
+        next(self.events)  # the document ends
+        after = next(self.events)
+        if not isinstance(after, yaml.StreamEndEvent):
+            raise _Unreadable(self.at(after), "a second document begins here; a file holds one config")
+        return node
+
+    def at(self, event: Any) -> Place:
+        return self.place(event.start_mark.line + 1)
+
+    def node(self, event: Any, at: Place | None, level: int) -> Node:
+        """The node that begins with `event`; `at` is the place of its key."""
+        at = at or self.at(event)
+        self.bound(level, event)
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(event, at, level)
+        if event.anchor is not None:
+            if event.anchor in self.anchors:
+                self.problems.append(Problem(self.at(event), f"the anchor &{event.anchor} stands twice"))
+            self.anchors[event.anchor] = None
+        if isinstance(event, yaml.ScalarEvent):
+            node = self.scalar(event, at)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            node = Node(list(self.items(level)), at)
+            self.expect(event, "seq", node)
+        else:
+            node = Node(self.mapping(level), at)
+            self.expect(event, "map", node)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = node
+        return node
+
+    def bound(self, level: int, event: Any) -> None:
+        if level > MOST_LEVELS:
+            raise _Unreadable(self.at(event), f"more than {MOST_LEVELS} sections or lists inside each other")
+
+    def items(self, level: int) -> Iterator[Node]:
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            yield self.node(event, None, level + 1)
+
+    def mapping(self, level: int) -> dict[str, Node]:
+        result: dict[str, Node] = {}
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            at = self.at(event)
+            key = self.node(event, None, level + 1)
+            value = self.node(next(self.events), at, level + 1)
+            if not isinstance(key.value, str):
+                shown = "a list or section" if key.typed is None else f"`{key.typed}`"
+                self.problems.append(Problem(at, f"a key must be a name, not {shown}"))
+            elif key.value in result:
+                first = result[key.value].place.line
+                where = f", first in line {first}" if first else ""
+                self.problems.append(Problem(at, f"the key {key.value} stands twice{where}"))
+            else:
+                result[key.value] = value
+        return result
+
+    def scalar(self, event: Any, at: Place) -> Node:
+        if event.tag in (None, "!"):
+            is_plain = event.tag is None and event.implicit[0]
+            return plain_scalar(event.value, at, self.problems) if is_plain else Node(event.value, at)
+        return Node(_scalar(event.tag.removeprefix(_TAG), event.value, at, self.problems), at)
+
+    def expect(self, event: Any, kind: str, node: Node) -> None:
+        if event.tag not in (None, "!", _TAG + kind):
+            self.problems.append(_unknown_tag(event.tag, node.place))
+            node.value = None
+
+    def alias(self, event: Any, at: Place, level: int) -> Node:
+        if event.anchor not in self.anchors:
+            hint = "text that begins with * or & needs quotes"
+            raise _Unreadable(self.at(event), f"not valid YAML: found undefined alias; {hint}")
+        node = self.anchors[event.anchor]
+        if node is None:
+            self.problems.append(Problem(self.at(event), "an alias of something that holds it"))
+            return Node(None, at)
+        return Node(self.copy(node, event, level).value, at, node.typed)
+
+    def copy(self, node: Node, event: Any, level: int) -> Node:
+        """A node of its own, as an override may change one of them. Aliases of aliases grow tenfold a line."""
+        self.bound(level, event)
+        self.copies += 1
+        if self.copies > MOST_COPIES:
+            raise _Unreadable(self.at(event), f"with *{event.anchor}, aliases stand for over {MOST_COPIES:,} values")
+        value = node.value
+        if isinstance(value, dict):
+            value = {key: self.copy(inner, event, level + 1) for key, inner in value.items()}
+        elif isinstance(value, list):
+            value = [self.copy(inner, event, level + 1) for inner in value]
+        return Node(value, node.place, node.typed)
+
+
+def _unknown_tag(tag: str, at: Place) -> Problem:
+    return Problem(at, f"the tag {tag} is not known here; configs hold plain data only")
 
 
 def _code(error: yaml.reader.ReaderError) -> int:
@@ -116,8 +244,6 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, place: Callable[[int], Place
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
     lines = text.splitlines()
-    if "expected a single document" in str(error.context) or "but found another document" in what:
-        return Problem(place(line), "a second document begins here; a file holds one config", True)
     hint = ""
     if "mapping values are not allowed" in what:
         hint = "; a wrong indentation, or text with `: ` in it that needs quotes"
@@ -131,50 +257,9 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, place: Callable[[int], Place
     return Problem(place(line), f"not valid YAML: {what}{hint}", True)
 
 
-def _convert(
-    node: yaml.Node,
-    place: Callable[[int], Place],
-    at: Place | None,
-    problems: list[Problem],
-    within: tuple[yaml.Node, ...],
-) -> Node:
-    at = at or place(node.start_mark.line + 1)
-    if node in within:
-        problems.append(Problem(at, "an alias of something that holds it"))
-        return Node(None, at)
-    within = (*within, node)
-    if isinstance(node, yaml.ScalarNode):
-        return Node(_scalar(node, at, problems), at)
-    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-        return Node([_convert(item, place, None, problems, within) for item in node.value], at)
-    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
-        return Node(_mapping(node, place, problems, within), at)
-    problems.append(Problem(at, f"the tag {node.tag} is not known here; configs hold plain data only"))
-    return Node(None, at)
-
-
-def _mapping(
-    node: yaml.MappingNode, place: Callable[[int], Place], problems: list[Problem], within: tuple[yaml.Node, ...]
-) -> dict[str, Node]:
-    result: dict[str, Node] = {}
-    for key, value in node.value:
-        at = place(key.start_mark.line + 1)
-        if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
-            shown = f"`{key.value}`" if isinstance(key, yaml.ScalarNode) else "a list or section"
-            problems.append(Problem(at, f"a key must be a name, not {shown}"))
-        elif key.value in result:
-            problems.append(
-                Problem(at, f"the key {key.value} stands twice, first in line {result[key.value].place.line}")
-            )
-        else:
-            result[key.value] = _convert(value, place, at, problems, within)
-    return result
-
-
-def _scalar(node: yaml.ScalarNode, at: Place, problems: list[Problem]) -> Any:
-    text: str = node.value
+def _scalar(tag: str, text: str, at: Place, problems: list[Problem]) -> Any:
     try:
-        match node.tag.removeprefix(_TAG):
+        match tag:
             case "str":
                 return text
             case "null":
@@ -186,7 +271,7 @@ def _scalar(node: yaml.ScalarNode, at: Place, problems: list[Problem]) -> Any:
             case "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
     except (ValueError, KeyError):
-        problems.append(Problem(at, f"`{text[:40]}` cannot be read as {node.tag.removeprefix(_TAG)}"))
+        problems.append(Problem(at, f"`{text[:40]}` cannot be read as {tag}"))
         return None
-    problems.append(Problem(at, f"the tag {node.tag} is not known here; configs hold plain data only"))
+    problems.append(_unknown_tag(tag if ":" in tag else _TAG + tag, at))
     return None

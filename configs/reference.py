@@ -23,6 +23,14 @@ _HEAD = """\
 Made from `configs/schema.py` by `make schema`. `result`: the key changes what is learned, so a run folder continues
 only under the same value (`run.accept_changes` admits exceptions). `speed`: it changes only speed, memory, or what is
 written where. A key without a default must be given; the preset `demo` gives them all.
+
+How values are read, in a file, as `key=value` in a shell, and in the lists of `--array`:
+
+- A value is what YAML 1.2 calls it: `10`, `010` (ten), `.5`, `1e-3`, `true`, `null`, `[a, b]`, `{a: b}`. Nothing else
+  is converted: `on`, `1:30`, `1_000` and dates are text, and refused where a number is wanted.
+- At a key of text, the text is the value: `12`, `007`; in a shell also `Set #3` and `Q: what`. Only `null`, or nothing
+  at all, is no value.
+- Quotes around a whole value are taken off; others belong to it.
 """
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -302,10 +303,10 @@ class Config(Section):
             raise ValueError(
                 f"data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}"
             )
-        names = [s.name for s in self.data.sources]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"data.sources: the name {twice[0]!r} stands twice")
+        names = Counter(source.name for source in self.data.sources)
+        twice = next((name for name, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.sources: the name {twice!r} stands twice")
         return self
 
     @model_validator(mode="after")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 def result(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
@@ -21,3 +22,12 @@ class Section(BaseModel):
     """Unknown keys are refused, values are never coerced between types, a built config does not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+def is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def keys(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section under the names they have in a file."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}

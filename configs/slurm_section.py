@@ -6,7 +6,7 @@ from typing import Literal
 
 from configs.section import Section, speed
 
-_NAME = r"^[^\s]+$"
+_NAME = r"^[^\s\x00-\x1f\x7f]+$"
 
 
 class SlurmSection(Section):

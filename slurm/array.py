@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import shlex
 import time
@@ -12,12 +11,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from configs.errors import UserError
+from configs.files import NotText, read_text
 from configs.load import load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
+from configs.typed import list_items
 from slurm import snapshot
 from slurm.submit import Submission, lives
 from trainer import life
@@ -36,22 +35,31 @@ def overrides_of(words: list[str]) -> list[list[str]]:
 def _axis(word: str) -> list[list[str]]:
     key, equals, text = word.partition("=")
     if not equals:
-        try:
-            lines = [line.strip() for line in Path(word).read_text(encoding="utf-8").splitlines()]
-        except OSError as error:
-            raise UserError(f"--array {word}: neither KEY=[A,B] nor a file that can be read: {error}") from error
-        return [shlex.split(line) for line in lines if line and not line.startswith("#")]
+        return _lines(word)
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values = None
-    if not isinstance(values, list) or not values:
-        raise UserError(f"--array {word}: expected a list of values, as in optim.lr=[1e-3,3e-4]")
-    return [[f"{key}={_written(value)}"] for value in values]
+        return [[f"{key}={item}"] for item in list_items(text.strip())]
+    except ValueError as error:
+        raise UserError(f"--array {word}: {error}; write a list of values, as in optim.lr=[1e-3,3e-4]") from error
 
 
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _lines(name: str) -> list[list[str]]:
+    """The overrides of each line of a file, quoted as for a shell."""
+    try:
+        text = read_text(Path(name))
+    except NotText as error:
+        raise UserError(f"--array {name}:{error.line}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--array {name}: neither KEY=[A,B] nor a file that can be read: {reason}") from error
+    runs = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            runs.append(shlex.split(line))
+        except ValueError as error:
+            raise UserError(f'--array {name}:{number}: {error}; quote as in a shell: "it\'s"') from error
+    return runs
 
 
 def configs_of(base: Config, words: list[str], argument: str | None, typed: list[str]) -> list[Config]:

@@ -12,9 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from configs.errors import UserError
+from configs.files import NotText, read_text
 from configs.parse import Place, Problem, parse
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
+from configs.typed import settle
 from trainer.environment import SLURM_JOB_ID, XDG_CONFIG_HOME
 from trainer.inherited import NEEDED
 
@@ -102,11 +104,15 @@ def _read_file(path: Path) -> dict[str, Any]:
     """The cluster's file, checked by itself so that its mistakes are told as its own."""
     problems: list[Problem] = []
     try:
-        node = parse(path.read_text(encoding="utf-8"), lambda line: Place(str(path), line), problems)
+        node = parse(read_text(path), lambda line: Place(str(path), line), problems)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    except NotText as error:
+        raise UserError(f"{path}:{error.line}: {error.strerror}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if node is not None:
+        settle(node, SlurmSection, problems)
     if problems:
         raise UserError(str(problems[0]))
     data = node.plain() if node is not None else {}

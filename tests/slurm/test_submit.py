@@ -245,7 +245,7 @@ def test_the_runs_of_an_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("optim.lr=1e-3", "expected a list"),
+        ("optim.lr=1e-3", "stands in brackets"),
         ("nothing.txt", "neither KEY=[A,B] nor a file"),
         ("slurm.nodes=[1,2]", "share what is asked of Slurm"),
         ("run.seed=[1,1]", "two runs would both be run.seed=1"),
@@ -346,7 +346,7 @@ def test_limits_of_a_partition() -> None:
     [
         ("partition: [gpu\n", ":2: "),
         ("- gpu\n", "expected lines of `key: value`"),
-        ("time: 30\n", "time: Input should be a valid string"),
+        ("time: [30]\n", "time: Input should be a valid string"),
         ("nodes: 0\n", "nodes: Input should be greater"),
     ],
 )
