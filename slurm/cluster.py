@@ -14,13 +14,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from configs.errors import UserError
 from launch.processes import kill
-from slurm.cluster_config import MARK, MOST_NODES, Home, Settings, write_files
+from slurm.cluster_config import MARK, MOST_NODES, Home, Settings, slurm_conf, write_files
 from slurm.cluster_net import (
     add_bridge,
     add_node,
@@ -36,7 +37,11 @@ from trainer.inherited import without_job
 
 # program -> the Debian and Ubuntu package that has it
 _NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
-_ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server-core"}
+_ACCOUNTING = {
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server-core",
+    "my_print_defaults": "mariadb-client-core",  # mariadb's installer calls it
+}
 _APT = "apt-get install --no-install-recommends"
 _MAX_SOCKET_PATH = 107  # of a unix socket
 _SLOTS = 32
@@ -73,10 +78,10 @@ def _path() -> str:
     return (PATH.read(os.environ) or "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
 
-def no_accounting() -> str | None:
-    """Why a cluster here has no accounting; None if it can have one."""
+def no_accounting() -> str:
+    """What a cluster here lacks for accounting, as the line that installs it; empty if it can have it."""
     packages = [package for program, package in _ACCOUNTING.items() if not _which(program)]
-    return f"no accounting (sacct): {_APT} {' '.join(packages)}" if packages else None
+    return f"{_APT} {' '.join(packages)}" if packages else ""
 
 
 class Cluster:
@@ -134,10 +139,16 @@ class Cluster:
     # ---- up ---------------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Start what does not run: everything, or the nodes and daemons that died. Raises UserError with the log."""
+        """Start what does not run: everything, or the nodes and daemons that died. Raises UserError with the log.
+
+        Without a working database it comes up without accounting.
+        """
         self._start_munge()
         if self.settings.accounting:
-            self._start_accounting()
+            try:
+                self._start_accounting()
+            except UserError as error:
+                self._do_without_accounting(str(error))
         if self.settings.isolated:
             add_bridge(self.settings)
         else:
@@ -196,9 +207,7 @@ class Cluster:
         data = home.root / "mysql"
         if self.alive("mariadbd") is None:
             if not (data / "mysql").is_dir():
-                install = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}"]
-                done = self.run(*install, "--auth-root-authentication-method=normal", "--skip-test-db")
-                home.log("mariadb-install").write_text(done.stdout + done.stderr)
+                self._make_database(data)
             flags = [*_DATABASE_FLAGS, "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0"]
             flags += [f"--datadir={data}", f"--socket={home.database_socket}"]
             pid_file = f"--pid-file={home.root}/run/mariadbd.daemon.pid"
@@ -209,6 +218,23 @@ class Cluster:
         self._wait("slurmdbd", listed, "slurmdbd did not start")
         if not self.run("sacctmgr", "-n", "list", "cluster", "rehearsal").stdout.strip():
             self.run("sacctmgr", "-i", "-Q", "add", "cluster", "rehearsal")
+
+    def _make_database(self, data: Path) -> None:
+        install = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}"]
+        done = self.run(*install, "--auth-root-authentication-method=normal", "--skip-test-db")
+        told, log = done.stdout + done.stderr, self.home.log("mariadb-install")
+        log.write_text(told)
+        if done.returncode:
+            lines = [line.strip() for line in told.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            said = next((line for line in lines if "error" in line.lower()), lines[-1])  # advice and addresses follow
+            raise UserError(f"mariadb-install-db: {said}; see {log}")
+
+    def _do_without_accounting(self, why: str) -> None:
+        for daemon in ("slurmdbd", "mariadbd"):
+            self._stop(daemon, signal.SIGKILL)
+        self.settings = replace(self.settings, accounting=False, no_accounting=why)
+        self.home.write_settings(self.settings)
+        self.home.conf.write_text(slurm_conf(self.home, self.settings))
 
     # ---- down -------------------------------------------------------------------------------------------------------
 
@@ -286,7 +312,8 @@ def _make(home: Home, nodes: int, gpus: int, isolated: bool, changes: dict[str, 
         cpus=max(8, 2 * gpus),  # pretended as well: Slurm counts them, nothing binds to them
         memory_mib=16000,
         isolated=isolated,
-        accounting=no_accounting() is None,
+        accounting=not no_accounting(),
+        no_accounting=no_accounting(),
         slot=_free_slot(),
         host=socket.gethostname().split(".")[0],
         **changes,  # type: ignore[arg-type]

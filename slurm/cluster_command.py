@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from slurm.cluster import GPUS, NODES, Cluster, default_home, find, no_accounting, start, typed
+from slurm.cluster import GPUS, NODES, Cluster, default_home, find, start, typed
 from slurm.cluster_config import Home
 
 
@@ -62,5 +62,5 @@ def tell(cluster: Cluster) -> int:
     for name in dead:
         print(f"  {name} is dead: {typed('up', cluster.home)} brings it back")
     if not s.accounting:
-        print(f"  {no_accounting() or 'no accounting: the cluster was started without'}")
+        print(f"  no accounting (sacct): {s.no_accounting}")
     return 0 if not dead and len(cluster.ready_nodes()) == s.nodes else 1

@@ -48,6 +48,7 @@ class Settings:
     kill_wait_s: int = 10
     grace_s: int = 10
     preempt_signal: bool = True
+    no_accounting: str = ""  # why, where there is none
 
     @property
     def port(self) -> int:

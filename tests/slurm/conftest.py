@@ -73,6 +73,7 @@ def cluster() -> Iterator[Cluster]:
         told = guard.stdout.readline().strip()
         started = clusters.find(Home(Path(told)))
         assert started is not None, told
+        assert started.settings.accounting or not os.environ.get(_REQUIRED), started.settings.no_accounting
         yield started
     finally:
         guard.stdin.close()

@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from configs.errors import UserError
 from slurm import cluster as clusters
 from slurm import cluster_net
 from slurm.cluster import Cluster
 from slurm.cluster_command import tell
-from slurm.cluster_config import MARK, Home
+from slurm.cluster_config import MARK, Home, Settings
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, job_state, submit, wait_for, wait_for_end
 from trainer.folder import read_json
@@ -139,6 +140,26 @@ def test_nothing_is_left_behind(cluster: Cluster, plain: bool, tmp_path: Path, m
     assert cluster.ready_nodes() == ["node1", "node2", "node3"]
 
 
+@pytest.mark.full
+def test_without_a_database_it_comes_up_without_accounting(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing_installer(tmp_path, monkeypatch)
+    home = Home(Path(tempfile.mkdtemp(prefix="muster-third-")))
+    third = clusters.start(home, nodes=1, gpus=0, plain=not cluster.settings.isolated)
+    try:
+        job = submit(third, f"--output={tmp_path}/job.txt", "--wrap=hostname")
+        assert wait_for_end(third, job, tmp_path / "job.txt") == "COMPLETED"
+        assert tell(third) == 0
+        found = clusters.find(home)
+        assert found is not None
+        assert not found.settings.accounting
+        found.up()  # does not try again
+    finally:
+        third.down()
+    assert "no accounting (sacct): mariadb-install-db: FATAL ERROR: Could not find " in capsys.readouterr().out
+
+
 # ---- without a cluster -----------------------------------------------------------------------------------------------
 
 
@@ -164,11 +185,34 @@ def test_what_is_missing_is_said_with_the_line_that_installs_it(monkeypatch: pyt
     why = clusters.missing()
     assert why is not None
     assert "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge" in why
-    assert "slurmdbd mariadb-server-core" in (clusters.no_accounting() or "")
+    assert clusters.no_accounting().endswith(" slurmdbd mariadb-server-core mariadb-client-core")
     monkeypatch.setattr(clusters, "_which", lambda program: f"/usr/sbin/{program}")
     monkeypatch.setattr(os, "getuid", lambda: 1000)
     assert "needs root" in (clusters.missing() or "")
-    assert clusters.no_accounting() is None
+    assert clusters.no_accounting() == ""
+
+
+def failing_installer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says what mariadb's own says without its client's package: the cause first, then advice."""
+    program = folder / "bin/mariadb-install-db"
+    program.parent.mkdir()
+    told = "\nFATAL ERROR: Could not find /usr/bin/my_print_defaults\n\nThe latest information is at\nhttps://mariadb.com\n"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{told}END\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+def test_a_failure_of_the_databases_installer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_installer(tmp_path, monkeypatch)
+    home = Home(tmp_path)
+    home.log("x").parent.mkdir()
+    made = Cluster(home, Settings(1, 0, 8, 1000, True, True, 0, "here"))
+    with pytest.raises(UserError) as raised:
+        made._make_database(tmp_path / "mysql")
+    log = tmp_path / "log/mariadb-install.out"
+    said = "mariadb-install-db: FATAL ERROR: Could not find /usr/bin/my_print_defaults"
+    assert str(raised.value) == f"{said}; see {log}"
+    assert "https://mariadb.com" in log.read_text()
 
 
 def test_no_cluster_is_no_mistake(tmp_path: Path) -> None:
