@@ -67,10 +67,10 @@ def load(argument: str | None, overrides: list[str]) -> Config:
     return config
 
 
-def dump(config: Config) -> str:
+def dump(config: Config, ascii_only: bool = False) -> str:
     """A config as YAML, in the schema's order; `load` of it gives an equal config."""
     parts = [
-        yaml.dump({name: section}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30)
+        yaml.dump({name: section}, Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii_only, width=2**30)
         for name, section in to_dict(config).items()
     ]
     return "\n".join(parts)

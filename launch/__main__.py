@@ -1,12 +1,17 @@
 """`python -m launch VERB ...`."""
 
-from trainer.shadow import refuse_shadow
+import os
+import sys
 
-refuse_shadow()  # before any import that a folder of the user's could answer
+if __name__ == "__main__":  # before all other imports: the current folder may hold a `trainer.py`
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from trainer.shadow import stand_apart
 
-import sys  # noqa: E402
+    del sys.path[0]
+    stand_apart()
 
-from launch.verbs import Verb, run_verb  # noqa: E402
+from launch.verbs import Verb, run_verb
+from trainer.terminal import enter
 
 VERBS = {
     "run": Verb("launch.run:main", "Run a config on this node: checks, torchrun, restarts, stopping."),
@@ -18,8 +23,8 @@ VERBS = {
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    return run_verb("python -m launch", "What a person types around a run.", VERBS, arguments)
+    return run_verb("launch", "What a person types around a run.", VERBS, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main)

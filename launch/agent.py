@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from trainer.environment import FromLauncher
 from trainer.events import append_row
 from trainer.parents import die_with_parent
+from trainer.terminal import enter, go_on_unheard
 
 
 def main(arguments: list[str]) -> int:
@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     if not die_with_parent(launcher.parent):
         return 1
     os.environ.update(replace(launcher, parent=os.getpid()).environment())
+    go_on_unheard()
     # Slurm signals every process of a step. An agent that dies of it takes its workers along, unsaved.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -56,4 +57,4 @@ def _tell_failures(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main)

@@ -27,9 +27,9 @@ from configs.schema import Config
 from launch.monitor.devices import count_visible
 from launch.monitor.keeper import Keeper
 from launch.processes import kill
-from trainer import environment, life
+from trainer import environment, life, processors
 from trainer.console import Console
-from trainer.environment import FromLauncher
+from trainer.environment import LOOPBACK, FromLauncher
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeats
@@ -37,6 +37,7 @@ from trainer.lease import Lease
 from trainer.life import End
 from trainer.names import node_name
 from trainer.preflight import check, check_numbers, refuse
+from trainer.shadow import apart, python
 from trainer.stop import Kind, StopWish, write_request
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -143,6 +144,7 @@ class Supervisor:
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
         self._failures_told = 0
         self._agent_died = False
+        self._threads = environment.OMP_NUM_THREADS.read(os.environ) or self._choose_threads()
         self._before = max(life.numbers(folder), default=-1)
         _adopt_orphans()
 
@@ -203,7 +205,9 @@ class Supervisor:
         nodes = self.nodes
         torchrun = [f"--nproc-per-node={self.processes}"]
         if nodes.count == 1:
-            torchrun += ["--standalone"]
+            # Not --standalone: it meets at the name of this host, which perhaps nothing resolves.
+            torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}"]
+            torchrun += ["--rdzv-id=muster", "--rdzv-conf=is_host=1"]
         else:
             # Said, not guessed from names: a node that took itself for the first would be a world of its own.
             meet = {"is_host": int(nodes.is_first), "join_timeout": int(self.config.parallel.load_timeout_s)}
@@ -211,18 +215,22 @@ class Supervisor:
             torchrun += [f"--rdzv-endpoint={nodes.first}:{nodes.port}", f"--local-addr={node_name()}"]
             torchrun += ["--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in meet.items())]
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
-        return [sys.executable, "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
+        return [*python(), "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
+
+    def _choose_threads(self) -> int:
+        threads = processors.threads(self.processes)
+        self.console.say(str(threads))
+        return threads.each
 
     def _environment(self) -> dict[str, str]:
-        threads = max(1, (os.cpu_count() or 1) // self.processes)
         unless_set = {
             "TORCH_FR_BUFFER_SIZE": "2000",  # collectives, told after a hang
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # an index then means the same GPU to CUDA, to NVML and to people
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(self._threads),
         }
         # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
         ours = {**self.told.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return {**unless_set, **os.environ, **ours}
+        return {**unless_set, **os.environ, **apart(), **ours}
 
     def _pass_on(self) -> None:
         cause = self.wish.cause
@@ -236,6 +244,8 @@ class Supervisor:
         """The newest attempt's end. One that nobody wrote is written here: failed."""
         attempt = life.newest(self.folder)
         if attempt is None or attempt.number <= before:
+            if self.wish.cause is not None and not status:
+                return self._unwritten_end(status)  # they left while they waited for each other
             self.console.say(f"the workers ended (status {status}) before an attempt began")
             return End("failed", 0, None, requeue=True, cause="start_failed")
         if self._agent_died:

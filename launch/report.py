@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from configs.errors import UserError
 from launch.goodput import Goodput, goodput
+from trainer.arguments import Parser, typed
 from trainer.console import duration
 from trainer.folder import RunFolder
+from trainer.terminal import say
 
 _BAR = 30
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch report", description=__doc__)
+    parser = Parser(prog=typed("launch report"), description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     options = parser.parse_args(arguments)
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
     if not folder.attempts.is_dir():
         raise UserError(f"{options.run} is no run folder: it has no attempts")
     found = goodput(folder)
-    print("\n".join(lines(found)))
+    say("\n".join(lines(found)))
     if options.json:
         options.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
     return 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from trainer.arguments import config_parser, take
+from trainer.terminal import go_on_unheard
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = config_parser("python -m launch run", "Run a config on this node: checks, torchrun, restarts, stopping.")
+    parser = config_parser("launch run", "Run a config on this node: checks, torchrun, restarts, stopping.")
     parser.add_argument("--nproc", type=int, metavar="N", help="processes; default: one per GPU, 2 without GPUs")
     options = take(parser, arguments)
     from launch.node import run_node
+
+    go_on_unheard()
 
     return run_node(options.config, options.overrides, options.nproc)

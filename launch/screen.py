@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
+from rich.segment import Segment
+
+from configs.errors import printable
 
 
 class Picture(NamedTuple):
@@ -18,10 +21,31 @@ class Picture(NamedTuple):
     last: bool
 
 
+def show_once(content: RenderableType) -> None:
+    """One picture, of as many lines as it has."""
+    plain_console().print(_Shown(content))
+
+
+def plain_console() -> Console:
+    """Takes `[red]` and `:tada:` in the name of a file or node for what they are."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+class _Shown:
+    """A picture whose control characters are shown, not obeyed: names and values come from files."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._content, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 def show(look: Callable[[int | None], Picture], every_s: float) -> None:
     """Until the last picture, or Ctrl-C. `look` is told how many lines there are, None where they are not counted. What
     stands there at the end stays."""
-    console = Console(highlight=False)
+    console = plain_console()
     in_place = console.is_terminal and not console.is_dumb_terminal
     # A screen of its own: what scrolls up in the usual one would stay there.
     live = Live(console=console, auto_refresh=False, screen=True) if in_place else None
@@ -30,12 +54,12 @@ def show(look: Callable[[int | None], Picture], every_s: float) -> None:
         while True:
             picture = look(console.height if in_place else None)
             if live is not None:
-                live.update(picture.content, refresh=True)
+                live.update(_Shown(picture.content), refresh=True)
             else:
-                console.print(picture.content, soft_wrap=True)
+                console.print(_Shown(picture.content), soft_wrap=True)
                 console.print()
             if picture.last:
                 break
             time.sleep(every_s)
     if in_place and picture is not None:
-        console.print(picture.content)
+        console.print(_Shown(picture.content))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from configs.errors import printable
+
 
 def size_text(count: int) -> str:
     """Bytes in decimal units, three digits."""
@@ -27,9 +29,14 @@ def age_text(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
+def one_line(text: str) -> str:
+    """A name as a cell or a part of a line: a line break in it is shown as well."""
+    return printable(text).replace("\n", "\\n")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: str = "") -> list[str]:
     """Lines of aligned columns; those named in `right` go to the right."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    cells = [list(header), *([one_line(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     to_right = [name in right.split(",") for name in header]
     lines = []

@@ -1,15 +1,15 @@
-"""What `python -m launch VERB ...` and `python -m slurm VERB ...` have in common."""
+"""What `python -m launch VERB ...`, `python -m slurm VERB ...` and `muster VERB ...` have in common."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import NamedTuple
 
-from configs.errors import UserError
+from configs.errors import UserError, tell
 from trainer import life
+from trainer.arguments import Parser, typed
 
 
 class Verb(NamedTuple):
@@ -19,20 +19,20 @@ class Verb(NamedTuple):
     help: str
 
 
-def run_verb(prog: str, description: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int:
-    """Run the verb that the arguments begin with; returns the exit code."""
+def run_verb(room: str, description: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int:
+    """Run the verb that the arguments begin with; returns the exit code. A person's mistake is told here."""
     lines = "\n".join(f"  {name:<12}{verb.help}" for name, verb in verbs.items())
-    parser = argparse.ArgumentParser(
-        prog=prog,
+    parser = Parser(
+        prog=typed(room),
         description=f"{description}\n\nverbs:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=verbs, metavar="VERB")
-    options = parser.parse_args(arguments[:1])
-    module, _, name = verbs[options.verb].main.partition(":")
     try:
+        options = parser.parse_args(arguments[:1])
+        module, _, name = verbs[options.verb].main.partition(":")
         code: int = getattr(import_module(module), name)(arguments[1:])
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return life.USER_ERROR

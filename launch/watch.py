@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -10,15 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from configs.errors import UserError
 from launch.monitor.rows import OtherVersion, Row, newest_rows
 from launch.run_folder import amount, last_row, rows_backwards
-from launch.screen import Picture, show
+from launch.screen import Picture, show, show_once
 from trainer import life
+from trainer.arguments import Parser, typed
 from trainer.console import duration, si
 from trainer.folder import RunFolder
 from trainer.life import Attempt
@@ -48,7 +48,7 @@ class NodeView:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch watch", description=__doc__)
+    parser = Parser(prog=typed("launch watch"), description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--once", action="store_true", help="print how it is now, and end")
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks")
@@ -58,8 +58,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{options.run} is no run folder: it has no attempts")
     watcher = Watcher(folder)
     if options.once:
-        console = Console(highlight=False)
-        console.print(watcher.look(None))
+        show_once(watcher.look(None))
     else:
         show(lambda height: Picture(watcher.look(height), last=False), options.every)
     return 0

@@ -26,6 +26,7 @@ from trainer.events import Events, read_rows
 from trainer.folder import RunFolder
 from trainer.life import End
 from trainer.names import node_name
+from trainer.terminal import go_on_unheard, say
 
 _PATIENCE_S = 10.0  # for the last words of nodes after srun has ended, on a filesystem that caches
 _TAKEN_DOWN_PATIENCE_S = 120.0  # Slurm ends the job: srun at once, the tasks and this process after KillWait
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code of the run, which becomes the job's."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # Slurm's ends of a job reach the batch script, and what it starts
-    parser = config_parser("python -m slurm after", __doc__)
+    go_on_unheard()  # a job that cannot be heard is started again all the same
+    parser = config_parser("slurm after", __doc__)
     parser.add_argument("--code", type=int, required=True, metavar="N", help="exit code of srun")
     options = take(parser, arguments)
     config = load(options.config, options.overrides)
@@ -170,4 +172,4 @@ class After:
 
     @staticmethod
     def _say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)

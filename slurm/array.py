@@ -21,6 +21,7 @@ from slurm import snapshot
 from slurm.submit import Submission, lives
 from trainer import life
 from trainer.preflight import Problem, problems_of
+from trainer.terminal import say
 
 _POLL_S = 2.0
 _LABEL_BYTES = 200  # of a folder's name: a filesystem takes 255, and tools add something of their own
@@ -132,7 +133,7 @@ class ArraySubmission(Submission):
     def note(self, number: str) -> None:
         for task, run in enumerate(self.runs):
             run.note(f"{number}_{task}")
-            print(f"{number}_{task}  {run.folder.root}")
+            say(f"{number}_{task}  {run.folder.root}")
 
     def follow(self, number: str) -> int:
         """Wait for all; the worst outcome. Ctrl-C leaves the jobs running."""
@@ -140,7 +141,7 @@ class ArraySubmission(Submission):
             while lives(*(run.holder() or number for run in self.runs)):
                 time.sleep(_POLL_S)
         except KeyboardInterrupt:
-            print(f"\njob {number} goes on without being watched")
+            say(f"\njob {number} goes on without being watched")
             return life.STOPPED
         codes = [run.outcome() for run in self.runs]
         return next((code for code in (life.FAILED, life.USER_ERROR, life.REQUEUE, life.STOPPED) if code in codes), 0)

@@ -32,6 +32,7 @@ from slurm.cluster_net import (
     one_at_a_time,
     remove_all,
 )
+from trainer.arguments import typed
 from trainer.environment import PATH
 from trainer.inherited import without_job
 
@@ -55,9 +56,9 @@ def default_home() -> Home:
     return Home(Path(tempfile.gettempdir()) / f"muster-cluster-{os.getuid()}")
 
 
-def typed(verb: str, home: Home) -> str:
+def how_to(verb: str, home: Home) -> str:
     """What a person types for this cluster."""
-    return f"python -m slurm cluster {verb}" + ("" if home == default_home() else f" --dir {home.root}")
+    return typed(f"slurm cluster {verb}") + ("" if home == default_home() else f" --dir {home.root}")
 
 
 def missing() -> str | None:
@@ -182,7 +183,7 @@ class Cluster:
     def _wait(self, daemon: str, ready: Callable[[], bool], what: str) -> None:
         """Until `ready`; gives up at once when the daemon has died."""
         if not _until(_PATIENCE_S, lambda: ready() or self.alive(daemon) is None) or self.alive(daemon) is None:
-            raise UserError(f"{what}; see {self.home.root / 'log'} (to clear away: {typed('down', self.home)})")
+            raise UserError(f"{what}; see {self.home.root / 'log'} (to clear away: {how_to('down', self.home)})")
 
     def _start_munge(self) -> None:
         home = self.home
@@ -330,7 +331,7 @@ def _check_size(cluster: Cluster, nodes: int | None, gpus: int | None) -> None:
     if nodes not in (None, s.nodes) or gpus not in (None, s.gpus):
         raise UserError(
             f"{home.root} holds a cluster of {s.nodes} node(s) with {s.gpus} GPU(s) each: "
-            f"{typed('down', home)}, then up again"
+            f"{how_to('down', home)}, then up again"
         )
 
 

@@ -6,14 +6,14 @@ import argparse
 import time
 from pathlib import Path
 
-from slurm.cluster import GPUS, NODES, Cluster, default_home, find, start, typed
+from slurm.cluster import GPUS, NODES, Cluster, default_home, find, how_to, start
 from slurm.cluster_config import Home
+from trainer.arguments import Parser, typed
+from trainer.terminal import say
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m slurm cluster", description="A real Slurm cluster on this machine."
-    )
+    parser = Parser(prog=typed("slurm cluster"), description="A real Slurm cluster on this machine.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="up|down|status")
     up = verbs.add_parser("up", help="start it, or bring back nodes and daemons that died")
     up.add_argument("--nodes", type=int, metavar="N", help=f"how many nodes; default: {NODES}, or those it has")
@@ -34,16 +34,16 @@ def main(arguments: list[str]) -> int:
         began = time.monotonic()
         cluster = start(home, options.nodes, options.gpus, options.plain)
         tell(cluster)
-        print(f"up in {time.monotonic() - began:.1f} s. Now:   . {home.env}")
-        print(f"to stop:         {typed('down', home)}")
+        say(f"up in {time.monotonic() - began:.1f} s. Now:   . {home.env}")
+        say(f"to stop:         {how_to('down', home)}")
         return 0
     found = find(home)
     if found is None:
-        print(f"no cluster in {home.root}")
+        say(f"no cluster in {home.root}")
         return 0 if options.verb == "down" else 1
     if options.verb == "down":
         found.down()
-        print(f"{home.root} is gone")
+        say(f"{home.root} is gone")
         return 0
     return tell(found)
 
@@ -52,15 +52,15 @@ def tell(cluster: Cluster) -> int:
     """Print what runs; 1 unless all of it does."""
     s = cluster.settings
     kind = "namespaces, each with its own name, address and processes" if s.isolated else "plain daemons"
-    print(f"{s.nodes} node(s) as {kind}; {s.gpus} pretended GPU(s) on each")
+    say(f"{s.nodes} node(s) as {kind}; {s.gpus} pretended GPU(s) on each")
     daemons = ["munged", "slurmctld", *(["mariadbd", "slurmdbd"] if s.accounting else [])]
     dead = [name for name in daemons if cluster.alive(name) is None]
     states = cluster.states()
     for name in s.names:
         running = cluster.alive(name) is not None
-        print(f"  {name:<8}{states.get(name, 'unknown'):<14}{'' if running else 'its daemon is dead'}".rstrip())
+        say(f"  {name:<8}{states.get(name, 'unknown'):<14}{'' if running else 'its daemon is dead'}".rstrip())
     for name in dead:
-        print(f"  {name} is dead: {typed('up', cluster.home)} brings it back")
+        say(f"  {name} is dead: {how_to('up', cluster.home)} brings it back")
     if not s.accounting:
-        print(f"  no accounting (sacct): {s.no_accounting}")
+        say(f"  no accounting (sacct): {s.no_accounting}")
     return 0 if not dead and len(cluster.ready_nodes()) == s.nodes else 1

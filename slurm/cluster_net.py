@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from slurm.cluster_config import Home, Settings
+from trainer.arguments import typed
 
 _HOSTS = Path("/etc/hosts")
 _NAMESPACES = ("--net", "--uts", "--pid", "--mount", "--fork")
@@ -114,4 +115,6 @@ def _try(*command: str) -> bool:
 def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"ip {' '.join(words)}: {done.stderr.strip()}; python -m slurm cluster up --plain does without")
+        raise UserError(
+            f"ip {' '.join(words)}: {done.stderr.strip()}; {typed('slurm cluster up --plain')} does without"
+        )

@@ -32,15 +32,17 @@ from trainer.environment import (
 from trainer.folder import RunFolder
 from trainer.names import node_name
 from trainer.stop import SIGNALS
+from trainer.terminal import go_on_unheard, say
 
 _FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = config_parser("python -m slurm job", __doc__)
+    parser = config_parser("slurm job", __doc__)
     parser.add_argument("--nproc", type=int, metavar="N", help="processes a node; default: one per GPU, 2 without GPUs")
     options = take(parser, arguments)
+    go_on_unheard()
     nodes = nodes_of_step(os.environ)
     os.environ["TERM"] = "dumb"  # srun --unbuffered gives a terminal, and the output is a file all the same
     try:
@@ -69,7 +71,7 @@ def _share(options: argparse.Namespace, nodes: Nodes) -> int:
         try:
             Life.here(folder, os.environ).leave(Left(node_name(), code, before))
         except OSError as error:
-            print(f"{node_name()} could not leave its last word: {error}", file=sys.stderr)
+            say(f"{node_name()} could not leave its last word: {error}", sys.stderr)
 
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -14,8 +13,10 @@ from slurm import queue
 from slurm.find import folder_named, is_job
 from slurm.state import lives
 from trainer import life
+from trainer.arguments import Parser, typed
 from trainer.folder import RunFolder
 from trainer.life import Attempt
+from trainer.terminal import say
 
 _POLL_S = 0.5
 _ASK_EVERY_S, _ASK_SOON_S = 15.0, 2.0  # whether it still lives: a question to Slurm
@@ -25,7 +26,7 @@ _CHUNK_BYTES = 1 << 20
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m slurm logs", description=__doc__)
+    parser = Parser(prog=typed("slurm logs"), description=__doc__)
     parser.add_argument("run", metavar="RUN|JOB", help="its folder, or the number of its job")
     parser.add_argument("-f", "--follow", action="store_true", help="go on as it is written, until the run ends")
     parser.add_argument("--rank", type=int, metavar="N", help="the log of this rank")
@@ -34,9 +35,6 @@ def main(arguments: list[str]) -> int:
     log = Log(options.run, options.rank, options.attempt)
     try:
         return log.follow() if options.follow else log.print_all()
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 0
 
@@ -93,7 +91,7 @@ class Log:
             shown = _print_from(path, shown)
             newer = self._newer(path)
             if newer != path:
-                print(f"==> {newer} <==", flush=True)
+                say(f"==> {newer} <==")
                 path, shown = newer, 0
             elif over:
                 return 0

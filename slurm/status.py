@@ -18,7 +18,9 @@ from slurm import queue
 from slurm.find import folders_named
 from slurm.queue import Job, Life, Queue
 from slurm.state import job_of, lives, state_of, unexplained
+from trainer.arguments import Parser, typed
 from trainer.console import duration, si
+from trainer.terminal import say
 
 NOTHING = "no run below runs/, and no job of yours in the queue"
 _READERS = 16  # a folder on a shared filesystem answers in milliseconds, many at once just as fast
@@ -45,15 +47,15 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     options = runs_parser("status", __doc__).parse_args(arguments)
     rows, notes = Look(options.runs).now()
-    print("\n".join([*table_of(rows), *notes] if rows else [NOTHING]))
+    say("\n".join([*table_of(rows), *notes] if rows else [NOTHING]))
     if options.runs and len(rows) == 1 and rows[0].view is not None:
-        print("\n".join(history(rows[0].view, rows[0].number)))
+        say("\n".join(history(rows[0].view, rows[0].number)))
     return 0
 
 
 def runs_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     """Of the verbs that look at several runs."""
-    parser = argparse.ArgumentParser(prog=f"python -m slurm {verb}", description=description)
+    parser = Parser(prog=typed(f"slurm {verb}"), description=description)
     told = "run folders, folders of runs, or jobs; default: all below runs/, and those of your jobs"
     parser.add_argument("runs", nargs="*", metavar="RUN|JOB", help=told)
     return parser

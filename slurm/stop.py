@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from configs.errors import UserError
@@ -11,12 +10,14 @@ from slurm import queue
 from slurm.ask import ask
 from slurm.find import folder_named, is_job
 from slurm.state import job_of, lives, may_live, state_of
+from trainer.arguments import Parser, typed
+from trainer.terminal import say
 
 
 def stop_main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m slurm stop", description="Let a run save after its step and end; it is not started again."
+    parser = Parser(
+        prog=typed("slurm stop"), description="Let a run save after its step and end; it is not started again."
     )
     parser.add_argument("run", metavar="RUN|JOB", help="its folder, or the number of its job")
     word = parser.parse_args(arguments).run
@@ -32,24 +33,24 @@ def stop_main(arguments: list[str]) -> int:
     except OSError as error:
         raise UserError(f"{view.folder.stop}: {error.strerror}") from error
     if job is not None and job.state == "PENDING":
-        print(f"job {job.number} waits ({job.reason}), and ends as soon as it starts;")
-        print(f"to take it out of the queue now: python -m slurm cancel {job.number}")
+        say(f"job {job.number} waits ({job.reason}), and ends as soon as it starts;")
+        say(f"to take it out of the queue now: {typed('slurm cancel', job.number)}")
     else:
-        print(f"{folder}: saves and ends after this step; to see it: python -m slurm logs -f {word}")
+        say(f"{folder}: saves and ends after this step; to see it: {typed('slurm logs -f', word)}")
     return 0
 
 
 def cancel_main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m slurm cancel",
+    parser = Parser(
+        prog=typed("slurm cancel"),
         description="Take a job out of the queue, or end it now: it saves only if it can within KillWait.",
     )
     parser.add_argument("run", metavar="RUN|JOB", help="its folder, or the number of its job")
     word = parser.parse_args(arguments).run
     number = _in_queue(word) if is_job(word) else _job_in(folder_named(word))
     ask("scancel", number)
-    print(f"job {number} is cancelled")
+    say(f"job {number} is cancelled")
     return 0
 
 
@@ -71,5 +72,5 @@ def _job_in(folder: Path) -> str:
     if answer.silent is not None:
         raise UserError(f"Slurm does not answer: {answer.silent}")
     if lives(view, answer):
-        raise UserError(f"{folder} runs without a job of Slurm's; to end it: python -m slurm stop {folder}")
+        raise UserError(f"{folder} runs without a job of Slurm's; to end it: {typed('slurm stop', folder)}")
     raise UserError(f"{folder} has no job in the queue ({state_of(view, answer, [])})")

@@ -26,10 +26,11 @@ from slurm.ask import ask
 from slurm.lives import outcomes
 from slurm.request import add_flags, minutes, not_heard, request_of
 from trainer import life
-from trainer.arguments import config_parser, take
+from trainer.arguments import config_parser, take, typed
 from trainer.events import read_events
 from trainer.folder import RunFolder, read_json, write_json
 from trainer.preflight import Problem, check, problems_of, refuse
+from trainer.terminal import say, say_exactly
 
 _ELSEWHERE = "where only the nodes see such a path: --no-check-data, and the job looks"
 _POLL_S = 2.0
@@ -42,7 +43,7 @@ _BY_NAME = (
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    parser = config_parser("python -m slurm submit", "Submit a run to a Slurm cluster.")
+    parser = config_parser("slurm submit", "Submit a run to a Slurm cluster.")
     add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="check, print the exact batch script, and end")
     several = (
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     request = request_of(config, options.overrides, options)
     if line := not_heard(os.environ):
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     job: Submission = Submission(config, request)
     if options.array:
         from slurm.array import ArraySubmission, configs_of
@@ -70,9 +71,9 @@ def main(arguments: list[str]) -> int:
     except limits.NoSlurm as error:
         if not options.dry_run:
             raise
-        print(f"not held against a cluster: {error}", file=sys.stderr)
+        say(f"not held against a cluster: {error}", sys.stderr)
     if options.dry_run:
-        print(job.script(), end="")
+        say_exactly(job.script())
         return 0
     number = job.submit()
     _say_next(number, job)
@@ -228,7 +229,7 @@ class Submission:
         """Raises UserError when a job that lives has the run folder."""
         other = self.holder()
         if other is not None and state(other) is not None:
-            raise UserError(f"{self.folder.root}: job {other} has it; end it first: python -m slurm stop {other}")
+            raise UserError(f"{self.folder.root}: job {other} has it; end it first: {typed('slurm stop', other)}")
 
     def holder(self) -> str | None:
         """The job that was given the run folder last. With slurm.requeue=chain each life has a number of its own."""
@@ -261,7 +262,7 @@ class Submission:
                 time.sleep(_POLL_S)
             _show(self.log(number), shown)
         except KeyboardInterrupt:
-            print(f"\njob {number} goes on without being watched")
+            say(f"\njob {number} goes on without being watched")
             return life.STOPPED
         following = self.holder()
         if following is not None and following != number:
@@ -322,10 +323,10 @@ def lives(*numbers: str) -> bool:
 
 
 def _say_next(number: str, job: Submission) -> None:
-    print(f"job      {number}")
-    print(f"folder   {job.folder.root}")
-    print(f"look     python -m slurm status {number}    (or watch, or logs -f)")
-    print(f"stop     python -m slurm stop {number}    (saves and ends)")
+    say(f"job      {number}")
+    say(f"folder   {job.folder.root}")
+    say(f"look     {typed('slurm status', number)}    (or watch, or logs -f)")
+    say(f"stop     {typed('slurm stop', number)}    (saves and ends)")
 
 
 def _show(log: Path, shown: int) -> int:

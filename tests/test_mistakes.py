@@ -7,8 +7,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,20 +178,6 @@ def test_patterns_that_match_nothing(tmp_path: Path) -> None:
     refused(tmp_path, [str(write_config(tmp_path, freeze__frozen=["block.*"]))], "block.*", "matches no parameter")
     refused(tmp_path, [str(write_config(tmp_path, freeze__frozen=["*"]))], "nothing is left to train")
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("name", ["models", "configs"])
-@pytest.mark.parametrize("module", ["trainer", "launch"])
-def test_a_folder_of_the_user_that_shadows_ours(name: str, module: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package ran')\n")
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert name in done.stderr
-    assert "shadows" in done.stderr
 
 
 def test_disk_too_small_for_what_will_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,62 @@
-"""The words of a command line that begin a run: `[CONFIG] [key=value ...]` between options, in any order."""
+"""The words of a command line: `[CONFIG] [key=value ...]` between options, and what is wrong with them. No torch."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+from typing import NoReturn
+
+from configs.errors import UserError
 
 EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 user error, 3 stopped, 75 stopped and wants to be started again"
 
+_as_muster = False
 
-def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=EXIT_CODES)
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake as every other one is told: raised, one or two lines, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; to see what can be written: {self.prog} --help")
+
+
+def be_muster() -> None:
+    """`muster` was typed: help and advice are written so from here on."""
+    global _as_muster
+    _as_muster = True
+
+
+def typed(words: str, *names: object) -> str:
+    """How a person types `slurm stop` and `names`: after `python -m`, or after `muster` if they did so."""
+    room, _, verb = words.partition(" ")
+    verb = "train" if room == "trainer" else verb
+    start = ["muster", verb] if _as_muster else ["python -m", words]
+    return " ".join([*filter(None, start), *(shlex.quote(str(name)) for name in names)])
+
+
+def config_parser(words: str, description: str | None) -> Parser:
+    parser = Parser(prog=typed(words), description=description, epilog=EXIT_CODES)
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a preset's name or a YAML file; default: the demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optim.lr=1e-3")
     return parser
 
 
 def take(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Parsed words; `config` is None when the first word is an override already."""
+    """Parsed words; `config` is None when the first word is an override already. Raises UserError."""
+    _refuse_dashes(arguments)
     found = parser.parse_intermixed_args(arguments)
     if found.config is not None and "=" in found.config:
         found.overrides.insert(0, found.config)
         found.config = None
     return found
+
+
+def _refuse_dashes(arguments: list[str]) -> None:
+    """Other programs write `--train.steps 10` and `--config x.yaml`."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.removeprefix("--").partition("=")
+        value = value if equals else following
+        if word.startswith("--") and "." in name:
+            raise UserError(f"{word}: settings are written without dashes: {name}={value or 'VALUE'}")
+        if word.startswith("--") and name == "config":
+            raise UserError(f"{word}: the config is written alone: {value or 'CONFIG'}")

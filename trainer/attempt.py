@@ -25,6 +25,7 @@ from trainer.sample import write_sample
 from trainer.step import RunFailed
 from trainer.stop import Cause, Kind, StopRequested, StopWish
 from trainer.summary import say_end, say_start
+from trainer.terminal import say
 from trainer.world import World
 
 Changes = list[dict[str, Any]]  # admitted differences from the config that a folder was begun with
@@ -159,7 +160,7 @@ def _record_failure(run: Run, error: Exception) -> None:
     run.events.write("rank_failed", rank=run.world.rank, error=repr(error), traceback=text)
     run.console.note(text)
     if run.world.size == 1:
-        print(text, file=sys.stderr)
+        say(text, sys.stderr)
     else:  # it may be another rank's death that this one met; the launcher names the first
         run.console.say(f"rank {run.world.rank} failed: {_first_line(error)}; traceback in {run.console.log_path}")
     if run.world.first:

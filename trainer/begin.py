@@ -143,7 +143,7 @@ def begin(run: Run) -> Origin:
         loaded = load(run, origin)
         if isinstance(loaded, Checkpoint):
             if origin.everything:
-                run.progress = Progress.of(loaded.manifest.loop)
+                run.progress = Progress.of(loaded.manifest)
             return origin
         reason, paths = loaded[0][0], {path for _, path in loaded}
         mended = run.world.from_first(partial(set_aside, run, origin, origin.path, reason, paths))

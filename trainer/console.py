@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from configs.errors import printable
 from trainer.environment import TERM
 from trainer.events import tolerate_unwritable
 
@@ -39,7 +40,7 @@ class Console:
         self.note(text)
         with self._lock:
             if self.rank == 0:
-                self._write(f"{self._wipe()}{text}\n{self._live}")
+                self._write(f"{self._wipe()}{printable(text)}\n{self._live}")
 
     def note(self, text: str) -> None:
         """A line for the log alone."""
@@ -47,7 +48,7 @@ class Console:
             if self._log is not None:
                 stamp = time.strftime("%H:%M:%S")
                 with tolerate_unwritable():
-                    self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+                    self._log.writelines(f"{stamp} {line}\n" for line in printable(text).splitlines())
 
     def live(self, text: str) -> None:
         """The line that moves: replaced by the next one on a terminal, a plain line elsewhere."""
@@ -57,7 +58,7 @@ class Console:
         with self._lock:
             width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
             wipe = self._wipe()
-            self._live = text[: width - 1]
+            self._live = printable(text)[: width - 1]
             self._write(wipe + self._live)
 
     def end_live(self) -> None:
@@ -71,11 +72,8 @@ class Console:
         return "\r\033[K" if self._live else ""
 
     def _write(self, text: str) -> None:
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except (OSError, UnicodeEncodeError):
-            pass  # the terminal went away (closed ssh), or cannot show it: the log has it, and the run goes on
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def si(number: float) -> str:

@@ -14,6 +14,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import Config, to_dict
 from models import IGNORE
+from trainer.arguments import typed
 from trainer.data.loader import MicroBatch
 from trainer.engines.base import Engine
 from trainer.environment import Ranks
@@ -23,6 +24,7 @@ from trainer.run import Run
 from trainer.start import start
 from trainer.step import RunFailed
 from trainer.stop import StopWish
+from trainer.terminal import say
 
 STEPS = 5
 LOSS_TOLERANCE = 0.5  # nats around log(vocabulary); a cut model's first logits spread by about 0.2
@@ -31,7 +33,7 @@ LOSS_TOLERANCE = 0.5  # nats around log(vocabulary); a cut model's first logits 
 def debug(config: Config, wish: StopWish) -> int:
     """Run `config` cut to size under all checks, in a folder of its own; returns the exit code."""
     if Ranks.read(os.environ).size > 1:
-        raise UserError("--debug runs in one process: start it with python -m trainer, not with torchrun")
+        raise UserError(f"--debug runs in one process: start it with {typed('trainer', 'CONFIG')}, not with torchrun")
     folder = tempfile.mkdtemp(prefix="muster-debug-")
     torch.autograd.set_detect_anomaly(True)
     try:
@@ -41,7 +43,7 @@ def debug(config: Config, wish: StopWish) -> int:
         raise
     if code == FINISHED:
         shutil.rmtree(folder)
-        print("debug: every check held; the folder above was temporary")
+        say("debug: every check held; the folder above was temporary")
     return code
 
 

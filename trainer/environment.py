@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from configs.errors import UserError
 
+LOOPBACK = "127.0.0.1"  # where the processes of one node meet
+
 T = TypeVar("T")
 Environ = Mapping[str, str]
 
@@ -129,6 +131,7 @@ SLURMD_NODENAME = Variable("SLURMD_NODENAME", text, "this node's name in Slurm")
 CUDA_VISIBLE_DEVICES = Variable("CUDA_VISIBLE_DEVICES", text, "the GPUs that may be used")
 OMP_NUM_THREADS = Variable("OMP_NUM_THREADS", threads, "threads that a process computes with on the CPU")
 PATH = Variable("PATH", text, "where programs are")
+PYTHONPATH = Variable("PYTHONPATH", text, "where Python looks for modules")
 TERM = Variable("TERM", text, "the kind of terminal")
 XDG_CONFIG_HOME = Variable("XDG_CONFIG_HOME", text, "where a person's settings are")
 

@@ -19,6 +19,7 @@ from trainer.stop import Cause, Kind
 from trainer.validation import validate
 
 if TYPE_CHECKING:
+    from trainer.checkpoint.manifest import Manifest
     from trainer.run import Run
 
 
@@ -42,8 +43,12 @@ class Progress:
         return self.best_loss is not None and self.validated_step == self.step and not self.validations_without_better
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> Progress:
-        return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state})
+    def of(cls, manifest: Manifest) -> Progress:
+        """Step and position are the manifest's own; `loop` agrees, where it says them at all."""
+        loop: dict[str, Any] = {**manifest.loop}
+        known = {f.name: loop[f.name] for f in fields(cls) if f.name in loop}
+        samples = manifest.position.get("consumed_samples", 0)
+        return cls(**{**known, "step": manifest.step, "consumed_samples": samples})
 
 
 def train(run: Run) -> Cause | None:

@@ -14,7 +14,8 @@ from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeat
 from trainer.preflight import check, check_numbers, refuse
 from trainer.stacks import answer_monitor
-from trainer.stop import StopWish
+from trainer.stop import Kind, StopRequested, StopWish
+from trainer.terminal import say
 
 if TYPE_CHECKING:
     from trainer.run import Run
@@ -41,7 +42,7 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     if config.precision.deterministic:
         worlds.be_deterministic()
     try:
-        world = worlds.start(config, heartbeat)
+        world = worlds.start(config, heartbeat, wish)
         world.from_first(lambda: refuse(problems))
         end = run_attempt(config, wish, world, kind or Run)
     except UserError as error:
@@ -49,6 +50,10 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
         if error.agreed:
             worlds.leave()
         raise
+    except StopRequested as request:  # while the ranks waited for each other: there is no attempt yet
+        say(f"stopped ({request.cause.word}) while rank {ranks.rank} waited for others")
+        end = life.End("stopped", 0, None, request.cause.kind is Kind.REQUEUE, request.cause.word)
+        return exit_code(end, ranks, launcher)
     except Recorded:
         return life.FAILED  # other ranks may be gone: nothing is closed in order
     worlds.leave()

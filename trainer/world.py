@@ -12,13 +12,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from configs.errors import UserError
 from configs.schema import Config
-from trainer.environment import Ranks
+from trainer import processors
+from trainer.console import Console
+from trainer.environment import OMP_NUM_THREADS, TORCHELASTIC_USE_AGENT_STORE, Ranks
 from trainer.heartbeat import Heartbeat
+from trainer.meeting import meet
 from trainer.names import node_name
+from trainer.stop import StopWish
 
 T = TypeVar("T")
 
@@ -141,10 +145,14 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def start(config: Config, heartbeat: Heartbeat | None = None) -> World:
-    """Join the ranks that torchrun started, or be alone."""
+def start(config: Config, heartbeat: Heartbeat | None = None, wish: StopWish | None = None) -> World:
+    """Join the ranks that torchrun started, or be alone. Raises StopRequested when `wish` says so meanwhile."""
     ranks = Ranks.read(os.environ)
     rank, size = ranks.rank, ranks.size
+    if OMP_NUM_THREADS.read(os.environ) is None:  # neither a person nor a launcher has decided
+        threads = processors.threads(ranks.local_size)
+        torch.set_num_threads(threads.each)
+        Console(rank).say(str(threads))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if ranks.local_size > torch.cuda.device_count():
@@ -154,8 +162,11 @@ def start(config: Config, heartbeat: Heartbeat | None = None) -> World:
     kv = None
     if size > 1:
         timeout = timedelta(seconds=config.parallel.load_timeout_s)
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        agents = TORCHELASTIC_USE_AGENT_STORE.read(os.environ) == "True"
+        store = meet(ranks, node_name(), agents, timeout.total_seconds(), wish or StopWish(), Console(0).say)
         kv = PrefixStore("muster", store)
+        if ranks.one_node:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks up the name of this host
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         group_store = PrefixStore("groups", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timeout)

@@ -6,11 +6,11 @@ The words are parsed, and what they name is looked for, before torch is imported
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from configs.errors import UserError
+from trainer.arguments import Parser, typed
 
 EXIT_CODES = "exit codes: 0 good or equal or done, 1 bad or different, 2 user error"
 
@@ -18,17 +18,13 @@ EXIT_CODES = "exit codes: 0 good or equal or done, 1 bad or different, 2 user er
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
-    try:
-        run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m launch checkpoint", description="Look at checkpoints, and change them.", epilog=EXIT_CODES
+    top = Parser(
+        prog=typed("launch checkpoint"), description="Look at checkpoints, and change them.", epilog=EXIT_CODES
     )
     verbs = top.add_subparsers(metavar="VERB", required=True)
 

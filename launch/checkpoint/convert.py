@@ -10,6 +10,7 @@ from launch.text import size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.convert.convert import convert
 from trainer.convert.state import Kind, State, Target
+from trainer.terminal import say
 
 
 def convert_checkpoint(source: Path, target: Path, to: Target, kind: Kind | None, weights_only: bool) -> int:
@@ -18,7 +19,7 @@ def convert_checkpoint(source: Path, target: Path, to: Target, kind: Kind | None
 
     def begin(state: State) -> None:
         progress.total = state.nbytes
-        print(f"{state.path}: {state.kind}, step {state.step}, {_contents(state)}, {size_text(state.nbytes)}")
+        say(f"{state.path}: {state.kind}, step {state.step}, {_contents(state)}, {size_text(state.nbytes)}")
 
     try:
         done = convert(source, target, to, kind, weights_only, progress, begin)
@@ -27,11 +28,11 @@ def convert_checkpoint(source: Path, target: Path, to: Target, kind: Kind | None
     finally:
         progress.close()
     for name in done.left_out[:10]:
-        print(f"left out: {name} (neither a tensor nor a plain value)")
+        say(f"left out: {name} (neither a tensor nor a plain value)")
     if len(done.left_out) > 10:
-        print(f"left out: {len(done.left_out) - 10} more")
+        say(f"left out: {len(done.left_out) - 10} more")
     speed = done.nbytes / max(done.seconds, 1e-9) / 1e9
-    print(f"{done.target}: {done.target_kind}, written in {done.seconds:.1f} s ({speed:.2f} GB/s)")
+    say(f"{done.target}: {done.target_kind}, written in {done.seconds:.1f} s ({speed:.2f} GB/s)")
     return 0
 
 

@@ -19,6 +19,7 @@ from launch.text import size_text, table
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.convert.convert import open_state
 from trainer.convert.state import Range, State, StateTensor, stream
+from trainer.terminal import say
 
 _SHOWN = 20
 # What differs between any two saves of one run and says nothing about what was learned.
@@ -33,9 +34,9 @@ def diff(first: Path, second: Path, show_all: bool, as_json: bool) -> int:
     except BadCheckpoint as error:
         raise UserError(str(error)) from None
     if as_json:
-        print(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
     else:
-        print("\n".join(_text(one, other, found, show_all)))
+        say("\n".join(_text(one, other, found, show_all)))
     return 0 if found["equal"] else 1
 
 

@@ -21,6 +21,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.pieces import GROUPS
 from trainer.entries import Entry, Kind, entries, name_fault
 from trainer.folder import RunFolder
+from trainer.terminal import say
 
 _VERDICTS = {
     Kind.ASIDE: "bad: set aside",
@@ -57,10 +58,10 @@ def list_checkpoints(folder: Path, as_json: bool) -> int:
             {"folder": path, "bytes_on_disk": size, "checkpoints": [asdict(row) for row in rows]}
             for path, (rows, size) in runs.items()
         ]
-        print(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
     else:
         for index, (path, (rows, size)) in enumerate(runs.items()):
-            print("\n".join([*([""] if index else []), *_text(path, rows, size)]))
+            say("\n".join([*([""] if index else []), *_text(path, rows, size)]))
     meant = (Kind.COMMITTED.word, Kind.UNUSABLE.word)
     return 0 if all(row.good for rows, _ in runs.values() for row in rows if row.kind in meant) else 1
 

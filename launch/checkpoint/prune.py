@@ -20,6 +20,7 @@ from trainer.entries import checkpoint_name
 from trainer.folder import RunFolder
 from trainer.lease import Lease
 from trainer.names import node_name
+from trainer.terminal import say
 
 _TAG = "pruned"
 
@@ -37,18 +38,18 @@ def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dr
             _must_hold_a_good_one(shelf)
             going += _deletable(shelf)
         every = keep.every_steps and f", every {keep.every_steps} steps"
-        print(f"{run.checkpoints}: keeping the newest {keep.last}{every or ''}{', the best' if keep.best else ''}")
+        say(f"{run.checkpoints}: keeping the newest {keep.last}{every or ''}{', the best' if keep.best else ''}")
         stay = [*map(checkpoint_name, shelf.linked()), *(sorted(set(shelf.set_aside()) - set(going)) if bad else [])]
         for name in stay:
-            print(f"{name} stays: it is a link, and what it leads to may be in use elsewhere; delete it by hand")
+            say(f"{name} stays: it is a link, and what it leads to may be in use elsewhere; delete it by hand")
         freed = _freed(run.checkpoints / name for name in going)
         for name in going:
-            print(f"{'would delete' if dry_run else 'deleting'} {name}")
+            say(f"{'would delete' if dry_run else 'deleting'} {name}")
         if not going:
-            print("nothing to delete")
+            say("nothing to delete")
             return 0
         if dry_run:
-            print(f"{size_text(freed)} would be freed")
+            say(f"{size_text(freed)} would be freed")
             return 0
         if not yes:
             _confirm(f"delete {len(going)} and free {size_text(freed)}?")
@@ -56,7 +57,7 @@ def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dr
         shelf.prune(_TAG)
         for name in _deletable(shelf) if bad else []:
             _delete(run.checkpoints / name)
-    print(f"{size_text(freed)} freed")
+    say(f"{size_text(freed)} freed")
     return 0
 
 

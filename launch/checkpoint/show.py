@@ -16,6 +16,7 @@ from launch.text import age_text, size_text, table
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.pieces import DTYPES
+from trainer.terminal import say
 
 
 def show(path: Path, patterns: list[str], as_json: bool) -> int:
@@ -29,9 +30,9 @@ def show(path: Path, patterns: list[str], as_json: bool) -> int:
         rows = [row for row in rows if any(_matches(row, pattern) for pattern in patterns)]
     head = summary(checkpoint)
     if as_json:
-        print(json.dumps({"summary": head, "tensors": rows}, indent=1))
+        say(json.dumps({"summary": head, "tensors": rows}, indent=1))
     else:
-        print("\n".join([*_head_text(head), *_rows_text(rows)]))
+        say("\n".join([*_head_text(head), *_rows_text(rows)]))
     return 0
 
 

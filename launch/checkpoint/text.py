@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from launch.text import size_text
+from trainer.arguments import typed
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.convert.convert import find_kind, open_checkpoint
 from trainer.entries import name_fault
+from trainer.terminal import say
 
 _LOG_EVERY_S = 5.0
 _DRAW_EVERY_S = 0.1
@@ -32,7 +34,7 @@ def open_named(path: Path) -> Checkpoint:
     """The Muster checkpoint that a person named. Raises UserError also for a damaged one."""
     kind, found = find_kind(path)
     if kind != "muster":
-        raise UserError(f"{path}: not a Muster checkpoint; convert it first: python -m launch checkpoint convert")
+        raise UserError(f"{path}: not a Muster checkpoint; convert it first: {typed('launch checkpoint convert')}")
     try:
         checkpoint = open_checkpoint(found)
         fault = name_fault(found, checkpoint.step)
@@ -40,7 +42,7 @@ def open_named(path: Path) -> Checkpoint:
             raise BadCheckpoint(found, fault)
         return checkpoint
     except BadCheckpoint as error:
-        raise UserError(f"{error}\nlook further with: python -m launch checkpoint verify {found}") from None
+        raise UserError(f"{error}\nlook further with: {typed('launch checkpoint verify', found)}") from None
 
 
 class Progress:
@@ -64,7 +66,12 @@ class Progress:
     def close(self) -> None:
         """Take the bar away."""
         if self._terminal and self._drawn:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._write("\r\x1b[K")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
     @property
     def seconds(self) -> float:
@@ -73,10 +80,12 @@ class Progress:
     def _draw(self) -> None:
         share = self.done / self.total if self.total else 1.0
         speed = self.done / max(self.seconds, 1e-9) / 1e9
-        text = f"{self.what} {share:4.0%}  {size_text(self.done)} of {size_text(self.total)}  {speed:.2f} GB/s"
+        text = printable(
+            f"{self.what} {share:4.0%}  {size_text(self.done)} of {size_text(self.total)}  {speed:.2f} GB/s"
+        )
         if self._terminal:
             filled = int(30 * min(share, 1.0))
-            print(f"\r\x1b[K[{'#' * filled}{'.' * (30 - filled)}] {text}", end="", file=sys.stderr, flush=True)
+            self._write(f"\r\x1b[K[{'#' * filled}{'.' * (30 - filled)}] {text}")
             self._drawn = True
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, sys.stderr)

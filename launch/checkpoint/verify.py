@@ -17,9 +17,11 @@ from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_file
 from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.manifest import MANIFEST
-from trainer.checkpoint.threads import CORES, in_threads
+from trainer.checkpoint.threads import in_threads
 from trainer.convert.convert import open_checkpoint
 from trainer.entries import Kind, entries, entry_at, name_fault
+from trainer.processors import allowed
+from trainer.terminal import say
 
 _THREADS = 8
 _BLOCKS_PER_TASK = 16
@@ -48,7 +50,7 @@ def verify(folder: Path, threads: int | None) -> int:
     total = sum(file.reader.size for file in files.values())
     progress = Progress("verified", total)
     try:
-        _read_all(list(files.values()), threads or min(_THREADS, CORES), progress)
+        _read_all(list(files.values()), threads or min(_THREADS, allowed()), progress)
     finally:
         progress.close()
     found = 0
@@ -57,10 +59,10 @@ def verify(folder: Path, threads: int | None) -> int:
         faults = faults or _header_faults(checkpoint.path)
         found += bool(faults)
         for line in faults:
-            print(f"bad: {line}")
+            say(f"bad: {line}")
         if not faults:
-            print(f"{checkpoint.path}: good, {size_text(checkpoint.size)} in {len(checkpoint.files)} files")
-    print(f"{size_text(total)} read in {progress.seconds:.1f} s, {total / max(progress.seconds, 1e-9) / 1e9:.2f} GB/s")
+            say(f"{checkpoint.path}: good, {size_text(checkpoint.size)} in {len(checkpoint.files)} files")
+    say(f"{size_text(total)} read in {progress.seconds:.1f} s, {total / max(progress.seconds, 1e-9) / 1e9:.2f} GB/s")
     return 1 if found else 0
 
 

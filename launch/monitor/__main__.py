@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 
 from launch.monitor.journal import Taken
 from launch.monitor.keeper import TAKEN, Orders
@@ -12,10 +11,12 @@ from launch.monitor.monitor import Monitor
 from trainer.heartbeat import Heartbeats
 from trainer.names import node_name
 from trainer.parents import die_with_parent
+from trainer.terminal import enter, go_on_unheard, say
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
+    go_on_unheard()
     # Slurm signals every process of a step. The monitor stays until the ranks have saved and its launcher is done.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -25,10 +26,10 @@ def main(arguments: list[str]) -> int:
     try:
         Monitor(orders, Heartbeats.open(orders.heartbeats)).run()
     except Taken as taken:
-        print(f"{node_name()}: another monitor writes {taken}: this one leaves", flush=True)
+        say(f"{node_name()}: another monitor writes {taken}: this one leaves")
         return TAKEN
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainer.console import Console
 from trainer.events import Events
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeats
+from trainer.shadow import python
 
 TAKEN = 4  # exit code: another monitor of this node writes the same file
 _SILENT_S = 60.0  # beyond its interval, without a beat
@@ -75,7 +75,7 @@ class Keeper:
             self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "launch.monitor", self._orders.text()]
+        command = [*python(), "-m", "launch.monitor", self._orders.text()]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
         self._started_s = self._beat_s = time.monotonic()
         self._beats = -1

@@ -27,6 +27,7 @@ from trainer.folder import RunFolder, read_json, write_json
 from trainer.heartbeat import Beat, Heartbeat, Heartbeats, Phase
 from trainer.life import Attempt, End
 from trainer.names import node_name
+from trainer.terminal import say
 
 ROLLUP_S = 60.0
 ALERTS = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone"}  # of which the user's hooks are told
@@ -81,7 +82,7 @@ class Monitor:
             self.hooks.tell({"event": event, "text": f"{self.folder.root.name}: {line}", **run, **facts})
 
     def _print(self, line: str) -> None:
-        print(f"{node_name()}: {line}", flush=True)
+        say(f"{node_name()}: {line}")
 
     def _begin(self) -> None:
         """From here on rows are written. Before, a mistake in the config may still leave the folder as it was."""

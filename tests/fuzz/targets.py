@@ -5,13 +5,18 @@ A body is given its right digest first: what is looked for lies behind the check
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, HEADER_LIMIT_BYTES, blocks_in, parse_header
 from trainer.checkpoint.manifest import Manifest, decode, decode_checksums, digest
+from trainer.loop import Progress
 
+SAVED = Path(__file__).with_name("saved_by_a_run.json").read_bytes()  # by two ranks, a part frozen; without its digest
 _EMPTY = Manifest(step=0, files=[], partitions=[], tensors={}, checksums="0" * 32)
 
 
@@ -35,6 +40,43 @@ def manifest(body: bytes) -> None:
     for file in found.files:
         assert ".." not in file.path.split("/")
     assert decode("m", found.encode()) == found
+
+
+def manifest_signed(body: bytes) -> None:
+    """{"at": [key or index, ...], "value": anything}: one place of a real manifest says something else, and is signed
+    again. It is refused, or it means what it says, and step and position are those of before."""
+    tree = json.loads(SAVED)
+    try:
+        change = json.loads(body)
+        *outer, last = change["at"]
+        node = tree
+        for key in outer:
+            node = node[key]
+        node[last] = change["value"]
+        text = json.dumps(tree, separators=(",", ":")).encode()
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return
+    try:
+        found = decode("m", sealed(text))
+    except BadCheckpoint:
+        return
+    before, after = (Progress.of(m) for m in (decode("m", sealed(SAVED)), found))
+    assert (after.step, after.consumed_samples) == (before.step, before.consumed_samples) == (4, 32)
+    read = found.model_dump(mode="json")
+    for key in [*outer, last]:
+        read = read[key]
+    assert _same(read, change["value"]), (change, read)
+    for key in found.tensors:
+        assert sum(place.box.numel for place in found.places(key)) == math.prod(found.shape_of(key)), key
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal in value and kind; a whole number may stand for a number."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() >= other.keys() and all(_same(one[key], value) for key, value in other.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def checksums(body: bytes) -> None:
@@ -61,4 +103,9 @@ def header(text: bytes) -> None:
     assert blocks_in(size) >= 1
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"manifest": manifest, "checksums": checksums, "header": header}
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "manifest": manifest,
+    "manifest-signed": manifest_signed,
+    "checksums": checksums,
+    "header": header,
+}

@@ -22,6 +22,7 @@ from configs.errors import UserError
 from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES, Piece
+from trainer.checkpoint.strict import parse
 
 BLOCK_BYTES = 4 << 20
 STEP_BYTES = 1 << 20  # read, then hashed, at a time: within a core's cache, and not so little that threads queue
@@ -151,8 +152,8 @@ def parse_header(path: str, raw: bytes, file_bytes: int) -> dict[str, Entry]:
     if len(raw) < 8 + length:
         raise bad("cut short")
     try:
-        entries = json.loads(raw[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_twins)
-    except (ValueError, RecursionError) as error:
+        entries = parse(raw[8 : 8 + length])
+    except ValueError as error:
         raise bad(f"not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise bad("not a JSON object")
@@ -179,12 +180,6 @@ def header_length(path: str, first: bytes, file_bytes: int) -> int:
     if len(first) < 8 or length < 2 or length > min(HEADER_LIMIT_BYTES, file_bytes - 8):
         raise BadCheckpoint(path, f"safetensors header: impossible length {length} in a file of {file_bytes} bytes")
     return length
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) != len({name for name, _ in pairs}):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
 
 
 def _entry(entry: Any, data_start: int) -> Entry:

@@ -4,7 +4,7 @@ It is enough to load without the run's code or config, it is checked whole befor
 the digest of `checksums.json` and of itself, so that every byte of a checkpoint is under a checksum. Format 1:
 
     format, step, attempt, saved_s, metric              which checkpoint this is
-    position, loop, config, fingerprint, model, layout, data    plain JSON, the trainer's own
+    position, loop, config, fingerprint, model, layout, data    the trainer's own, see facts.py
     step_counts {parameter: updates}, aliases {name of a tied tensor: the name it is stored under}
     files [{path, size, data}]                          data: the byte where tensors begin
     partitions [{shape, pieces [{file, offsets, sizes} or {file, start, length}]}]
@@ -23,15 +23,16 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.facts import Config, Hex, Loop, Plain, Position, Size, Time, Word, contradiction
 from trainer.checkpoint.pieces import (
     DTYPES,
     Box,
@@ -43,6 +44,7 @@ from trainer.checkpoint.pieces import (
     ranges_fault,
     tiling_fault,
 )
+from trainer.checkpoint.strict import parse
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -50,8 +52,8 @@ CHECKSUMS = "checksums.json"
 MANIFEST_LIMIT_BYTES = 256 << 20  # of checksums.json too: enough for 64 TB
 PIECES_LIMIT = 1 << 24  # of all tensors together: 4,096 ranks of the largest model
 
-Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+M = TypeVar("M", bound=BaseModel)
 _DIGEST_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"}\n\Z')
 _LATER_FIELDS = ("buffers", "stateless", "sources")  # not written when empty: the bytes are then those of before
 _BLANK_TAIL = b',"digest":""}\n'
@@ -81,6 +83,10 @@ class StoredFile(_Part):
     def name(self) -> str:
         """The file's name in checksums.json."""
         return self.path if self.source is None else f"source-{self.source}/{self.path}"
+
+    def may_hold(self, group: Group) -> bool:
+        """Whether tensors of this group may lie here. What is frozen here may have been trained in the source."""
+        return self.source is not None or self.path.startswith(f"{group}/")
 
 
 class BoxPiece(_Part):
@@ -194,18 +200,18 @@ class Place(NamedTuple):
 
 
 class Manifest(_Part):
-    format: Literal[1] = 1
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)] = FORMAT
     step: Size
     attempt: Size = 0
-    saved_s: float = 0.0
+    saved_s: Time = 0.0
     metric: float | None = None
-    position: dict[str, Any] = {}
-    loop: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    fingerprint: str = ""
-    model: dict[str, Any] = {}
-    layout: dict[str, Any] = {}
-    data: dict[str, Any] = {}
+    position: Position = {}
+    loop: Loop = {}
+    config: Config = {}
+    fingerprint: Hex = ""
+    model: Plain = {}
+    layout: dict[Word, Size | Word] = {}
+    data: dict[str, Hex] = {}
     step_counts: dict[str, Size] = {}
     aliases: dict[str, str] = {}
     buffers: list[str] = []
@@ -215,13 +221,6 @@ class Manifest(_Part):
     partitions: list[Partition]
     tensors: dict[str, StoredTensor]
     checksums: Digest
-
-    @field_validator("position", "loop", "config", "model", "layout", "data")
-    @classmethod
-    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """What JSON cannot hold (NaN, a number of thousands of digits) could be read, but not written again."""
-        json.dumps(value, allow_nan=False)
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -233,13 +232,7 @@ class Manifest(_Part):
         for partition in self.partitions:
             if any(piece.file >= len(self.files) for piece in partition.pieces):
                 raise ValueError("a piece lies in a file that is not listed")
-        pieces = (
-            len(self.partitions[t.partition].pieces)
-            for t in self.tensors.values()
-            if t.partition < len(self.partitions)
-        )
-        if sum(pieces) > PIECES_LIMIT:
-            raise ValueError("too many pieces to be true")
+        self._check_tensors()
         used: list[list[tuple[int, int, str]]] = [[] for _ in self.files]
         for key in self.tensors:
             for file, start, end in self.ranges(key):
@@ -252,35 +245,56 @@ class Manifest(_Part):
                 position = end
             if position > stored.size or (position < stored.size and not shared):
                 raise ValueError(f"{stored.path}: tensors end at byte {position}, the file at {stored.size}")
-        for alias, name in self.aliases.items():
-            if alias in self.tensors or name not in self.tensors:
-                raise ValueError(f"{alias} cannot be another name of {name}")
-        for what, found in {
-            "step counts": [*self.step_counts],
-            "buffers": self.buffers,
-            "stateless": self.stateless,
-        }.items():
-            strangers = set(found) - self.tensors.keys()
-            if strangers:
-                raise ValueError(f"{what}: no tensor {min(strangers)} is here")
+        self._check_names()
+        fault = contradiction(self.step, self.metric, self.position, self.loop, self.layout)
+        if fault:
+            raise ValueError(fault)
         return self
+
+    def _check_tensors(self) -> None:
+        """That each tensor's partition is listed, suits its group and has a place for each piece."""
+        suits: set[tuple[int, Group]] = set()
+        count = 0
+        for key, tensor in self.tensors.items():
+            if tensor.partition >= len(self.partitions):
+                raise ValueError(f"{key}: partition {tensor.partition} is not listed")
+            pieces = self.partitions[tensor.partition].pieces
+            count += len(pieces)
+            if count > PIECES_LIMIT:
+                raise ValueError("too many pieces to be true")
+            if (tensor.partition, tensor.group) not in suits:
+                files = {piece.file for piece in pieces}
+                odd = [self.files[i] for i in files if not self.files[i].may_hold(tensor.group)]
+                if odd:
+                    raise ValueError(f"{key} of group {tensor.group} lies in {odd[0].path}")
+                suits.add((tensor.partition, tensor.group))
+            starts = [tensor.bytes] if isinstance(tensor.bytes, int) else tensor.bytes
+            if not isinstance(tensor.bytes, int) and len(starts) != len(pieces):
+                raise ValueError(f"{key}: {len(starts)} places for {len(pieces)} pieces")
+            width = DTYPES[tensor.dtype].itemsize
+            if any(start % width for start in starts):
+                raise ValueError(f"{key}: begins at a byte where {tensor.dtype} cannot")
+            if (tensor.trained_step is None) != (tensor.group == "optim") or (tensor.trained_step or 0) > self.step:
+                raise ValueError(f"{key} of group {tensor.group}: trained_step {tensor.trained_step} of {self.step}")
+
+    def _check_names(self) -> None:
+        """That what is said of tensors by name is said of parameters or buffers that are here."""
+        here = {key for key, tensor in self.tensors.items() if tensor.group != "optim"}
+        for alias, name in self.aliases.items():
+            if alias in self.tensors or name not in here:
+                raise ValueError(f"{alias} cannot be another name of {name}")
+        named = {"step_counts": self.step_counts, "buffers": self.buffers, "stateless": self.stateless}
+        for what, found in named.items():
+            strangers = set(found) - here
+            if strangers:
+                raise ValueError(f"{what}: no parameter or buffer {min(strangers)} is here")
 
     def ranges(self, key: str) -> Iterator[tuple[int, int, int]]:
         """(file, first byte, end) of each piece of a tensor."""
         tensor = self.tensors[key]
-        if tensor.partition >= len(self.partitions):
-            raise ValueError(f"{key}: partition {tensor.partition} is not listed")
-        partition = self.partitions[tensor.partition]
+        partition, width = self.partitions[tensor.partition], DTYPES[tensor.dtype].itemsize
         starts = _spread(tensor.bytes, len(partition.pieces))
-        if len(starts) != len(partition.pieces):
-            raise ValueError(f"{key}: {len(starts)} places for {len(partition.pieces)} pieces")
-        width = DTYPES[tensor.dtype].itemsize
         for piece, start, numel in zip(partition.pieces, starts, partition.numels, strict=True):
-            file = self.files[piece.file]
-            if file.source is None and not file.path.startswith(tensor.group + "/"):
-                raise ValueError(f"{key} of group {tensor.group} lies in {file.path}")
-            if start % width:
-                raise ValueError(f"{key}: begins at byte {start}, which {tensor.dtype} cannot")
             yield piece.file, start, start + numel * width
 
     def name_of(self, key: str) -> str:
@@ -342,12 +356,21 @@ def decode(path: str | Path, content: bytes) -> Manifest:
     body = content[: -len(tail.group())]
     if digest(body + _BLANK_TAIL) != tail.group(1).decode():
         raise BadCheckpoint(path, "its digest is wrong: the file was damaged or edited")
+    return _parsed(Manifest, path, body + b"}")
+
+
+def _parsed(kind: type[M], path: str | Path, text: bytes) -> M:
+    """JSON as a strict model. Raises BadCheckpoint; pydantic alone would take the last of two equal keys."""
     try:
-        return Manifest.model_validate_json(body + b"}")
+        found = kind.model_validate_json(text)
+        parse(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise BadCheckpoint(path, f"{where + ': ' if where else ''}{first['msg']}") from None
+    except ValueError as error:
+        raise BadCheckpoint(path, str(error)) from None
+    return found
 
 
 def encode_checksums(files: dict[str, str], block_bytes: int) -> bytes:
@@ -362,14 +385,16 @@ class Checksums(_Part):
     xxh3_64: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]]
 
 
+def parse_checksums(path: str | Path, content: bytes) -> Checksums:
+    """Raises BadCheckpoint unless it has the form of checksums.json; `decode_checksums` asks whose it is."""
+    return _parsed(Checksums, path, content)
+
+
 def decode_checksums(path: str | Path, content: bytes, manifest: Manifest, block_bytes: int) -> dict[str, str]:
     """Block hashes by file name. Raises BadCheckpoint unless it is the file that the manifest means."""
     if digest(content) != manifest.checksums:
         raise BadCheckpoint(path, "not the file that manifest.json means: its digest is another")
-    try:
-        checksums = Checksums.model_validate_json(content)
-    except ValidationError as error:
-        raise BadCheckpoint(path, error.errors(include_url=False, include_input=False)[0]["msg"]) from None
+    checksums = parse_checksums(path, content)
     if checksums.block_bytes != block_bytes or checksums.xxh3_64.keys() != {f.name for f in manifest.files}:
         raise BadCheckpoint(path, "its blocks or files are not those of manifest.json")
     return checksums.xxh3_64

@@ -179,14 +179,17 @@ class _Planner:
                 self.plan.begins.append(name)
             return
         for state in wanted:
+            key = f"{name}.{state}"
             if state in present:
-                key = f"{name}.{state}"
+                shapes = self.manifest.shape_of(f"{stored}.{state}"), self.manifest.shape_of(stored)
+                if shapes[0] != shapes[1]:
+                    self._refuse("of another shape than its parameter", key, f"{list(shapes[0])}, {list(shapes[1])}")
                 self.plan.read[key] = f"{stored}.{state}"
                 self._check_dtype(name, key, f"{stored}.{state}", info.dtype)
                 if name in self.plan.partial:
                     self.plan.partial.add(key)
             else:
-                self._differs("missing", name, f"{name}.{state}", "optimizer state")
+                self._differs("missing", name, key, "optimizer state")
         for state in sorted(set(present) - set(wanted)):
             self._differs("unexpected", name, f"{name}.{state}", "optimizer state")
         if name in self.target.counted:

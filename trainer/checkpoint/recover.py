@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
-from pydantic import ValidationError
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
@@ -24,11 +23,11 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
 from trainer.checkpoint.inside import check_file, read_small
 from trainer.checkpoint.load import file_path, read_manifest
-from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST_LIMIT_BYTES, Checksums, Manifest
+from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST_LIMIT_BYTES, Manifest, parse_checksums
 from trainer.checkpoint.pieces import GROUPS
 from trainer.entries import Kind, entries
 
-_FILE = re.compile(r"^(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")
+_FILE = re.compile(r"(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 _BAD_BLOCK = "a block's checksum is wrong"
 UNFINISHED = re.compile(r"^\..*\.mending$")  # the temporary name of a file that is being made whole
 
@@ -177,9 +176,9 @@ def _copies(expected: Expected, bad: Sequence[int], folders: Sequence[Path]) -> 
     """Files that may hold a bad block: by the checksums of their folder, or, when these cannot be read, by size."""
     for folder in folders:
         try:
-            table = read_small(folder / CHECKSUMS, MANIFEST_LIMIT_BYTES)
-            known = Checksums.model_validate_json(table).xxh3_64
-        except (BadCheckpoint, UserError, ValidationError):
+            table = folder / CHECKSUMS
+            known = parse_checksums(table, read_small(table, MANIFEST_LIMIT_BYTES)).xxh3_64
+        except (BadCheckpoint, UserError):
             # Only where files of a checkpoint lie: a link may lead to a folder with a whole disk below it.
             files = (path for group in GROUPS for path in (folder / group).glob("*.safetensors"))
             yield from sorted(path for path in files if _size_of(path) == expected.size)
@@ -188,7 +187,7 @@ def _copies(expected: Expected, bad: Sequence[int], folders: Sequence[Path]) -> 
             same = len(hashes) == len(expected.hashes) and any(
                 hashes[i * HASH_DIGITS : (i + 1) * HASH_DIGITS] == expected.hash_of(i) for i in bad
             )
-            if same and _FILE.match(name):
+            if same and _FILE.fullmatch(name):
                 yield folder / name
 
 

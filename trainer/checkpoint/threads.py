@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-CORES = len(os.sched_getaffinity(0))
 
 
 def in_threads(work: Callable[[T], R], tasks: Sequence[T], threads: int) -> Generator[R, None, None]:

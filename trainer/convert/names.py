@@ -17,6 +17,7 @@ import torch
 
 from configs.errors import UserError
 from trainer.checkpoint.pieces import Group
+from trainer.checkpoint.strict import parse
 from trainer.convert.state import Content, State, StateTensor
 
 Path_ = tuple[str | int, ...]
@@ -212,8 +213,10 @@ def facts_text(state: State) -> str:
 
 def _add_facts(state: State, text: Any) -> None:
     try:
-        told = json.loads(text)
+        told = parse(text.encode())
         state.facts |= dict(told["facts"])
+        if type(state.facts.get("step", 0)) is not int:
+            raise TypeError("a step that is no whole number")
         for name, first in dict(told["aliases"]).items():
             # the file may name any of a tied tensor's names first; Muster's own choice stands
             if state.aliases.get(first) == name:

@@ -30,6 +30,7 @@ from trainer.convert import muster as convert_muster
 from trainer.convert import state as convert_state
 from trainer.convert.convert import convert, open_state
 from trainer.convert.state import Range, stream
+from trainer.loop import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -78,7 +79,7 @@ def cut_state(root: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     groups["base.w"] = "frozen"
     state = RunState(
         position={"consumed_samples": 77},
-        loop={"step": 9},
+        loop=Progress(9, 77, best_loss=1.5).state(),
         config={"optim": {"lr": 0.5, "betas": [0.8, 0.9]}},
         fingerprint="f0",
         model={"dim": 7},

@@ -154,6 +154,16 @@ WHOLE: dict[str, tuple[Callable[[Path, Path], object], str, str]] = {
         LOADS,  # a checkpoint may be called anything: this one is whole, and of step 1
     ),
     "another model": (lambda f, foreign: (shutil.rmtree(f), shutil.copytree(foreign, f)), REFUSED, REFUSED),
+    "signed again, another step in its loop": (
+        lambda f, _: resign(f, lambda m: m["loop"].update(step=1)),
+        FALLS_BACK,
+        REFUSED,
+    ),
+    "signed again, the data from its beginning": (
+        lambda f, _: resign(f, lambda m: m["loop"].update(consumed_samples=0)),
+        FALLS_BACK,
+        REFUSED,
+    ),
     "extra files": (
         lambda f, _: [p.write_bytes(b"extra") for p in (f / "x", f / "model/x", f / "model/z.safetensors")],
         LOADS,

@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.schema import StartSection
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import FlatPiece, Manifest, Partition
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.plan import Plan, Target, TensorInfo, plan
 from trainer.checkpoint.rename import rename_all
@@ -147,6 +147,15 @@ def test_lost_state_is_not_taken_for_new(manifest: Manifest) -> None:
     counts = {name: n for name, n in manifest.step_counts.items() if name != "w"}
     with pytest.raises(UserError, match=r"missing: w.step \(the count of its updates\)"):
         make(manifest.model_copy(update={"step_counts": counts}), "w").refuse()
+
+
+def test_state_of_another_shape_is_refused(manifest: Manifest) -> None:
+    """Rather than read into a place that it does not fill."""
+    flat = Partition(shape=[2, 2], pieces=[FlatPiece(file=0, start=0, length=4)])
+    moved = manifest.tensors["w.exp_avg"].model_copy(update={"partition": len(manifest.partitions)})
+    changes = {"partitions": [*manifest.partitions, flat], "tensors": manifest.tensors | {"w.exp_avg": moved}}
+    with pytest.raises(UserError, match=r"of another shape than its parameter: w.exp_avg \(\[2, 2\], \[4\]\)"):
+        make(manifest.model_copy(update=changes), "w").refuse()
 
 
 def test_a_wider_format_is_exact_and_only_said(manifest: Manifest) -> None:

@@ -1,0 +1,63 @@
+"""Muster works in any folder: whatever lies there, our own packages and libraries are imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import shadow
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("configs", "models", "trainer", "launch", "slurm", "muster")
+LIBRARIES = ("torch", "yaml", "pydantic", "random", "argparse")
+
+
+def fill(folder: Path, without: str) -> None:
+    """Modules, packages and plain folders of all names but one, that end who imports them."""
+    ends = "raise SystemExit('the wrong module ran')\n"
+    for name in {*OURS, *LIBRARIES} - {without}:
+        (folder / f"{name}.py").write_text(ends)
+    (folder / "configs.py").unlink(missing_ok=True)
+    (folder / "configs").mkdir()  # YAML only: Python takes it for a package without a file
+    (folder / "configs" / "mine.yaml").write_text("include: demo\n")
+    (folder / "models.py").unlink(missing_ok=True)
+    (folder / "models").mkdir()
+    (folder / "models" / "__init__.py").write_text(ends)
+
+
+@pytest.mark.parametrize("path", ["", ":", "."])
+@pytest.mark.parametrize("module", ["trainer", "launch", "slurm"])
+def test_a_module_of_ours_runs_whatever_lies_beside_it(module: str, path: str, tmp_path: Path) -> None:
+    fill(tmp_path, module)
+    words = {
+        "trainer": ["configs/mine.yaml", "--print-config"],
+        "launch": ["run", "--help"],
+        "slurm": ["logs", "--help"],
+    }
+    command = [sys.executable, "-m", module, *words[module]]
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_started_keeps_the_folder_off_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f":{tmp_path}:{ROOT}")
+    found = [sys.executable, "-c", "import launch.agent, trainer, models, yaml; print(launch.agent.__file__)"]
+    env = {**os.environ, **shadow.apart()}
+    done = subprocess.run(found, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == (f"{ROOT}/launch/agent.py\n", "")
+    monkeypatch.delenv("PYTHONPATH")
+    done = subprocess.run([*shadow.python(), *found[1:]], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == (f"{ROOT}/launch/agent.py\n", "")
+
+
+def test_in_our_own_folder_the_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert shadow.apart() == {}
+    assert shadow.python() == [sys.executable]

@@ -1,0 +1,103 @@
+"""How many processors this process may use, and how many of them are idle: the allocation counts, not the machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path("/")
+_LOOK_S = 0.2  # the kernel counts in hundredths of a second
+_NEARLY = 0.3  # how much of a core may be busy with small things while it counts as idle
+
+
+def allowed() -> int:
+    """Whole processors that this process may use: by its affinity (taskset, Slurm, cpusets), and by what a quota of
+    its control groups (containers, Kubernetes) amounts to."""
+    return max(1, min([len(os.sched_getaffinity(0)), *(int(quota) for quota in _quotas())]))
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How many threads each process of a node computes with, and why."""
+
+    each: int
+    processors: int
+    idle: float
+
+    def __str__(self) -> str:
+        per = f"{self.each} CPU thread{'s' if self.each > 1 else ''} a process"
+        return f"threads   {per}: {self.processors} processors may be used, {self.idle:.1f} idle"
+
+
+def threads(processes: int) -> Threads:
+    """What `processes` on this node should use each. Takes a moment, in which it looks what is idle.
+
+    Threads of one process wait for each other at every operation. On a processor that others use, one of them is always
+    late: two threads then make a tenth of the steps that one makes.
+    """
+    usable, unused = allowed(), _idle()
+    return Threads(max(1, min(usable, int(unused + _NEARLY)) // processes), usable, min(unused, usable))
+
+
+def _quotas() -> Iterator[float]:
+    """Processors that each control group above this process may use, where it is limited."""
+    for line in _lines("proc/self/cgroup"):
+        _, controllers, inside = line.split(":", 2)
+        for group in _groups(controllers, inside):
+            if quota := _quota(group):
+                yield quota
+
+
+def _groups(controllers: str, inside: str) -> Iterator[Path]:
+    """The folders of a control group and of those around it. A container often sees its own as the outermost."""
+    if controllers and "cpu" not in controllers.split(","):
+        return
+    mounts = (controllers, "cpu") if controllers else ("", "unified")  # version 1, and 2 alone or beside it
+    for mount in dict.fromkeys(mounts):
+        top = ROOT / "sys/fs/cgroup" / mount
+        yield from (top / parent for parent in (Path(inside.lstrip("/")), *Path(inside.lstrip("/")).parents))
+
+
+def _quota(group: Path) -> float | None:
+    try:
+        if (group / "cpu.max").exists():  # version 2
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no such group here, no limit ("max"), or nothing that can be divided
+        return None
+
+
+def _idle() -> float:
+    """How many of the processors of this process's affinity nobody used just now."""
+    before = _times()
+    time.sleep(_LOOK_S)
+    after = _times()
+    unused = 0.0
+    for processor in os.sched_getaffinity(0):
+        if processor in before and processor in after:
+            total, idle = (now - then for now, then in zip(after[processor], before[processor], strict=True))
+            unused += idle / total if total > 0 else 0.0
+    return unused
+
+
+def _times() -> dict[int, tuple[int, int]]:
+    """(All time, idle time) of each processor, in the kernel's ticks."""
+    found = {}
+    for line in _lines("proc/stat"):
+        name, *counts = line.split()
+        if name.startswith("cpu") and name[3:].isdigit():
+            ticks = [int(count) for count in counts[:8]]  # what follows is part of the first two
+            found[int(name[3:])] = (sum(ticks), ticks[3] + ticks[4])  # idle, and waiting for a disk
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return (ROOT / path).read_text().splitlines()
+    except OSError:
+        return []
