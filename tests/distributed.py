@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "trainer.run", "trainer.debug", "trainer.start"])
+_context.set_forkserver_preload(["tests.preload"])
 
 
 class RanksFailed(AssertionError):

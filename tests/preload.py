@@ -1,0 +1,19 @@
+"""What the server of tests/distributed.py imports once, so that no rank has to: a rank is a fork of it."""
+
+from __future__ import annotations
+
+import gc
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - with it torch's compiler, seconds of imports
+import torch._dynamo  # noqa: F401 - the first step of any optimizer imports it
+import torch.distributed.fsdp  # noqa: F401
+
+import trainer.attempt
+import trainer.debug
+import trainer.engines.fsdp
+import trainer.engines.zero
+import trainer.run
+import trainer.start  # noqa: F401
+
+gc.collect()
+gc.freeze()  # else each collection of each rank would look at all of it again
