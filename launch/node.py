@@ -242,6 +242,9 @@ class Supervisor:
 
     def _decide(self, before: int, status: int) -> End:
         """The newest attempt's end. One that nobody wrote is written here: failed."""
+        if not self.folder.root.is_dir():
+            self.console.say(f"{self.folder.root} is gone: it was moved or removed while this ran")
+            return End("failed", 0, None, requeue=False, cause="folder_gone")
         attempt = life.newest(self.folder)
         if attempt is None or attempt.number <= before:
             if self.wish.cause is not None and not status:
@@ -307,7 +310,8 @@ class Supervisor:
         raised = [e for e in read_events(self.folder) if e["event"] == "rank_failed" and e["attempt"] == attempt]
         rank, why = _first_to_fall(failures, raised)
         self.console.end_live()
-        logs = f"\n  logs: {self.folder.attempts / f'{attempt:03d}'}" if attempt is not None else ""
+        path = self.folder.attempts / f"{attempt or 0:03d}"
+        logs = f"\n  logs: {path}" if attempt is not None and path.is_dir() else ""
         self.console.say(f"rank {rank} failed: {why}{logs}")
 
 

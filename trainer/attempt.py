@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
 from trainer.console import Console
+from trainer.events import UNWRITABLE, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import Phase
 from trainer.lease import Lease, writable
@@ -37,24 +38,35 @@ class Recorded(Exception):
 
 def live(run: Run) -> End:
     """Train, save what is not saved, and say how it ended. The same on every rank."""
-    try:
-        cause = train(run)
-        run.save_now()
-        run.world.heartbeat.enter(Phase.LEAVING)
-    except RunFailed as failure:
-        run.poll_saves(wait=True)
-        run.console.say(f"FAILED: {failure}")
-        return End("failed", run.progress.step, run.folder.newest_checkpoint()[1], requeue=False, cause=failure.cause)
-    else:
+    with _closed_at_the_end(run):
+        try:
+            cause = train(run)
+            run.save_now()
+            run.world.heartbeat.enter(Phase.LEAVING)
+        except RunFailed as failure:
+            run.poll_saves(wait=True)
+            run.console.say(f"FAILED: {failure}")
+            newest = run.folder.newest_checkpoint()[1]
+            return End("failed", run.progress.step, newest, requeue=False, cause=failure.cause)
         if cause is None and run.config.task.sample_tokens:
             text = write_sample(run)
             run.console.end_live()
             run.console.say(f"what the model writes now:\n{text}")
-    finally:
-        run.close()
     if cause is None:
         return End("finished", run.progress.step, run.folder.newest_checkpoint()[1], requeue=False)
     return stopped(run, cause)
+
+
+@contextmanager
+def _closed_at_the_end(run: Run) -> Iterator[None]:
+    """After a failure, what cannot be closed must not take the place of the first cause."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            run.close()
+        raise
+    run.close()
 
 
 def stopped(run: Run, cause: Cause) -> End:
@@ -104,7 +116,8 @@ def run_attempt(config: Config, wish: StopWish, world: World, kind: type[Run]) -
         try:
             end = _attempt(run, changes)
             if world.first:
-                attempt.write_end(end)
+                with tolerate_unwritable() if end.reason == "failed" else nullcontext():  # missing means failed, too
+                    attempt.write_end(end)
                 facts = {k: getattr(end, k) for k in ("reason", "step", "cause")}
                 run.events.write("ended", phases_s=world.heartbeat.seconds(), **facts)
                 say_end(run, end)
@@ -155,13 +168,28 @@ def _first_line(error: Exception) -> str:
 
 
 def _record_failure(run: Run, error: Exception) -> None:
-    """The traceback and rank, for whoever looks. The other ranks may be gone: no collective from here on."""
+    """The traceback and rank, for whoever looks, as far as they can be written: a note that fails must not take the
+    place of the first cause. The other ranks may be gone: no collective from here on."""
     text = "".join(traceback.format_exception(error))
-    run.events.write("rank_failed", rank=run.world.rank, error=repr(error), traceback=text)
-    run.console.note(text)
-    if run.world.size == 1:
-        say(text, sys.stderr)
+    with suppress(OSError):
+        run.events.write("rank_failed", rank=run.world.rank, error=repr(error), traceback=text)
+    logged = run.console.note(text)
+    why = _of_the_filesystem(error, run.folder)
+    if run.world.size == 1 and why is None:
+        say(text.rstrip(), sys.stderr)
     else:  # it may be another rank's death that this one met; the launcher names the first
-        run.console.say(f"rank {run.world.rank} failed: {_first_line(error)}; traceback in {run.console.log_path}")
+        where = f"; traceback in {run.console.log_path}" if logged else ""
+        run.console.say(f"rank {run.world.rank} failed: {why or _first_line(error)}{where}")
     if run.world.first:
-        run.attempt.write_end(End("failed", run.progress.step, run.folder.newest_checkpoint()[1], True, "rank_failed"))
+        with suppress(OSError):  # missing means failed, too
+            newest = run.folder.newest_checkpoint()[1]
+            run.attempt.write_end(End("failed", run.progress.step, newest, True, "rank_failed"))
+
+
+def _of_the_filesystem(error: Exception, folder: RunFolder) -> str | None:
+    """In a person's words, when it is the disk or what was done to it; None for any other failure."""
+    if not folder.root.is_dir():
+        return f"{folder.root} is gone: it was moved or removed while this ran"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"cannot write to {error.filename or folder.root}: {error.strerror}"
+    return None

@@ -7,11 +7,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
 
 from configs.errors import printable
 from trainer.environment import TERM
-from trainer.events import tolerate_unwritable
 
 
 class Console:
@@ -19,7 +17,7 @@ class Console:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self._log: IO[str] | None = None
+        self._log: int | None = None
         self.log_path: Path | None = None
         self._terminal = sys.stdout.isatty() and TERM.read(os.environ) != "dumb"
         self._live = ""
@@ -28,12 +26,13 @@ class Console:
     def open_log(self, path: Path) -> None:
         """From here on also into `path`. Ranks other than 0 lose the terminal: even a crash in C ends in their log."""
         self.log_path = path
-        self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open as long as the process)
+        # Not a Python file: what one could not write on a full disk it holds, and fails again when it is closed.
+        self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         if self.rank != 0:
             sys.stdout.flush()
             sys.stderr.flush()
-            os.dup2(self._log.fileno(), 1)
-            os.dup2(self._log.fileno(), 2)
+            os.dup2(self._log, 1)
+            os.dup2(self._log, 2)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -42,13 +41,18 @@ class Console:
             if self.rank == 0:
                 self._write(f"{self._wipe()}{printable(text)}\n{self._live}")
 
-    def note(self, text: str) -> None:
-        """A line for the log alone."""
+    def note(self, text: str) -> bool:
+        """A line for the log alone. Returns whether it can be read there now."""
+        stamp = time.strftime("%H:%M:%S")
+        data = "".join(f"{stamp} {line}\n" for line in printable(text).splitlines()).encode(errors="replace")
         with self._lock:
-            if self._log is not None:
-                stamp = time.strftime("%H:%M:%S")
-                with tolerate_unwritable():
-                    self._log.writelines(f"{stamp} {line}\n" for line in printable(text).splitlines())
+            if self._log is None or self.log_path is None:
+                return False
+            try:
+                written = os.write(self._log, data)
+            except OSError:  # full, read-only, a server that is gone: the run can go on without its log
+                return False
+            return written == len(data) and self.log_path.exists()
 
     def live(self, text: str) -> None:
         """The line that moves: replaced by the next one on a terminal, a plain line elsewhere."""
@@ -87,6 +91,8 @@ def si(number: float) -> str:
 
 def gib(count: float) -> str:
     """Bytes for people."""
+    if count < 2**10:
+        return f"{count:.0f} bytes"
     if count < 2**20:
         return f"{count / 2**10:.1f} KiB"
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

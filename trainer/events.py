@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.folder import RunFolder
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def tolerate_unwritable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno not in UNWRITABLE:
             raise
 
 
@@ -64,7 +64,11 @@ class Events:
         self.attempt: int | None = None
 
     def write(self, event: str, **facts: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Nothing, where the run folder was moved away: it is not made anew, and whoever trains there ends."""
+        if not self.path.parents[1].is_dir():
+            return
+        with tolerate_unwritable():
+            self.path.parent.mkdir(exist_ok=True)
         append_row(self.path, {"time_s": round(time.time(), 6), "attempt": self.attempt, "event": event, **facts})
 
 

@@ -82,11 +82,15 @@ class RunFolder:
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all, durably: a reader on another node sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk it would be one more file
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,8 @@ class Lease:
     def release(self) -> None:
         """Give the folder back. A lease that was taken over meanwhile is left alone."""
         if self.is_held():
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that is read-only now: the next start sees that this process is gone
+                self.path.unlink(missing_ok=True)
 
     def is_held(self) -> bool:
         """Whether it stands, as this one."""

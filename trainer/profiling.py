@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,15 +67,26 @@ class Profiling:
             done.stop()
             name = f"profile-{self._first:08d}-{last:08d}-rank-{self._world.rank:05d}"
             trace = self._attempt.path / f"{name}.json.gz"
+            try:
+                self._write(done, name, trace)
+            except OSError as error:  # a full disk: the run can go on without its profile
+                self._events.write("profile_lost", first=self._first, last=last, error=str(error))
+                self._console.say(f"the profile of steps {self._first} to {last} is lost: {error}")
+                return
+        self._events.write("profiled", first=self._first, last=last, trace=trace.name)
+        self._console.say(f"profiled steps {self._first} to {last}: {trace}")
+
+    def _write(self, done: profile, name: str, trace: Path) -> None:
+        kind = "cuda" if self._world.device.type == "cuda" else "cpu"
+        try:
             done.export_chrome_trace(str(trace))
-            kind = "cuda" if self._world.device.type == "cuda" else "cpu"
             table = done.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=_TABLE_ROWS)
             (self._attempt.path / f"{name}.txt").write_text(table)
             if kind == "cuda":
                 torch.cuda.memory._dump_snapshot(str(self._attempt.path / f"{name}-memory.pickle"))
+        finally:
+            if kind == "cuda":
                 torch.cuda.memory._record_memory_history(enabled=None)
-        self._events.write("profiled", first=self._first, last=last, trace=trace.name)
-        self._console.say(f"profiled steps {self._first} to {last}: {trace}")
 
     def close(self) -> None:
         """At the end of a run, also in the middle of a profile."""

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.events import tolerate_unwritable
 from trainer.heartbeat import Beat
 from trainer.stacks import FLIGHT, FLIGHT_SIGNAL, STACKS, STACKS_SIGNAL
 
@@ -79,10 +80,11 @@ def wake(found: list[Standstill], folder: Path) -> None:
 def _keep(rank: int, files: tuple[str | None, str | None], folder: Path) -> tuple[bytes, bytes]:
     """Write down what a rank answered: its record of collectives, and then its stacks, which are waited for."""
     stacks, flight = (_read(path) for path in files)
-    if flight:
-        (folder / f"flight-{rank:05d}.json").write_bytes(flight)
-    if stacks:
-        stacks_of(rank, folder).write_bytes(stacks)
+    with tolerate_unwritable():  # the culprit is told all the same
+        if flight:
+            (folder / f"flight-{rank:05d}.json").write_bytes(flight)
+        if stacks:
+            stacks_of(rank, folder).write_bytes(stacks)
     return stacks, flight
 
 

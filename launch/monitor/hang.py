@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.monitor.ask import STOPPED, Standstill
+from trainer.events import tolerate_unwritable
 from trainer.folder import read_json, write_json
 from trainer.heartbeat import Beat, Phase
 
@@ -72,7 +73,8 @@ def _fewest(found: list[Standstill]) -> list[Standstill]:
 def share(found: list[Standstill], attempt: Path, node: str, nodes: list[str]) -> list[Standstill]:
     """Write down this node's findings, and wait a while for those of the others. What the folder shows then: a node
     whose monitor died is missing."""
-    write_json(attempt / f"hang-{node}.json", [asdict(standstill) for standstill in found])
+    with tolerate_unwritable():  # on a full disk the hang is ended all the same
+        write_json(attempt / f"hang-{node}.json", [asdict(standstill) for standstill in found])
     deadline = time.monotonic() + _NODES_S
     while True:
         known = [read_json(attempt / f"hang-{other}.json") for other in nodes if other != node]

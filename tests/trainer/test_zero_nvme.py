@@ -176,7 +176,7 @@ def test_a_disk_that_is_too_small_is_refused_before_it_fills(tmp_path: Path, mon
     alone = World(0, 1, "here", torch.device("cpu"), None)
     monkeypatch.setattr(swapped.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     swapping.check_space(alone, (8_000, 2_000))
-    with pytest.raises(UserError, match=r"nvme_path .* has 0.00 GB free, but 0.00 GB will lie there: free some space"):
+    with pytest.raises(UserError, match=r"has 9.8 KiB free, but 9.8 KiB will lie there, 1 bytes more: free some space"):
         swapping.check_space(alone, (8_000, 2_001))
 
 

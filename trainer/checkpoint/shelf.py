@@ -14,6 +14,7 @@ from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.recover import UNFINISHED, recover
+from trainer.console import gib
 from trainer.entries import (
     Kind,
     checkpoint_name,
@@ -235,7 +236,7 @@ class Shelf:
         free = shutil.disk_usage(existing).free
         if free < needed:
             raise UserError(
-                f"{existing} has {free / 1e9:.2f} GB free, but {missing} more checkpoints of "
-                f"{(changing_bytes + frozen_bytes) / 1e9:.2f} GB need {needed / 1e9:.2f} GB: "
+                f"{existing} has {gib(free)} free, but {missing} more checkpoints of "
+                f"{gib(changing_bytes + frozen_bytes)} need {gib(needed)}, {gib(needed - free)} more: "
                 "free some space, move run.dir, or lower checkpoint.keep.last"
             )

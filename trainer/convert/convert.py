@@ -22,6 +22,7 @@ from trainer.checkpoint import disk
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import FORMAT, MANIFEST
+from trainer.console import gib
 from trainer.convert.dcp import METADATA, read_dcp, write_dcp
 from trainer.convert.deepspeed import find_deepspeed, read_deepspeed
 from trainer.convert.muster import write_muster
@@ -170,7 +171,8 @@ def _check_space(state: State, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < state.nbytes:
         raise UserError(
-            f"{target.parent} has {free / 1e9:.2f} GB free, {state.nbytes / 1e9:.2f} GB are needed; nothing was written"
+            f"{target.parent} has {gib(free)} free, {gib(state.nbytes)} are needed, "
+            f"{gib(state.nbytes - free)} more; nothing was written"
         )
 
 

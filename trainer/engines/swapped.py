@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
+from trainer.console import gib
 from trainer.environment import Ranks
 from trainer.names import node_name
 from trainer.world import World
@@ -137,8 +138,9 @@ class Swapping:
                 free, need = shutil.disk_usage(parent).free, ranks * sum(n for place, n in wanted if place == parent)
                 if free < need:
                     raise UserError(
-                        f"parallel.deepspeed: nvme_path {parent} has {free / 1e9:.2f} GB free, "
-                        f"but {need / 1e9:.2f} GB will lie there: free some space, or name another disk"
+                        f"parallel.deepspeed: nvme_path {parent} has {gib(free)} free, "
+                        f"but {gib(need)} will lie there, {gib(need - free)} more: "
+                        "free some space, or name another disk"
                     )
 
         self._agree(world, check)
