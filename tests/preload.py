@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - with it torch's compiler, seconds of imports
-import torch._dynamo  # noqa: F401 - the first step of any optimizer imports it
+import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
 import trainer.attempt
