@@ -16,8 +16,9 @@ from launch.run_folder import JOB_FILE
 from trainer import life
 from trainer.environment import MUSTER_LAUNCHED
 from trainer.events import read_events, read_rows
-from trainer.folder import RunFolder, read_json
+from trainer.folder import RunFolder
 from trainer.heartbeat import Phase
+from trainer.rows import PassedOver, amount, facts_in, moment, parsed, text, whole
 
 Row = dict[str, Any]
 CLASSES = (
@@ -47,6 +48,7 @@ class Goodput:
     samples: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    passed_over: str | None = None  # what cannot be read, in one line
 
     @property
     def allocated_s(self) -> float:
@@ -61,11 +63,11 @@ class Goodput:
 
 @dataclass
 class _Attempt:
-    """What the folder says of one attempt."""
+    """What the folder says of one attempt. Rows and events have a time; `start` and `end` may say nothing."""
 
     number: int
     start: Row
-    end: Row | None
+    end: Row
     rows: list[Row]  # of metrics.jsonl
     events: list[Row]
     last_sign_s: float
@@ -73,18 +75,29 @@ class _Attempt:
     @property
     def launched_s(self) -> float | None:
         """When its launcher began; None under bare torchrun."""
-        text = (self.start.get("environment") or {}).get(MUSTER_LAUNCHED.name, "")
-        return float(text) if "." in text else None
+        told = self._environment(MUSTER_LAUNCHED.name)
+        return moment({"s": parsed(told.encode())}, "s") if told is not None and "." in told else None
 
     @property
     def job(self) -> str | None:
-        return (self.start.get("environment") or {}).get("SLURM_JOB_ID")
+        return self._environment("SLURM_JOB_ID")
+
+    def _environment(self, name: str) -> str | None:
+        told = self.start.get("environment")
+        return text(told, name) if isinstance(told, dict) else None
 
     @property
     def began_s(self) -> float:
         """The first sign of its rank 0: its process's start, as far as its rows tell."""
         counted = self.counted()
-        return counted[0][0] - sum(counted[0][1].values()) if counted else self.start.get("time_s", self.last_sign_s)
+        if counted:
+            return counted[0][0] - sum(counted[0][1].values())
+        started_s = moment(self.start, "time_s")
+        return self.last_sign_s if started_s is None else started_s
+
+    @property
+    def failed(self) -> bool:
+        return text(self.end, "reason") in (None, "failed")
 
     def counted(self) -> list[tuple[float, dict[str, float], int | None]]:
         """(Time, seconds by phase up to then, step) of every row that counts phases, oldest first."""
@@ -95,33 +108,39 @@ class _Attempt:
 
 def goodput(folder: RunFolder) -> Goodput:
     """Count it. An attempt that still runs counts up to its last sign."""
-    attempts = _attempts(folder)
+    over = PassedOver()
+    attempts = _attempts(folder, over)
     total = Goodput(attempts=len(attempts))
-    submitted_s = (read_json(folder.root / JOB_FILE) or {}).get("time_s")
+    submitted_s = moment(facts_in(folder.root / JOB_FILE, over), "time_s")
     before: _Attempt | None = None
     for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
         began_s = _begin(attempt, before, submitted_s, total)
         seconds = _divide(attempt, began_s, after)
         for name, value in seconds.items():
             total.seconds[name] += value
-        total.ranks = attempt.start.get("world_size", total.ranks)
+        total.ranks = whole(attempt.start, "world_size") or total.ranks
         total.gpu_hours += sum(seconds.values()) * total.ranks / 3600
         before = attempt
     _bought(total, attempts)
+    total.passed_over = over.told(folder.root) if over else None
     return total
 
 
-def _attempts(folder: RunFolder) -> list[_Attempt]:
-    rows, events, watched = read_rows(folder.metrics), read_events(folder), _last_watched_s(folder.gpu)
+def _attempts(folder: RunFolder, over: PassedOver) -> list[_Attempt]:
+    rows, events, watched = (
+        read_rows(folder.metrics, over),
+        read_events(folder, over),
+        _last_watched_s(folder.gpu, over),
+    )
     found = []
     for number in life.numbers(folder):
         path = folder.attempts / f"{number:03d}"
-        start, end = read_json(path / "start.json") or {}, read_json(path / "end.json")
-        mine = [row for row in rows if row.get("attempt") == number and "time_s" in row]
+        start, end = facts_in(path / "start.json", over), facts_in(path / "end.json", over)
+        mine = [row for row in rows if row.get("attempt") == number and row.get("time_s") is not None]
         told = [event for event in events if event.get("attempt") == number]
         signs = [
-            start.get("time_s"),
-            (end or {}).get("time_s"),
+            moment(start, "time_s"),
+            moment(end, "time_s"),
             watched.get(number),
             *(r["time_s"] for r in mine[-1:] + told[-1:]),
         ]
@@ -130,13 +149,14 @@ def _attempts(folder: RunFolder) -> list[_Attempt]:
     return found
 
 
-def _last_watched_s(folder: Path) -> dict[int, float]:
+def _last_watched_s(folder: Path, over: PassedOver) -> dict[int, float]:
     """The last time that a monitor saw each attempt."""
     last: dict[int, float] = {}
     for path in folder.glob("*.jsonl"):
-        for row in read_rows(path):
-            if (attempt := row.get("attempt")) is not None:
-                last[attempt] = max(last.get(attempt, 0.0), row["time_s"])
+        for row in read_rows(path, over):
+            attempt, time_s = row.get("attempt"), row.get("time_s")
+            if attempt is not None and time_s is not None:
+                last[attempt] = max(last.get(attempt, 0.0), time_s)
     return last
 
 
@@ -170,8 +190,7 @@ def _divide(attempt: _Attempt, began_s: float, after: _Attempt | None) -> dict[s
     tail = max(attempt.last_sign_s - last_s, 0.0)
     seconds["starting"] += whole - tail - sum(phases.values())
     _lost(seconds, attempt, after)
-    failed = attempt.end is None or attempt.end.get("reason") == "failed"
-    if not failed:
+    if not attempt.failed:
         seconds["starting"] += tail  # leaving
         return seconds
     still = min(max((_still_s(event) for event in attempt.events), default=0.0), tail)
@@ -181,19 +200,20 @@ def _divide(attempt: _Attempt, began_s: float, after: _Attempt | None) -> dict[s
 
 
 def _still_s(event: Row) -> float:
-    ranks = event.get("ranks", []) if event["event"] == "hang" else []
-    return max((rank["still_s"] for rank in ranks), default=0.0)
+    ranks = event.get("ranks") if event["event"] == "hang" else None
+    still = [amount(rank, "still_s") for rank in ranks if isinstance(rank, dict)] if isinstance(ranks, list) else []
+    return max((seconds for seconds in still if seconds is not None), default=0.0)
 
 
 def _lost(seconds: dict[str, float], attempt: _Attempt, after: _Attempt | None) -> None:
     """Move what was made after the step from which the next attempt went on: it was made again."""
-    resumed = after.start.get("start_step") if after is not None else None
+    resumed = whole(after.start, "start_step") if after is not None else None
     if resumed is None:
         return
     rows = [(step, phases) for _, phases, step in attempt.counted() if step is not None]
     if not rows or rows[-1][0] <= resumed:
         return
-    kept = _at_step(rows, resumed, attempt.start.get("start_step", 0))
+    kept = _at_step(rows, resumed, whole(attempt.start, "start_step") or 0)
     for phase, value in rows[-1][1].items():
         name = _CLASS.get(phase, "starting")
         if name != "starting":
@@ -217,10 +237,11 @@ def _bought(total: Goodput, attempts: Iterable[_Attempt]) -> None:
     """Steps, samples and loss. The rows of a later attempt win."""
     losses: dict[int, Row] = {}
     for attempt in attempts:
-        resumed = attempt.start.get("start_step", 0)
+        resumed = whole(attempt.start, "start_step") or 0
         losses = {step: row for step, row in losses.items() if step <= resumed}
-        losses |= {row["step"]: row for row in attempt.rows if row.get("loss") is not None}
+        told = [row for row in attempt.rows if None not in (row.get("loss"), row.get("step"))]
+        losses |= {row["step"]: row for row in told}
     if losses:
         first, last = losses[min(losses)], losses[max(losses)]
-        total.steps, total.samples = last["step"], last["consumed_samples"]
+        total.steps, total.samples = last["step"], last.get("consumed_samples") or 0
         total.first_loss, total.last_loss = first["loss"], last["loss"]

@@ -37,6 +37,7 @@ from trainer.lease import Lease
 from trainer.life import End
 from trainer.names import node_name
 from trainer.preflight import check, check_numbers, refuse
+from trainer.rows import text
 from trainer.shadow import apart, python
 from trainer.stop import Kind, StopWish, write_request
 
@@ -307,7 +308,8 @@ class Supervisor:
         self.events.attempt = attempt = newest if newest > self._before else None
         for failure in failures:
             self.events.write("rank_died", **failure)
-        raised = [e for e in read_events(self.folder) if e["event"] == "rank_failed" and e["attempt"] == attempt]
+        events = [e for e in read_events(self.folder) if e["event"] == "rank_failed" and e.get("attempt") == attempt]
+        raised = [e for e in events if e.get("rank") is not None and text(e, "error") is not None]
         rank, why = _first_to_fall(failures, raised)
         self.console.end_live()
         path = self.folder.attempts / f"{attempt or 0:03d}"
@@ -327,7 +329,7 @@ def _first_to_fall(failures: list[dict[str, Any]], raised: list[dict[str, Any]])
     told = {e["rank"] for e in raised}
     killed = [f for f in failures if f["rank"] not in told and f["exit_code"] < 0 and f["exit_code"] != -signal.SIGTERM]
     if raised and not killed:
-        return raised[0]["rank"], raised[0]["error"].splitlines()[0]
+        return raised[0]["rank"], str(raised[0]["error"]).splitlines()[0]
     first = (killed or failures)[0]
     return first["rank"], _cause(first["exit_code"])
 

@@ -46,4 +46,6 @@ def lines(found: Goodput) -> list[str]:
     if found.first_loss is not None:
         loss = f"loss {found.first_loss:.4f} -> {found.last_loss:.4f}"
         told.append(f"bought {found.steps:,} steps, {found.samples:,} samples; {loss}")
+    if found.passed_over is not None:
+        told.append(found.passed_over)
     return told

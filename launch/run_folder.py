@@ -5,7 +5,6 @@ A file that is missing, half-written or of another version says nothing: what it
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -21,13 +20,12 @@ from trainer.folder import RunFolder
 from trainer.lease import alive_here
 from trainer.life import Attempt
 from trainer.names import node_name
+from trainer.rows import PassedOver, amount, facts_in, moment, rows_backwards, text, whole
 
 JOB_FILE = Path("slurm/job.json")  # `slurm submit` notes there which job has the folder
 LIVES = Path("slurm/lives")  # and `slurm after` what the lives of jobs came to
 _ARRAY_MARK = JOB_FILE.parent
 _MARKS = (Path("attempts"), JOB_FILE, Path("LEASE"))
-_BLOCK_BYTES = 32 * 1024
-_LONGEST_ROW_BYTES = 1024 * 1024
 _ROWS_LOOKED_AT = 200
 
 
@@ -84,6 +82,7 @@ class RunView:
     submitted: str | None  # the job that `slurm submit` noted last
     stop_asked: bool
     outcomes: tuple[Outcome, ...]  # of jobs' lives, the latest last
+    passed_over: PassedOver  # what was met on the way and cannot be read
 
     @property
     def jobs(self) -> list[str]:
@@ -129,31 +128,32 @@ def view(folder: Path) -> RunView:
 
 
 def _view(folder: RunFolder) -> RunView:
-    numbers = life.numbers(folder)
+    numbers, over = life.numbers(folder), PassedOver()
     step, committed_s = _newest_checkpoint(folder)
     return RunView(
         folder=folder,
         attempts=len(numbers),
-        newest=attempt_view(folder, numbers[-1]) if numbers else None,
-        before=attempt_view(folder, numbers[-2]) if len(numbers) > 1 else None,
-        row=last_row(folder.metrics, "loss", numbers[-1] if numbers else None),
+        newest=attempt_view(folder, numbers[-1], over) if numbers else None,
+        before=attempt_view(folder, numbers[-2], over) if len(numbers) > 1 else None,
+        row=last_row(folder.metrics, "loss", numbers[-1] if numbers else None, over),
         checkpoint_step=step,
         checkpoint_s=committed_s,
-        holder=_holder(folder),
-        submitted=text(facts_in(folder.root / JOB_FILE), "job"),
+        holder=_holder(folder, over),
+        submitted=text(facts_in(folder.root / JOB_FILE, over), "job"),
         stop_asked=folder.stop.exists(),
-        outcomes=_outcomes(folder),
+        outcomes=_outcomes(folder, over),
+        passed_over=over,
     )
 
 
-def attempt_view(folder: RunFolder, number: int) -> AttemptView:
+def attempt_view(folder: RunFolder, number: int, over: PassedOver | None = None) -> AttemptView:
     """What an attempt wrote at its start and its end."""
     path = Attempt(folder, number).path
-    start, end = facts_in(path / "start.json"), facts_in(path / "end.json")
+    start, end = facts_in(path / "start.json", over), facts_in(path / "end.json", over)
     hosts, environment = start.get("hosts"), start.get("environment")
     return AttemptView(
         number=number,
-        began_s=amount(start, "time_s"),
+        began_s=moment(start, "time_s"),
         start_step=whole(start, "start_step"),
         last_step=whole(start, "last_step"),
         hosts=tuple(str(host) for host in hosts) if isinstance(hosts, list) else (),
@@ -162,7 +162,7 @@ def attempt_view(folder: RunFolder, number: int) -> AttemptView:
         cause=text(end, "cause"),
         end_step=whole(end, "step"),
         requeue=end.get("requeue") is True,
-        ended_s=amount(end, "time_s"),
+        ended_s=moment(end, "time_s"),
     )
 
 
@@ -186,97 +186,33 @@ def _newest_checkpoint(folder: RunFolder) -> tuple[int | None, float | None]:
         return steps[-1], None
 
 
-def _holder(folder: RunFolder) -> Holder | None:
+def _holder(folder: RunFolder, over: PassedOver) -> Holder | None:
     if not folder.lease.exists():
         return None
-    lease = facts_in(folder.lease)
-    pid, known = whole(lease, "pid"), amount(lease, "started_s") is not None
-    alive = alive_here(lease, node_name()) if pid is not None and pid > 0 and known else None
-    return Holder(text(lease, "node"), pid, text(lease, "job"), whole(lease, "attempt"), alive)
+    lease = facts_in(folder.lease, over)
+    alive = alive_here(lease, node_name())
+    return Holder(text(lease, "node"), whole(lease, "pid"), text(lease, "job"), whole(lease, "attempt"), alive)
 
 
-def _outcomes(folder: RunFolder) -> tuple[Outcome, ...]:
+def _outcomes(folder: RunFolder, over: PassedOver) -> tuple[Outcome, ...]:
     try:
         with os.scandir(folder.root / LIVES) as entries:
-            rows = [facts_in(Path(entry.path) / "outcome.json") for entry in entries]
+            rows = [facts_in(Path(entry.path) / "outcome.json", over) for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return ()
-    found = [Outcome(amount(r, "time_s") or 0.0, text(r, "job"), text(r, "reason"), text(r, "cause")) for r in rows]
+    found = [Outcome(moment(r, "time_s") or 0.0, text(r, "job"), text(r, "reason"), text(r, "cause")) for r in rows]
     return tuple(sorted((o for o in found if o.time_s), key=lambda outcome: outcome.time_s))
 
 
-def last_row(path: Path, key: str, attempt: int | None = None) -> dict[str, Any]:
+def last_row(path: Path, key: str, attempt: int | None = None, over: PassedOver | None = None) -> dict[str, Any]:
     """The last row of a JSON-lines file in which `key` is a number or null; {} without one.
 
     Of this attempt if it is among the last: a rank that outlived an earlier one may have written below it.
     """
     found: dict[str, Any] = {}
-    for row in islice(rows_backwards(path), _ROWS_LOOKED_AT):
+    for row in islice(rows_backwards(path, over), _ROWS_LOOKED_AT):
         if key in row and (row[key] is None or amount(row, key) is not None):
             if attempt is None or whole(row, "attempt") == attempt:
                 return row
             found = found or row
     return found
-
-
-def rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole rows of a JSON-lines file from its end on."""
-    return (row for line in lines_backwards(path) if (row := object_in(line)) is not None)
-
-
-def lines_backwards(path: Path) -> Iterator[bytes]:
-    """Lines of a file that is being written, from its end on; none when there is no file. The last may be half a line
-    yet. One that is too long to be a row ends it."""
-    try:
-        with open(path, "rb") as file:
-            start, rest = file.seek(0, os.SEEK_END), b""
-            while start > 0 and len(rest) < _LONGEST_ROW_BYTES:
-                size = min(start, _BLOCK_BYTES)
-                start = file.seek(start - size)
-                first, *lines = (file.read(size) + rest).split(b"\n")
-                rest = first if start > 0 else b""  # the line may begin in the block before
-                yield from reversed(lines if start > 0 else [first, *lines])
-    except FileNotFoundError:
-        return
-
-
-def facts_in(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} when there is none, or not yet a whole one."""
-    try:
-        return object_in(path.read_bytes()) or {}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-
-
-def object_in(data: bytes) -> dict[str, Any] | None:
-    """The JSON object that these bytes are; None when they are anything else, such as half of one."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def amount(facts: dict[str, Any], key: str) -> float | None:
-    """A finite number."""
-    value = facts.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # JSON's whole numbers have no end
-        return None
-
-
-def whole(facts: dict[str, Any], key: str) -> int | None:
-    """A whole number that a counter of ours can have reached."""
-    value = facts.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
-
-
-def text(facts: dict[str, Any], key: str) -> str | None:
-    """A line of text, without what would move a terminal's cursor."""
-    value = facts.get(key)
-    if not isinstance(value, str) or not value.strip():
-        return None
-    return "".join(c if c.isprintable() else " " for c in value).strip()

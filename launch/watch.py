@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -13,15 +14,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from configs.errors import UserError
-from launch.monitor.rows import OtherVersion, Row, newest_rows
-from launch.run_folder import amount, last_row, rows_backwards
+from configs.errors import UserError, printable
+from launch.monitor.rows import OtherVersion, newest_rows
+from launch.run_folder import last_row
 from launch.screen import Picture, show, show_once
 from trainer import life
 from trainer.arguments import Parser, typed
 from trainer.console import duration, si
 from trainer.folder import RunFolder
 from trainer.life import Attempt
+from trainer.rows import PassedOver, Row, amount, rows_backwards, text, whole
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _OLD_S = 15.0  # without a row a node is not seen any more
@@ -71,12 +73,15 @@ class Watcher:
         self.folder = folder
         self._nodes: dict[str, NodeView] = {}
         self._notes: list[str] = []
+        self._over = PassedOver()
 
     def look(self, height: int | None, state: str | None = None) -> Group:
         """The whole picture; `height` None shows every line. `state`: how the run is, from who knows it better."""
+        self._over = PassedOver()
         self._read_nodes()
-        head = [*self._head(state), *(Text(note, style="red") for note in self._notes)]
-        events = self._events()
+        head, events = self._head(state), self._events()
+        notes = [*self._notes, *([self._over.told(self.folder.root)] if self._over else [])]
+        head += [Text(note, style="red", no_wrap=True, overflow="ellipsis") for note in notes]
         room = None if height is None else max(height - len(head) - len(events) - 3, 3)
         return Group(*head, self._table(room), *events)
 
@@ -85,7 +90,7 @@ class Watcher:
         for path in self.folder.gpu.glob("*.jsonl"):
             known = self._nodes.get(path.stem)
             try:
-                rows = newest_rows(path, "second", 1 if known else _HISTORY)
+                rows = newest_rows(path, "second", 1 if known else _HISTORY, self._over)
             except OtherVersion as other:
                 self._notes.append(str(other))
                 continue
@@ -101,7 +106,7 @@ class Watcher:
         number = max(life.numbers(self.folder), default=None)
         attempt = f"attempt {number}" if number is not None else "no attempt yet"
         head = [Text(f"{self.folder.root.name}  {attempt}  {state or self._state(number)}", style="bold", no_wrap=True)]
-        if row := last_row(self.folder.metrics, "loss", number):
+        if row := last_row(self.folder.metrics, "loss", number, self._over):
             names = ("step", "loss", "tokens_per_s", "mfu", "time_s")
             step, loss, speed, mfu, time_s = (amount(row, name) for name in names)
             told = [f"step {step:,.0f}"] if step is not None else []
@@ -134,16 +139,27 @@ class Watcher:
         return table
 
     def _events(self) -> list[Text]:
-        files = sorted(self.folder.events.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)[-20:]
-        rows = [row for path in files for row in islice(rows_backwards(path), 2 * _EVENTS)]
-        rows = [row for row in rows if amount(row, "time_s") is not None and row.get("event") not in _SILENT]
+        files = sorted(self.folder.events.glob("*.jsonl"), key=_changed_s)[-20:]
+        rows = [row for path in files for row in islice(rows_backwards(path, self._over), 2 * _EVENTS)]
+        rows = [row for row in rows if row.get("time_s") is not None and text(row, "event") not in (None, *_SILENT)]
         told = []
         for row in sorted(rows, key=lambda row: row["time_s"])[-_EVENTS:]:
-            facts = {k: v for k, v in row.items() if k not in ("time_s", "event") and isinstance(v, str | int | float)}
+            facts = {k: text(row, k) or v for k, v in row.items() if isinstance(v, str | int | float)}
             when = time.strftime("%H:%M:%S", time.localtime(row["time_s"]))
-            text = f"{when} {row['event']} " + " ".join(f"{k}={v}" for k, v in facts.items())
-            told.append(Text(text, no_wrap=True, overflow="ellipsis", style="yellow" if _is_bad(row) else "dim"))
+            line = f"{when} {facts['event']} " + " ".join(
+                f"{name}={value}" for name, value in facts.items() if name not in ("time_s", "event")
+            )
+            told.append(
+                Text(printable(line), no_wrap=True, overflow="ellipsis", style="yellow" if _is_bad(row) else "dim")
+            )
         return told
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # gone meanwhile, or a link to nothing
+        return 0.0
 
 
 def _is_bad(row: Row) -> bool:
@@ -158,8 +174,8 @@ def _devices(row: Row) -> list[Row]:
 def _busy(device: Row) -> float | None:
     """Percent active: SM activity, else utilization, else a rank's main thread."""
     for name in ("sm_pct", "gpu_pct", "main_cpu_pct"):
-        if name in device:
-            return min(float(device[name]), 100.0)
+        if (value := amount(device, name)) is not None:
+            return min(max(value, 0.0), 100.0)
     return None
 
 
@@ -193,8 +209,13 @@ def _age(node: NodeView) -> str:
 
 
 def _mean(row: Row, name: str) -> str:
-    values = [gpu[name] for gpu in row["gpus"] if name in gpu]
+    values = [value for gpu in row["gpus"] if (value := amount(gpu, name)) is not None]
     return f"{sum(values) / len(values):.0f}" if values else ""
+
+
+def _number(device: Row, name: str, form: str = ".0f", unit: str = "") -> str:
+    value = amount(device, name)
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def _gpu_lines(nodes: list[NodeView]) -> list[Line]:
@@ -203,12 +224,12 @@ def _gpu_lines(nodes: list[NodeView]) -> list[Line]:
         ranks = node.row["ranks"]
         for place, device in enumerate(_devices(node.row)):
             rank = ranks[place] if place < len(ranks) else {}
-            kind = f"G{device['index']}" if "uuid" in device else f"r{device['rank']}"
-            number = lambda name, form=".0f", device=device: format(device[name], form) if name in device else ""  # noqa: E731
-            tensor = f"{device['tensor_pct']:.0f} %" if "tensor_pct" in device else ""
+            kind = f"G{whole(device, 'index')}" if "uuid" in device else f"r{whole(device, 'rank')}"
+            number = partial(_number, device)
+            tensor = number("tensor_pct", ".0f", " %")
             at = "LOST" if device.get("lost") else _age(node) or rank.get("phase", "").replace("_", " ")
-            if device.get("throttled"):
-                at += " throttled: " + ",".join(device["throttled"])
+            if isinstance(throttled := device.get("throttled"), list) and throttled:
+                at += printable(" throttled: " + ",".join(map(str, throttled)))
             cells = [f"{node.name} {kind}", _bar(_busy(device)), tensor, number("memory_gib", ".1f"), number("power_w")]
             cells += [number("temperature_c"), number("sm_clock_mhz"), str(rank.get("step", "")), at]
             busy = _busy(device)
@@ -222,9 +243,13 @@ def _node_lines(nodes: list[NodeView]) -> list[Line]:
         row = node.row
         each = _spark([None if device.get("lost") else _busy(device) for device in _devices(row)])
         steps = [rank["step"] for rank in row["ranks"]]
-        mean = _activity(row)
+        mean, cpu_pct = _activity(row), amount(row["host"], "cpu_pct") or 0.0
         cells = [node.name, each, "?" if mean is None else f"{mean:3.0f} %", _spark(list(node.activity))]
         cells += [_mean(row, "memory_gib"), _mean(row, "power_w"), _mean(row, "temperature_c")]
-        cells += [f"{row['host'].get('cpu_pct', 0):.0f} %", str(min(steps, default="")), _age(node) or _phase(row)]
+        cells += [
+            f"{cpu_pct:.0f} %",
+            str(min(steps, default="")),
+            _age(node) or _phase(row),
+        ]
         lines.append((-1.0 if mean is None or node.age_s > _OLD_S else mean, cells))
     return lines

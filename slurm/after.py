@@ -123,7 +123,7 @@ class After:
         told, died = set(), set()
         for path in self.folder.events.glob("*-launcher.jsonl"):
             node = path.name.removesuffix("-launcher.jsonl")
-            rows = [row["event"] for row in read_rows(path) if row["time_s"] >= self.job.start_s]
+            rows = [row.get("event") for row in read_rows(path) if (row.get("time_s") or 0.0) >= self.job.start_s]
             told |= {node} if "stop_passed_on" in rows else set()
             died |= {node} if "agent_died" in rows else set()
         silent = set(self.nodes) - self.life.left().keys() - told

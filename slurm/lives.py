@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from launch.run_folder import LIVES
 from trainer.environment import SLURM_JOB_ID, SLURM_RESTART_COUNT
-from trainer.folder import RunFolder, read_json, write_json
+from trainer.folder import RunFolder, write_json
 from trainer.life import USER_ERROR, End, newest
+from trainer.rows import facts_in, record
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Life:
 
     def left(self) -> dict[str, Left]:
         """By node."""
-        rows = [read_json(path) for path in sorted(self.path.glob("node-*.json"))]
-        return {row["node"]: Left(**row) for row in rows if row}
+        words = [record(Left, facts_in(path)) for path in sorted(self.path.glob("node-*.json"))]
+        return {word.node: word for word in words if word is not None}
 
     def end(self, outcome: Outcome) -> None:
         if self.folder.root.exists():
@@ -78,12 +78,9 @@ def lives_of(folder: RunFolder) -> Path:
 
 def outcomes(folder: RunFolder, job: str | None = None) -> list[Outcome]:
     """What the lives that have ended came to, of one job or of all, the latest last."""
-    rows: list[dict[str, Any]] = []
-    for path in lives_of(folder).glob(f"{job or '*'}-*/outcome.json"):
-        row = read_json(path)
-        if row:
-            rows.append(row)
-    return sorted((Outcome(**row) for row in rows), key=lambda outcome: outcome.time_s)
+    paths = lives_of(folder).glob(f"{job or '*'}-*/outcome.json")
+    found = [outcome for path in paths if (outcome := record(Outcome, facts_in(path))) is not None]
+    return sorted(found, key=lambda outcome: outcome.time_s)
 
 
 def failures_without_progress(folder: RunFolder, step: int) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from launch.run_folder import Outcome, RunView, amount, whole
+from launch.run_folder import Outcome, RunView
 from launch.text import age_text
 from slurm.queue import Job, Life, Queue
+from trainer.rows import amount, whole
 
 _SILENT_S = 300.0  # without a row; and ten steps
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from launch import run_folder
-from launch.run_folder import AttemptView, RunView, amount, whole
+from launch.run_folder import AttemptView, RunView
 from launch.text import age_text, table
 from slurm import queue
 from slurm.find import folders_named
@@ -20,6 +20,7 @@ from slurm.queue import Job, Life, Queue
 from slurm.state import job_of, lives, state_of, unexplained
 from trainer.arguments import Parser, typed
 from trainer.console import duration, si
+from trainer.rows import amount, whole
 from trainer.terminal import say
 
 NOTHING = "no run below runs/, and no job of yours in the queue"
@@ -205,6 +206,9 @@ def _notes(rows: Sequence[Row], answer: Queue, no_accounting: str | None) -> lis
         notes.append(f"Slurm was not heard ({answer.silent}): this is what the run folders say")
     if no_accounting is not None:
         notes.append(f"no accounting ({no_accounting}): jobs that are over are known for minutes only")
+    for row in rows:
+        if row.view is not None and row.view.passed_over:
+            notes.append(f"{_short(row.folder)}: {row.view.passed_over.told(row.folder)}")
     ahead_s = max((_latest_s(row) for row in rows), default=0.0) - time.time()
     if ahead_s > _SKEW_S:
         notes.append(f"a node's clock is {age_text(ahead_s)} ahead of the one here: ages are off by that")

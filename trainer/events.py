@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.folder import RunFolder
+from trainer.rows import PassedOver
+from trainer.rows import read_rows as read_rows  # beside the one that writes them
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -43,19 +45,6 @@ def tolerate_unwritable() -> Iterator[None]:
             raise
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole JSON lines of a file that may still be written to."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # cut off by a crash in the middle of a write
-    return rows
-
-
 class Events:
     """Appends to `events/<node>-<role>.jsonl`. One writer per file, so that no two processes share a line."""
 
@@ -72,7 +61,13 @@ class Events:
         append_row(self.path, {"time_s": round(time.time(), 6), "attempt": self.attempt, "event": event, **facts})
 
 
-def read_events(folder: RunFolder) -> list[dict[str, Any]]:
-    """Every event of a run in the order of time."""
-    rows = [row for path in sorted(folder.events.glob("*.jsonl")) for row in read_rows(path)]
-    return sorted(rows, key=lambda row: row["time_s"])
+def read_events(folder: RunFolder, over: PassedOver | None = None) -> list[dict[str, Any]]:
+    """Every event of a run in the order of time. Each has a time and a name; `over` notes what is none."""
+    found = []
+    for path in sorted(folder.events.glob("*.jsonl")):
+        for row in read_rows(path, over):
+            if row.get("time_s") is not None and row.get("event") is not None:
+                found.append(row)
+            elif over is not None:
+                over.rows[path] += 1
+    return sorted(found, key=lambda row: row["time_s"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.entries import checkpoint_name, committed_steps
+from trainer.rows import read_json as read_json  # beside the one that writes it
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """`write_text` of JSON."""
     write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any | None:
-    """The file's content; None when it is missing or not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None

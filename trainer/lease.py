@@ -20,11 +20,15 @@ from typing import Any
 import psutil
 
 from configs.errors import UserError
+from configs.files import NotAFile, read_regular
 from trainer.environment import FromLauncher, Job
-from trainer.folder import RunFolder, read_json
+from trainer.folder import RunFolder
 from trainer.inherited import without_job
+from trainer.rows import facts_in, moment, parsed, text, whole
 
 _JOB_LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
+_LARGEST_BYTES = 1 << 20
+_REMOVE = "if you know that no run holds the folder, remove it"
 
 
 def _self_description(node: str, attempt: int) -> dict[str, Any]:
@@ -88,10 +92,13 @@ def alive_here(holder: dict[str, Any], node: str) -> bool | None:
         return False if holder.get("node") == node else None  # same node, rebooted; or another node
     if holder.get("pid_namespace") != _pid_namespace():
         return None  # another container of this machine: its pids mean nothing here
+    pid, started_s = whole(holder, "pid"), moment(holder, "started_s")
+    if pid is None or pid <= 0 or started_s is None:
+        return None  # no lease of ours
     try:
-        process = psutil.Process(holder["pid"])
+        process = psutil.Process(pid)
         # A zombie has ended; whoever started it (a container without an init, say) just never asked how.
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder["started_s"]) < 2
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started_s) < 2
     except psutil.NoSuchProcess:
         return False  # and an hour later the pid may be someone else's, hence the time above
 
@@ -107,11 +114,11 @@ class Lease:
         """Make the lease, or take over a dead holder's. Raises UserError while a holder lives or may live."""
         mine = _self_description(node, attempt)
         with writable(folder.root), _locked(folder.root):
-            holder = read_json(folder.lease)
-            if folder.lease.exists():
-                _refuse_living(folder, holder or {}, node)
+            if os.path.lexists(folder.lease):
+                holder = _holder(folder.lease)
+                _refuse_living(folder, holder, node)
                 if holder:
-                    say(f"taking over {folder.root}: pid {holder['pid']} on {holder['node']} is gone")
+                    say(f"taking over {folder.root}: pid {holder.get('pid')} on {holder.get('node')} is gone")
                 folder.lease.unlink()
             descriptor = os.open(folder.lease, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -132,9 +139,10 @@ class Lease:
         step = {"job": job.id, "step": job.step, "life": job.life}
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            holder = read_json(folder.lease) or {}
-            if holder and all(holder.get(key) == value for key, value in step.items()):
-                return cls(folder.lease, holder["token"])
+            holder = facts_in(folder.lease)
+            token = text(holder, "token")
+            if token is not None and all(holder.get(key) == value for key, value in step.items()):
+                return cls(folder.lease, token)
             if wished():
                 return None
             time.sleep(0.1)
@@ -149,8 +157,7 @@ class Lease:
         launcher = FromLauncher.read(os.environ)
         if launcher is None:
             return None
-        holder = read_json(folder.lease) or {}
-        if holder.get("token") != launcher.lease:
+        if facts_in(folder.lease).get("token") != launcher.lease:
             raise UserError(f"{folder.lease}: the launcher that started this worker no longer holds the run folder")
         return cls(folder.lease, launcher.lease)
 
@@ -162,7 +169,19 @@ class Lease:
 
     def is_held(self) -> bool:
         """Whether it stands, as this one."""
-        return bool((read_json(self.path) or {}).get("token") == self.token)
+        return bool(facts_in(self.path).get("token") == self.token)
+
+
+def _holder(lease: Path) -> dict[str, Any]:
+    """What the lease says; {} when its writer died while it wrote. Raises UserError for what no launcher made."""
+    try:
+        data = read_regular(lease, _LARGEST_BYTES)
+    except NotAFile as error:
+        raise UserError(f"{lease}: {error.strerror}; {_REMOVE}") from error
+    found = parsed(data)
+    if found is not None and not isinstance(found, dict):
+        raise UserError(f"{lease}: it does not say who holds the run folder; {_REMOVE}")
+    return found or {}
 
 
 def _refuse_living(folder: RunFolder, holder: dict[str, Any], node: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.folder import RunFolder, read_json, write_json
+from trainer.folder import RunFolder, write_json
+from trainer.rows import facts_in, record, whole
 
 FINISHED, FAILED, USER_ERROR, STOPPED, REQUEUE = 0, 1, 2, 3, 75
 
@@ -26,6 +28,7 @@ _CLUSTER = ("SLURM_JOB_", "SLURM_ARRAY_", "SLURM_RESTART_COUNT", "SLURM_NNODES",
 _WORLD = ("MASTER_", "LOCAL_", "RANK", "WORLD_SIZE")
 _LIBRARIES = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "TORCHELASTIC_", "PYTORCH_", "OMP_", "MUSTER_")
 TOLD_PREFIXES = _CLUSTER + _WORLD + _LIBRARIES
+_NUMBER = re.compile(r"\d{3,18}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Attempt:
     def write_end(self, end: End) -> None:
         """Decide this attempt. An end that stands already is kept: the first to know was nearer to the cause."""
         path = self.path / "end.json"
-        if not path.exists():
+        if self.end is None:
             write_json(path, asdict(end) | {"time_s": time.time()})
         if not end.requeue:
             # Only now: a crash in between must not lose the request. At whatever end, so that it stops no later start;
@@ -92,14 +95,13 @@ class Attempt:
 
     @property
     def end(self) -> End | None:
-        data = read_json(self.path / "end.json")
-        return End(**{k: data.get(k) for k in End.__dataclass_fields__}) if data else None
+        """None without one, and where what lies there is no end: then it failed."""
+        return record(End, facts_in(self.path / "end.json"))
 
     @property
     def start_step(self) -> int | None:
         """The step it began after; None when it did not get that far."""
-        data = read_json(self.path / "start.json")
-        return data["start_step"] if data else None
+        return whole(facts_in(self.path / "start.json"), "start_step")
 
     def is_newest(self) -> bool:
         return max(numbers(self.folder)) == self.number
@@ -116,7 +118,8 @@ def numbers(folder: RunFolder) -> list[int]:
     """Numbers of the attempts so far, ascending."""
     if not folder.attempts.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.attempts.iterdir() if p.name.isdigit())
+    names = [name for name in os.listdir(folder.attempts) if _NUMBER.fullmatch(name)]
+    return sorted(int(name) for name in names if Attempt(folder, int(name)).path.name == name)
 
 
 def newest(folder: RunFolder) -> Attempt | None:

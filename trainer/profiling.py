@@ -32,7 +32,7 @@ class Profiling:
 
     def asked(self) -> bool:
         """Whether a person asks now. Rank 0 alone looks at the folder; a reduction tells the others."""
-        return self._world.first and self._last is None and self._file.exists()
+        return self._world.first and self._last is None and self._file.is_file()
 
     def after_step(self, step: int, asked: bool) -> None:
         """Begin or end a profile between two steps. `asked` is the same on all ranks."""

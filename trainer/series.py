@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from configs.errors import UserError
 from configs.schema import Config, RunSection, to_dict
 from trainer.events import read_rows, tolerate_unwritable
-from trainer.folder import RunFolder, read_json, write_json
+from trainer.folder import RunFolder, write_json
+from trainer.rows import amount, facts_in, text
 
 Row = dict[str, Any]
 _PATIENCE_S = 30  # for a server that does not answer, at the start and at the end
@@ -103,10 +104,10 @@ class WeightsAndBiases:
         import wandb
 
         self._say, self._run = say, None
-        known = read_json(folder.wandb / "run.json")
-        name = known["id"] if known else secrets.token_hex(4)
+        known = text(facts_in(folder.wandb / "run.json"), "id")
+        name = known or secrets.token_hex(4)
         # It takes no number for an earlier step than its last.
-        self._done = max((row.get("step", 0) for row in read_rows(folder.metrics)), default=0) if known else 0
+        self._done = max((row.get("step") or 0 for row in read_rows(folder.metrics)), default=0) if known else 0
         quiet = dict.fromkeys(("silent", "disable_job_creation"), True) | {"finish_timeout_raises": False}
         private = ("disable_git", "disable_code", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
         told: dict[str, Any] = {**quiet, **dict.fromkeys(private, True), "console": "off"}
@@ -176,8 +177,9 @@ class Readings:
             return {}
         self._seen = changed
         return {
-            f"gpu/{node}/{name}/{which}": float(value)
-            for node, readings in (read_json(self._path) or {}).items()
-            for name, both in readings.items()
-            for which, value in zip(("mean", "lowest"), both, strict=True)
+            f"gpu/{node}/{name}/{which}": value
+            for node, readings in facts_in(self._path).items()
+            for name, both in (readings.items() if isinstance(readings, dict) else ())
+            for which, told in zip(("mean", "lowest"), both if isinstance(both, list) else (), strict=False)
+            if (value := amount({which: told}, which)) is not None
         }

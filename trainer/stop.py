@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.environment import Job
-from trainer.folder import read_json, write_json
+from trainer.folder import write_json
+from trainer.rows import facts_in, text
 
 _AGENT_PATIENCE_S = 5.0
 
@@ -128,9 +129,9 @@ class StopWish:
         elif self._limit_s is not None and time.monotonic() - self._began >= self._limit_s:
             self.wish(Cause.TIME_LIMIT_REQUEUE if Job.read(os.environ).id else Cause.TIME_LIMIT)
         elif self._request is not None and self._request.exists():
-            request = read_json(self._request)
-            if request is not None:
-                self.wish(Cause[request["cause"]])
+            name = text(facts_in(self._request), "cause")
+            if name is not None and name in Cause.__members__:
+                self.wish(Cause[name])
         return self.cause
 
     def raise_if_wished(self) -> None:

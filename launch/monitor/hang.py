@@ -5,7 +5,6 @@ When one rank hangs, all others soon wait for it: every rank stands still, and o
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from launch.monitor.ask import STOPPED, Standstill
 from trainer.events import tolerate_unwritable
 from trainer.folder import read_json, write_json
 from trainer.heartbeat import Beat, Phase
+from trainer.rows import facts_in, record
 
 _NODES_S = 10.0  # that the other nodes' findings may take to be seen
 
@@ -85,10 +85,7 @@ def share(found: list[Standstill], attempt: Path, node: str, nodes: list[str]) -
 
 def _standstills(rows: Any) -> list[Standstill]:
     """What another node found; nothing when it wrote none, or something else."""
-    try:
-        return [Standstill(**row) for row in rows or []]
-    except TypeError:
-        return []
+    return [one for row in (rows if isinstance(rows, list) else []) if (one := record(Standstill, row)) is not None]
 
 
 def describe(guilty: list[Standstill], why: str) -> tuple[str, dict[str, Any]]:
@@ -106,7 +103,4 @@ def describe(guilty: list[Standstill], why: str) -> tuple[str, dict[str, Any]]:
 
 def read_verdict(path: Path) -> dict[str, Any] | None:
     """What the monitor left for the launcher: the attempt is to be ended."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
-        return None
+    return facts_in(path) or None

@@ -23,10 +23,11 @@ from launch.monitor.prometheus import Endpoint
 from launch.monitor.rollup import Minute
 from launch.monitor.windows import Windows
 from trainer.events import Events, tolerate_unwritable
-from trainer.folder import RunFolder, read_json, write_json
+from trainer.folder import RunFolder, write_json
 from trainer.heartbeat import Beat, Heartbeat, Heartbeats, Phase
 from trainer.life import Attempt, End
 from trainer.names import node_name
+from trainer.rows import facts_in
 from trainer.terminal import say
 
 ROLLUP_S = 60.0
@@ -172,7 +173,8 @@ class Monitor:
         found = ask(beats, node_name(), attempt.path)
         if all(standstill.gone for standstill in found):
             return False  # the launcher sees that, and has just not come to an end
-        nodes = (read_json(attempt.path / "start.json") or {}).get("hosts", [node_name()])
+        hosts = facts_in(attempt.path / "start.json").get("hosts")
+        nodes = [str(host) for host in hosts] if isinstance(hosts, list) else [node_name()]
         known = share(found, attempt.path, node_name(), nodes)
         wake(found, attempt.path)
         line, facts = describe(*culprits(known))

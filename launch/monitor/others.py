@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch.monitor.rows import Row, newest
+from launch.monitor.rows import newest
+from trainer.rows import Row
 
 T = TypeVar("T")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from configs.files import NotAFile, open_regular
 from launch.monitor.journal import VERSION
-from launch.run_folder import lines_backwards, object_in
+from trainer.heartbeat import Phase
+from trainer.rows import PassedOver, Row, amount, lines_backwards, row_in, whole
 
-Row = dict[str, Any]
+_PHASES = {phase.word for phase in Phase}
+_LONGEST_HEAD_BYTES = 1 << 20
 _LINES_LOOKED_AT = 2000  # half an hour of seconds
 
 
@@ -26,23 +28,49 @@ def newest(path: Path, kind: str) -> Row | None:
     return found[-1] if found else None
 
 
-def newest_rows(path: Path, kind: str, most: int) -> list[Row]:
+def newest_rows(path: Path, kind: str, most: int, over: PassedOver | None = None) -> list[Row]:
     """The last whole rows of a kind, oldest first; fewer than `most` when the file's last part holds no more. Raises
-    OtherVersion."""
+    OtherVersion. `over` notes rows that no monitor writes."""
     first = head(path)
     if first is not None and first.get("version") != VERSION:
         raise OtherVersion(f"{path} is of version {first.get('version')}, this is version {VERSION}")
     begins = b'{"kind": "%s"' % kind.encode()  # so that only what is asked for is parsed
     lines = (line for line in islice(lines_backwards(path), _LINES_LOOKED_AT) if line.startswith(begins))
-    rows = (row for line in lines if (row := object_in(line)) is not None)
-    return list(islice(rows, most))[::-1]
+    found: list[Row] = []
+    for line in lines:
+        row = row_in(line)
+        if row is not None and _is_whole(row, kind):
+            found.append(row)
+        elif over is not None:
+            over.rows[path] += 1
+        if len(found) == most:
+            break
+    return found[::-1]
+
+
+def _is_whole(row: Row, kind: str) -> bool:
+    """Whether it holds what every row of its kind does."""
+    if row.get("time_s") is None or not _are_objects(row.get("ranks")):
+        return False
+    if kind != "second":
+        return True
+    return isinstance(row.get("host"), dict) and _are_objects(row.get("gpus")) and all(map(_is_rank, row["ranks"]))
+
+
+def _are_objects(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
+
+
+def _is_rank(rank: Row) -> bool:
+    numbers = (whole(rank, "rank"), whole(rank, "step"), amount(rank, "still_s"))
+    return None not in numbers and rank.get("phase") in _PHASES
 
 
 def head(path: Path) -> Row | None:
     """The row that says what the file is."""
     try:
-        with open(path, "rb") as file:
-            row = object_in(file.readline())
-    except FileNotFoundError:
+        with open_regular(path) as file:
+            row = row_in(file.readline(_LONGEST_HEAD_BYTES))
+    except (FileNotFoundError, NotAFile):
         return None
     return row if row is not None and row.get("kind") == "node" else None

@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from launch import run_folder
-from launch.run_folder import all_attempts, last_row, rows_backwards, runs_in, view
+from launch.run_folder import all_attempts, last_row, runs_in, view
 from tests import made_up
+from trainer import rows
 from trainer.folder import RunFolder
 from trainer.lease import _self_description
 from trainer.life import End
+from trainer.rows import rows_backwards
 
 _ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 _JSON = st.recursive(_ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
@@ -64,7 +65,7 @@ def test_rows_from_the_end_are_the_rows_from_the_start(lines: list[bytes], cut: 
         except ValueError:
             continue
         expected += [row] if isinstance(row, dict) else []
-    with tempfile.TemporaryDirectory() as place, patch.object(run_folder, "_BLOCK_BYTES", block):
+    with tempfile.TemporaryDirectory() as place, patch.object(rows, "_BLOCK_BYTES", block):
         path = Path(place) / "rows"
         path.write_bytes(data)
         assert list(rows_backwards(path)) == expected[::-1]
