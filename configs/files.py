@@ -13,13 +13,29 @@ class NotAFile(OSError):
     """What lies there is no regular file. `strerror` says what it is."""
 
 
-_KINDS = (
-    (stat.S_ISDIR, errno.EISDIR, "it is a folder, not a file"),
-    (stat.S_ISFIFO, errno.EINVAL, "it is a pipe, not a file"),
-    (stat.S_ISSOCK, errno.EINVAL, "it is a socket, not a file"),
-    (stat.S_ISCHR, errno.EINVAL, "it is a device, not a file"),
-    (stat.S_ISBLK, errno.EINVAL, "it is a device, not a file"),
-)
+def kind_of(mode: int) -> str:
+    """What has this mode, for a sentence."""
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
+    """Why this is no file, or no `folder`, links followed; None when it is one, or when there is nothing of this name.
+
+    Raises OSError when that cannot be seen.
+    """
+    gone = (errno.ENOENT, errno.ENOTDIR)
+    link = f"a link to {os.readlink(path)}" if os.path.islink(path) else None
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if link is None and error.errno not in (*gone, errno.ELOOP):  # ELOOP: of a folder above, which is named
+            raise
+        why = "which is not there" if error.errno in gone else f"and: {error.strerror}"
+        return link and f"it is {link}, {why}"
+    if stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode):
+        return None
+    return f"it is {f'{link}, ' if link else ''}{kind_of(mode)}, not a {'folder' if folder else 'file'}"
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -35,10 +51,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
             raise NotAFile(errno.EINVAL, "it is a socket, not a file", os.fspath(path)) from None
         raise
     mode = os.fstat(descriptor).st_mode
-    for is_kind, number, words in _KINDS:
-        if is_kind(mode):
-            os.close(descriptor)
-            raise NotAFile(number, words, os.fspath(path))
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise NotAFile(number, f"it is {kind_of(mode)}, not a file", os.fspath(path))
     return open(descriptor, "rb")
 
 

@@ -7,6 +7,7 @@ row of an attempt that failed is lost work (`redone`), or `stalled` when it hung
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,7 @@ def _attempts(folder: RunFolder, over: PassedOver) -> list[_Attempt]:
             watched.get(number),
             *(r["time_s"] for r in mine[-1:] + told[-1:]),
         ]
-        last = max((sign for sign in signs if sign is not None), default=path.stat().st_mtime)
+        last = max((sign for sign in signs if sign is not None), default=os.lstat(path).st_mtime)
         found.append(_Attempt(number, start, end, mine, told, last))
     return found
 

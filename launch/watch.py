@@ -81,7 +81,7 @@ class Watcher:
         self._read_nodes()
         head, events = self._head(state), self._events()
         notes = [*self._notes, *([self._over.told(self.folder.root)] if self._over else [])]
-        head += [Text(note, style="red", no_wrap=True, overflow="ellipsis") for note in notes]
+        head += [Text(note, style="red") for note in notes]
         room = None if height is None else max(height - len(head) - len(events) - 3, 3)
         return Group(*head, self._table(room), *events)
 

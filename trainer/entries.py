@@ -7,7 +7,6 @@ never changed or deleted: its bytes may be those of another run. Only names that
 from __future__ import annotations
 
 import enum
-import errno
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.files import kind_fault
 
 _OURS = re.compile(r"(step-\d{8,18})(?:\.(bad|partial|deleting)-.+)?", re.ASCII)
 _ANY_STEP = re.compile(r"step-(\d{1,18})")  # also in digits of other scripts
@@ -77,7 +77,7 @@ def entry_at(path: Path) -> Entry | None:
     match, any_step = _OURS.fullmatch(path.name), _ANY_STEP.match(path.name)
     step = int(any_step[1]) if any_step else None
     target = os.readlink(path) if stat.S_ISLNK(mode) else None
-    fault = _spelling_fault(match) or _kind_fault(path, mode, target)
+    fault = _spelling_fault(match) or kind_fault(path, folder=True)
     kind = Kind(match[2] or "") if match else Kind.UNUSABLE
     if fault is None and target is not None and kind in (Kind.PARTIAL, Kind.DELETING):
         fault = f"it is a link to {target}, and only a folder can be {kind.value}"
@@ -88,19 +88,6 @@ def _spelling_fault(match: re.Match[str] | None) -> str | None:
     if match is None or match[1] != checkpoint_name(int(match[1].removeprefix("step-"))):
         return "no checkpoint has such a name"
     return None
-
-
-def _kind_fault(path: Path, mode: int, target: str | None) -> str | None:
-    if target is not None:
-        try:
-            mode = os.stat(path).st_mode
-        except OSError as error:
-            missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-            return f"it is a link to {target}, " + ("which is not there" if missing else f"and: {error.strerror}")
-    if stat.S_ISDIR(mode):
-        return None
-    what = "a file" if stat.S_ISREG(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a socket or device"
-    return f"it is a link to {target}, {what}" if target is not None else f"it is {what}, not a folder"
 
 
 def entries(checkpoints: Path) -> list[Entry]:

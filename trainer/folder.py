@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.files import kind_fault
 from trainer.entries import checkpoint_name, committed_steps
 from trainer.rows import read_json as read_json  # beside the one that writes it
 
@@ -78,6 +79,23 @@ class RunFolder:
         """(step, name) of the newest committed checkpoint; (0, None) without one."""
         steps = self.committed_steps()
         return (steps[-1], checkpoint_name(steps[-1])) if steps else (0, None)
+
+
+def wrong_kinds(folder: RunFolder) -> list[str]:
+    """A line for each path of a run folder that is a folder where a file must be, a pipe, or the other way round.
+
+    Whoever writes there later would fail at the first save, or wait for ever. Raises OSError when it cannot be seen.
+    """
+    folders = [folder.root, folder.attempts, folder.checkpoints, folder.events, folder.gpu, folder.root / "slurm"]
+    folders += [folder.root / "slurm/lives", folder.tensorboard, folder.wandb]
+    files = [folder.config, folder.metrics, folder.lease, folder.stop, folder.profile, folder.readings]
+    files += [folder.root / "slurm/job.json", folder.wandb / "run.json"]
+    if folder.attempts.is_dir():
+        folders += [folder.attempts / name for name in sorted(os.listdir(folder.attempts)) if name.isdigit()]
+    for place in (folder.events, folder.gpu):
+        files += sorted(place.glob("*.jsonl"))
+    wanted = [*((path, True) for path in folders), *((path, False) for path in files)]
+    return [f"{path}: {fault}" for path, is_folder in wanted if (fault := kind_fault(path, is_folder)) is not None]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,12 +17,14 @@ from configs.load import dump, load
 from configs.schema import Config, differences, fields, fingerprint, result_fields
 from trainer.data.listing import check_source
 from trainer.engines import check_engine
-from trainer.folder import RunFolder, write_text
+from trainer.entries import refuse_to_pass_over
+from trainer.folder import RunFolder, write_text, wrong_kinds
 from trainer.freeze import check_schedule
 from trainer.layout import resolve
 from trainer.series import check_series
 from trainer.start_from import checkpoint_named
 
+_SHOWN = 3
 _MOST_NAME_BYTES = 255  # of Linux, for one name in a path
 _MOST_PATH_BYTES = 4095 - 200  # of Linux, less what is made below a run folder or a cache, rounded up
 
@@ -126,12 +128,27 @@ def check_place(key: str, folder: Path) -> None:
         raise UserError(f"{key}: cannot write to {folder}: {existing} cannot be written to")
 
 
+def check_contents(folder: RunFolder) -> None:
+    """Raise UserError when something in the run folder is of another kind than what is written there, or may be a newer
+    checkpoint and cannot be used."""
+    try:
+        wrong = wrong_kinds(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be looked at: {error.strerror or error}") from error
+    if wrong:
+        more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise UserError("\n".join(wrong[:_SHOWN]) + f"{more}\nmove it away, or use another run.dir")
+    steps = folder.committed_steps()
+    refuse_to_pass_over(folder.checkpoints, steps[-1] if steps else None)
+
+
 def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
     """Compare with the config this folder was begun with.
 
     Returns the admitted changes as facts for events. Raises UserError that names every other field that changes the
-    result. Touches nothing.
+    result, and whatever lies in the way. Touches nothing.
     """
+    check_contents(folder)
     known = {key for key, _, _ in fields(config)}
     for key in config.run.accept_changes:
         if key not in known:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from launch.watch import Watcher, main
 from tests.made_up import second
 from trainer.events import append_row
 from trainer.folder import RunFolder, write_json
+from trainer.life import End
 
 
 def a_run(root: Path, nodes: int, gpus: int = 8, seconds: int = 20, age_s: float = 0.0, **changes: Any) -> RunFolder:
@@ -109,7 +111,7 @@ def test_a_folder_of_another_version_is_said(tmp_path: Path) -> None:
 
 def test_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = a_run(tmp_path, 1, 2)
-    write_json(folder.attempts / "000" / "end.json", {"reason": "failed", "step": 4, "requeue": True, "cause": "hang"})
+    write_json(folder.attempts / "000" / "end.json", asdict(End("failed", 4, None, True, "hang")))
     assert main([str(folder.root), "--once"]) == 0
     assert "attempt 0  failed (hang)" in capsys.readouterr().out
 

@@ -318,10 +318,9 @@ def test_one_run_that_may_not_be_read_hides_no_other(tmp_path: Path) -> None:
     (tmp_path / "runs/s/attempts/000/start.json").mkdir()
     done = verb(tmp_path, "status", **SLURM | {"squeue": RUNNING})
     assert done.returncode == 0
-    assert [row["state"] for row in table(done.stdout)] == [
-        "running",
-        "runs/s/attempts/000/start.json: Is a directory",
-    ]
+    assert [row["state"] for row in table(done.stdout)] == ["running", "died"]
+    told = "passed over, as it cannot be read: attempts/000/start.json (it is a folder, not a file)"
+    assert f"runs/s: {told}" in done.stdout
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def a_file(path: Path) -> None:
 UNUSABLE: list[tuple[str, Callable[[Path], object], str]] = [
     ("step-00000009", a_link_to_nothing, "which is not there"),
     ("step-00000009", a_link_to_itself, "Too many levels of symbolic links"),
-    ("step-00000009", a_link_to_a_file, "it is a link to notes, a file"),
+    ("step-00000009", a_link_to_a_file, "it is a link to notes, a file, not a folder"),
     ("step-00000009", a_file, "it is a file, not a folder"),
     ("step-00000009", os.mkfifo, "it is a pipe, not a folder"),
     ("step-0000000９", Path.mkdir, "no checkpoint has such a name"),  # a digit that int() takes
