@@ -27,7 +27,9 @@ class RunSection(Section):
     name: str = speed("run", "name of the run; the folder is `runs/<name>` unless `run.dir` is given", min_length=1)
     dir: str | None = speed(None, "the run folder, on a filesystem that every node sees")
     seed: int = result(0, "seed of initialisation, data order and dropout", ge=0)
-    accept_changes: list[str] = speed([], "keys that may differ from what this folder was begun with")
+    accept_changes: list[str] = speed(
+        [], "keys that may differ from what this folder was begun with; `data.content`: what the sources hold"
+    )
     log_every_steps: int = speed(10, "steps between two rows of metrics.jsonl", ge=1)
     tensorboard: bool = speed(True, "also write the metrics for TensorBoard")
     wandb: str | None = speed(

@@ -171,7 +171,35 @@ def test_a_source_that_changed(tmp_path: Path) -> None:
     assert train(config) == [0]
     path = str(write_config(tmp_path))
     (tmp_path / "corpus/003.txt").write_text("another text, of another length than before")
+    switch = "run.accept_changes=[data.content]"
+    refused(tmp_path, [path, "train.steps=8"], "'words' changed", "003.txt", switch)
+    # To admit other sources is not to admit other content: these are two switches.
+    refused(tmp_path, [path, "train.steps=8", "run.accept_changes=[data.sources]"], "'words' changed", "003.txt")
+    assert run_ranks(1, entry, [path, "train.steps=8", switch])[0][0] == 0
+    assert "'words' changed" in events(tmp_path)["data_changed"]["what"]
+
+
+def events(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """The last event of each kind."""
+    rows = [json.loads(line) for file in (tmp_path / "run/events").iterdir() for line in file.read_text().splitlines()]
+    return {row["event"]: row for row in rows}
+
+
+def test_a_source_that_was_moved(tmp_path: Path) -> None:
+    """The same content at another place goes on without a word of admission; other content there does not."""
+    config = tiny(tmp_path)
+    assert train(config) == [0]
+    path = str(
+        write_config(tmp_path, data__sources=[{**config["data"]["sources"][0], "path": str(tmp_path / "moved")}])
+    )
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    (tmp_path / "moved/003.txt").rename(tmp_path / "003.txt")
     refused(tmp_path, [path, "train.steps=8"], "'words' changed", "003.txt")
+    (tmp_path / "003.txt").rename(tmp_path / "moved/003.txt")
+    assert run_ranks(1, entry, [path, "train.steps=8"])[0][0] == 0
+    moved = events(tmp_path)["data_moved"]
+    assert [moved[when][0]["path"] for when in ("old", "new")] == [str(tmp_path / "corpus"), str(tmp_path / "moved")]
+    refused(tmp_path, [path, "train.steps=9", "data.sources.0.weight=2.0"], "data.sources", "weight")
 
 
 def test_patterns_that_match_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from configs.errors import UserError
 from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.load import Checkpoint, read_manifest
 from trainer.checkpoint.loading import Loading
 from trainer.checkpoint.plan import Plan, Target, frozen_in, plan, some
 from trainer.data.prepared import check_unchanged
@@ -20,6 +20,7 @@ from trainer.entries import name_fault
 from trainer.freeze import check_schedule, choose_trainable
 from trainer.loop import Progress
 from trainer.optim import counts_steps, state_keys
+from trainer.preflight import DATA_CONTENT
 from trainer.start_from import checkpoint_named
 
 if TYPE_CHECKING:
@@ -71,16 +72,37 @@ def find_origin(run: Run) -> Origin:
 
 def origin_at(run: Run, checkpoint: Checkpoint, everything: bool, continuing: bool) -> Origin:
     """What loading this checkpoint would do. Raises UserError unless data and tensors are what this run expects."""
-    accepted = run.config.run.accept_changes
-    if everything and "data.sources" not in accepted:
-        check_unchanged(checkpoint.manifest.data, run.prepared)
+    if everything:
+        _check_data(run, checkpoint)
     step = checkpoint.step if everything else 0
     trainable = trainable_after(run, step)
     loading = _plan(run, checkpoint, everything, trainable, continuing)
-    if continuing and not any(key.startswith("freeze.") for key in accepted):
+    if continuing and not any(key.startswith("freeze.") for key in run.config.run.accept_changes):
         check_freezing(run, checkpoint)
     run.console.say("\n".join(loading.lines()))
     return Origin(checkpoint.path, everything, continuing, trainable, loading)
+
+
+def _check_data(run: Run, checkpoint: Checkpoint) -> None:
+    try:
+        check_unchanged(checkpoint.manifest.data, run.prepared)
+    except UserError as error:
+        if DATA_CONTENT not in run.config.run.accept_changes:
+            raise
+        run.events.write("data_changed", what=str(error).splitlines()[0])
+
+
+def fingerprints_to_find(run: Run) -> dict[str, str]:
+    """What the sources held for the checkpoint that will be gone on from; empty when there is none, or it is bad: that
+    is said when it is loaded."""
+    start, name = run.config.start, run.folder.newest_checkpoint()[1]
+    if name is None and (start.from_ is None or start.take == "weights"):
+        return {}
+    path = run.folder.checkpoints / name if name is not None else checkpoint_named(Path(start.from_ or ""))
+    try:
+        return read_manifest(path)[0].data
+    except BadCheckpoint:
+        return {}
 
 
 def _plan(run: Run, checkpoint: Checkpoint, everything: bool, trainable: frozenset[str], continuing: bool) -> Plan:

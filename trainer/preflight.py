@@ -24,7 +24,8 @@ from trainer.layout import resolve
 from trainer.series import check_series
 from trainer.start_from import checkpoint_named
 
-_SHOWN = 3
+    check_contents(folder)
+    known = {key for key, _, _ in fields(config)} | {DATA_CONTENT}
 _MOST_NAME_BYTES = 255  # of Linux, for one name in a path
 _MOST_PATH_BYTES = 4095 - 200  # of Linux, less what is made below a run folder or a cache, rounded up
 
@@ -148,8 +149,12 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
     Returns the admitted changes as facts for events. Raises UserError that names every other field that changes the
     result, and whatever lies in the way. Touches nothing.
     """
+<<<<<<< HEAD
     check_contents(folder)
     known = {key for key, _, _ in fields(config)}
+=======
+    known = {key for key, _, _ in fields(config)} | {DATA_CONTENT}
+>>>>>>> 82957bd (Let a moved corpus go on by its content, and admit other content by a switch of its own)
     for key in config.run.accept_changes:
         if key not in known:
             raise UserError(f"run.accept_changes: there is no key {key!r}")
@@ -160,7 +165,8 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
         {"key": key, "old": before, "new": after}
         for key, before, after in differences(result_fields(old), result_fields(config))
     ]
-    refused = [c for c in changes if c["key"] not in config.run.accept_changes]
+    moved = [c for c in changes if _is_settled_by_content(c, config)]
+    refused = [c for c in changes if c not in moved and c["key"] not in config.run.accept_changes]
     if refused:
         named = ", ".join(f"{c['key']} {c['old']!r} -> {c['new']!r}" for c in refused)
         keys = ",".join(c["key"] for c in refused)
@@ -168,10 +174,20 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
             f"{folder.root} was begun with another config: {named}\n"
             f"use another run.dir, or admit it with run.accept_changes=[{keys}]"
         )
-    events = [{"event": "config_changed", **c} for c in changes]
+    events = [{"event": "data_moved" if c in moved else "config_changed", **c} for c in changes]
     if old.train.steps != config.train.steps:
         events.append(_steps_changed(old, config))
     return events
+
+
+def _is_settled_by_content(change: dict[str, Any], config: Config) -> bool:
+    """Whether a change is only where data lies. What it holds is compared, before a checkpoint is gone on from."""
+    if change["key"] == "data.sources":
+        old, new = ([{**s, "path": "", "pattern": ""} for s in change[when]] for when in ("old", "new"))
+        return old == new
+    # Ids are there already: these two only tell where documents end, and the content is compared for that too.
+    only_ids = all(source.kind == "tokens" for source in config.data.sources)
+    return only_ids and change["key"] in ("data.tokenizer", "data.end_token")
 
 
 def _steps_changed(old: Config, new: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import Config, fingerprint, to_dict
-from trainer.begin import begin, load, look_ahead, origin_at, target_of, trainable_after
+from trainer.begin import begin, fingerprints_to_find, load, look_ahead, origin_at, target_of, trainable_after
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
@@ -96,8 +96,9 @@ class Run:
 
     def _prepare(self) -> Path:
         config = self.config
+        cache, began_with = self.folder.cache(config.data.cache), fingerprints_to_find(self)
         try:
-            return prepare(config, self.folder.cache(config.data.cache), self.console.say, self._wished)
+            return prepare(config, cache, self.console.say, self._wished, began_with)
         except Interrupted as interrupted:
             raise StopRequested(self.wish.cause or Cause.INTERRUPT) from interrupted
 

@@ -23,19 +23,15 @@ import numpy as np
 from configs.errors import UserError
 from configs.schema import Config, Source
 from trainer.data import files
+from trainer.data.cached import CUTS, FILES, FORMAT, META, find_prepared, settings_of
 from trainer.data.content import check_content
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES, pieces
-from trainer.data.listing import FileStat, list_files, readable, refuse_unreadable, source_root
+from trainer.data.listing import FileStat, list_files, readable, refuse_unreadable
 from trainer.data.order import quotas
 from trainer.data.prepared import Prepared
-from trainer.data.sources import Document, FileReading, hash_file, new_hash, read_file
+from trainer.data.sources import Document, FileReading, new_hash, read_file
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1
-CUTS = (
-    2  # how long texts are cut; folders of the first way do not say it, and some of its ids were not those of the whole
-)
-_FILES, _META = "files.json", "meta.json"
 _BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is seen soon
 _LARGE_PIECE_BYTES = 1 << 20  # a piece of this much text is worth a line
 _POLL_S = 0.05
@@ -141,22 +137,19 @@ def _source_folder(
     """The folder of a prepared source that holds what its files hold now; made if there is none."""
     progress.poll()
     found = list_files(source, progress.poll)
-    settings = _settings(config, source, tokenizer)
+    settings = settings_of(config, source, tokenizer)
     name = f"{source.name}-{_digest(settings)}"
     stats = _stats(source, found, progress)
-    expected = cache / f"{name}-{(began_with or '')[:16]}"
-    for folder in sorted(cache.glob(f"{name}-*"), key=lambda folder: folder != expected):
-        if folder != expected and not _is_cut_as_now(folder, source, tokenizer, stats):
-            continue
-        if _still_holds(folder, source, dict(found), stats, progress):
-            return folder
+    prepared = find_prepared(cache, source, settings, tokenizer.places, found, stats, began_with, progress.poll)
+    if prepared is not None:
+        return prepared
     check_content(source, found, progress.say, progress.poll)
     with files.temporary_folder(cache) as temporary:
         fingerprint = _tokenise(config, source, settings, tokenizer, found, temporary, progress)
         final = cache / f"{name}-{fingerprint[:16]}"
         if not files.publish(temporary, final):
             # Another start was faster, or the same documents came in other files: these are the files now.
-            for file in (_FILES, _META):
+            for file in (FILES, META):
                 (temporary / file).replace(final / file)
     progress.say(f"prepared {progress.summary()}")
     return final
@@ -172,56 +165,6 @@ def _stats(source: Source, found: list[tuple[str, Path]], progress: _Progress) -
             gone[relative] = error.strerror or str(error)
     refuse_unreadable(source, gone, len(found))
     return stats
-
-
-def _is_cut_as_now(folder: Path, source: Source, tokenizer: Tokenizer, stats: dict[str, FileStat]) -> bool:
-    """Whether a folder holds what would be prepared today: long texts were once cut where it could change the ids."""
-    if (
-        source.kind == "tokens"
-        or tokenizer.places is ANYWHERE
-        or all(s.size_bytes <= PIECE_BYTES for s in stats.values())
-    ):
-        return True
-    try:
-        return bool(files.read_json(folder / _META).get("cuts") == CUTS)
-    except (OSError, ValueError):
-        return False
-
-
-def _settings(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything but the files themselves that decides what a prepared source holds."""
-    size = config.model.vocab_size if source.kind == "tokens" else tokenizer.size
-    return {
-        "format": FORMAT,
-        "source": {**source.model_dump(exclude={"weight"}), "path": str(source_root(source))},
-        "tokenizer": "ids" if source.kind == "tokens" else tokenizer.fingerprint,
-        "end_token": tokenizer.end_token,
-        "validation_fraction": config.data.validation_fraction,
-        "dtype": "<u2" if size <= 1 << 16 else "<u4",
-    }
-
-
-def _still_holds(
-    folder: Path, source: Source, found: dict[str, Path], stats: dict[str, FileStat], progress: _Progress
-) -> bool:
-    """Whether a prepared folder holds these files. Files whose size or time differ are read and compared by content."""
-    try:
-        known: dict[str, list[Any]] = files.read_json(folder / _FILES)
-        files.read_json(folder / _META)
-    except (OSError, ValueError):
-        return False
-    if known.keys() != stats.keys():
-        return False
-    touched = [name for name, stat in stats.items() if [stat.size_bytes, stat.mtime_ns] != known[name][:2]]
-    if any(stats[name].size_bytes != known[name][0] for name in touched):
-        return False
-    if any(hash_file(source, found[name], progress.poll) != known[name][2] for name in touched):
-        return False
-    if touched:
-        known |= {name: [stats[name].size_bytes, stats[name].mtime_ns, known[name][2]] for name in touched}
-        with contextlib.suppress(PermissionError):  # someone else's cache: compared by content again next time
-            files.write_json(folder / _FILES, known)
-    return True
 
 
 class _SplitWriter:
@@ -365,8 +308,8 @@ def _tokenise(
             f"warning: no end token ({tokenizer.end_token}) in its files, so each file is one document; "
             "is data.tokenizer the one they were made with?"
         )
-    files.write_json(folder / _FILES, known)
-    files.write_json(folder / _META, meta)
+    files.write_json(folder / FILES, known)
+    files.write_json(folder / META, meta)
     return fingerprint
 
 

@@ -19,6 +19,8 @@ from trainer.data.order import BLOCK_DRAWS, Order, quotas
 
 T = TypeVar("T")
 
+_ALL_THE_SAME = "run.accept_changes=[data.content] goes on all the same"
+
 
 class Split:
     """The tokens of one side of a source. Sample i begins at token i * seq_len; its targets are one token later."""
@@ -144,13 +146,14 @@ def check_unchanged(expected: dict[str, str], prepared: Prepared) -> None:
             what = "is gone" if name not in now else "is new"
             raise UserError(
                 f"data source {name!r} {what}: this run began with {', '.join(sorted(expected))}\n"
-                "restore data.sources, or begin a new run"
+                f"restore data.sources, or begin a new run; {_ALL_THE_SAME}"
             )
     for name, source in now.items():
         if expected[name] != source.fingerprint:
             raise UserError(
                 f"data source {name!r} changed since this run began: {_what_changed(source, expected[name])}\n"
-                "restore it, or begin a new run (start.from with start.take=weights goes on from its weights)"
+                "restore it, or begin a new run (start.from with start.take=weights goes on from its weights); "
+                f"{_ALL_THE_SAME}"
             )
 
 

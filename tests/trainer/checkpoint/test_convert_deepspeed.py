@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_it(stage: int, pools: dict[int, Pool], trainers: Poo
     more = {
         "start__from": str(stored.folder),
         "start__take": "everything",
-        "run__accept_changes": ["data.sources"],
+        "run__accept_changes": ["data.content"],
         "train__steps": STEPS + 2,
         "freeze__frozen": list(frozen),
         "precision__compute": "bf16",

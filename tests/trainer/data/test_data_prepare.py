@@ -107,14 +107,14 @@ def test_prepared_data_is_used_again_and_touched_files_are_compared(
     first = prepared(cache, cfg)
     with monkeypatch.context() as patch:
         patch.setattr("trainer.data.prepare.read_file", refuse_to_read)
-        patch.setattr("trainer.data.prepare.hash_file", refuse_to_read)
+        patch.setattr("trainer.data.cached.hash_file", refuse_to_read)
         assert prepared(cache, cfg).fingerprints == first.fingerprints
     for file in folder.rglob("*.txt"):
         touch(file)
     with monkeypatch.context() as patch:
         patch.setattr("trainer.data.prepare.read_file", refuse_to_read)
         assert prepared(cache, cfg).fingerprints == first.fingerprints
-        patch.setattr("trainer.data.prepare.hash_file", refuse_to_read)
+        patch.setattr("trainer.data.cached.hash_file", refuse_to_read)
         assert prepared(cache, cfg).fingerprints == first.fingerprints
 
 
@@ -166,7 +166,10 @@ def test_moved_and_renamed_documents_are_the_same_source(tmp_path: Path, monkeyp
     first = prepared(tmp_path / "cache", config({"name": "t", "path": str(folder)}))
     folder.rename(tmp_path / "moved")
     cfg = config({"name": "t", "path": str(tmp_path / "moved")})
-    assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
+    with monkeypatch.context() as patch:  # what was prepared before the move serves, files and all
+        patch.setattr("trainer.data.prepare.read_file", refuse_to_read)
+        patch.setattr("trainer.data.cached.hash_file", refuse_to_read)
+        assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
     (tmp_path / "moved" / "part0" / "000.txt").rename(tmp_path / "moved" / "part0" / "000a.txt")
     assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
     assert len(list((tmp_path / "cache").glob("t-*"))) == 2

@@ -1,0 +1,105 @@
+"""Which folder of the cache already holds what the files of a source hold now."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config, Source
+from trainer.data import files
+from trainer.data.cuts import ANYWHERE, PIECE_BYTES
+from trainer.data.listing import FileStat, source_root
+from trainer.data.sources import hash_file
+from trainer.data.tokenizer import Tokenizer
+
+FORMAT = 1
+CUTS = 2  # the way long texts are cut: see `_is_cut_as_now`
+FILES, META = "files.json", "meta.json"
+
+Found = list[tuple[str, Path]]
+Poll = Callable[[int], None]  # called often with the bytes just read
+
+
+def settings_of(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything but the files themselves that decides what a prepared source holds."""
+    size = config.model.vocab_size if source.kind == "tokens" else tokenizer.size
+    return {
+        "format": FORMAT,
+        "source": {**source.model_dump(exclude={"weight"}), "path": str(source_root(source))},
+        "tokenizer": "ids" if source.kind == "tokens" else tokenizer.fingerprint,
+        "end_token": tokenizer.end_token,
+        "validation_fraction": config.data.validation_fraction,
+        "dtype": "<u2" if size <= 1 << 16 else "<u4",
+    }
+
+
+def find_prepared(
+    cache: Path,
+    source: Source,
+    settings: dict[str, Any],
+    places: re.Pattern[bytes],
+    found: Found,
+    stats: dict[str, FileStat],
+    began_with: str | None,
+    poll: Poll,
+) -> Path | None:
+    """The folder that serves, if there is one. began_with: the fingerprint that the run's checkpoint has; what that run
+    prepared in an older way serves it, and no other."""
+
+    def is_own(folder: Path) -> bool:
+        return began_with is not None and folder.name.endswith(f"-{began_with[:16]}")
+
+    for folder in sorted(_alike(cache, source, settings), key=lambda folder: not is_own(folder)):
+        usable = is_own(folder) or _is_cut_as_now(folder, source, places, stats)
+        if usable and _still_holds(folder, source, dict(found), stats, poll):
+            return folder
+    return None
+
+
+def _alike(cache: Path, source: Source, settings: dict[str, Any]) -> list[Path]:
+    """Folders prepared under these settings, wherever the files lay then: those of this path first."""
+    found = []
+    for folder in sorted(cache.glob(f"{source.name}-*")):
+        try:
+            meta = files.read_json(folder / META)
+            then, now = ({**m["source"], "path": "", "pattern": ""} for m in (meta, settings))
+            if then == now and all(meta[key] == settings[key] for key in settings if key != "source"):
+                found.append((meta["source"] != settings["source"], folder))
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # another start removes it, or it is none of ours
+    return [folder for _, folder in sorted(found)]
+
+
+def _is_cut_as_now(folder: Path, source: Source, places: re.Pattern[bytes], stats: dict[str, FileStat]) -> bool:
+    """Whether a folder holds what would be prepared today. Long texts were once cut where that could change ids; such
+    folders do not say how they were cut."""
+    if source.kind == "tokens" or places is ANYWHERE or all(s.size_bytes <= PIECE_BYTES for s in stats.values()):
+        return True
+    try:
+        return bool(files.read_json(folder / META).get("cuts") == CUTS)
+    except (OSError, ValueError):
+        return False
+
+
+def _still_holds(folder: Path, source: Source, found: dict[str, Path], stats: dict[str, FileStat], poll: Poll) -> bool:
+    """Whether a prepared folder holds these files. Files whose size or time differ are read and compared by content."""
+    try:
+        known: dict[str, list[Any]] = files.read_json(folder / FILES)
+        files.read_json(folder / META)
+    except (OSError, ValueError):
+        return False
+    if known.keys() != stats.keys():
+        return False
+    touched = [name for name, stat in stats.items() if [stat.size_bytes, stat.mtime_ns] != known[name][:2]]
+    if any(stats[name].size_bytes != known[name][0] for name in touched):
+        return False
+    if any(hash_file(source, found[name], poll) != known[name][2] for name in touched):
+        return False
+    if touched:
+        known |= {name: [stats[name].size_bytes, stats[name].mtime_ns, known[name][2]] for name in touched}
+        with contextlib.suppress(PermissionError):  # someone else's cache: compared by content again next time
+            files.write_json(folder / FILES, known)
+    return True
