@@ -24,8 +24,8 @@ from trainer.layout import resolve
 from trainer.series import check_series
 from trainer.start_from import checkpoint_named
 
-    check_contents(folder)
-    known = {key for key, _, _ in fields(config)} | {DATA_CONTENT}
+DATA_CONTENT = "data.content"  # what the sources hold: not a key, and admitted like one in `run.accept_changes`
+_SHOWN = 3
 _MOST_NAME_BYTES = 255  # of Linux, for one name in a path
 _MOST_PATH_BYTES = 4095 - 200  # of Linux, less what is made below a run folder or a cache, rounded up
 
@@ -149,12 +149,8 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
     Returns the admitted changes as facts for events. Raises UserError that names every other field that changes the
     result, and whatever lies in the way. Touches nothing.
     """
-<<<<<<< HEAD
     check_contents(folder)
-    known = {key for key, _, _ in fields(config)}
-=======
     known = {key for key, _, _ in fields(config)} | {DATA_CONTENT}
->>>>>>> 82957bd (Let a moved corpus go on by its content, and admit other content by a switch of its own)
     for key in config.run.accept_changes:
         if key not in known:
             raise UserError(f"run.accept_changes: there is no key {key!r}")
