@@ -13,7 +13,7 @@ def rows(once: list[tuple[str, ...]], *columns: Iterable[Any]) -> list[Any]:
     """Parameters for a test: every combination, of which those not named in `once` are only for `--full`."""
     found = []
     for row in product(*columns):
-        names = tuple(getattr(value, "name", value) for value in row)
+        names = tuple(str(getattr(value, "name", value)) for value in row)
         marks = [] if names in once else [pytest.mark.full]
         found.append(pytest.param(*row, id="-".join(names).replace(" ", "-"), marks=marks))
     return found

@@ -52,7 +52,7 @@ def main() -> int:
     PLACE.mkdir(parents=True, exist_ok=True)
     code, commit = code_hash(), commit_name()
     known = {part.name: part for part in read_parts()}
-    names = test_files()
+    names = files_of_tests()
     left = [name for name in names if name in ALWAYS or not ((p := known.get(name)) and p.good and p.code == code)]
     seconds = recorded("full")
     left.sort(key=lambda name: -seconds.get(name, UNKNOWN_S))
@@ -73,7 +73,7 @@ def main() -> int:
     return 0 if all(name in known and known[name].good and known[name].code == code for name in names) else 1
 
 
-def test_files() -> list[str]:
+def files_of_tests() -> list[str]:
     """Every file of tests but those that need a GPU."""
     found = (path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
     return sorted(str(path) for path in found if path.parts[1] != "gpu")

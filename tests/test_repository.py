@@ -8,6 +8,8 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+from tests.everything import files_of_tests
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "benchmarks")
 MAX_FILE_LINES = 400
@@ -40,7 +42,7 @@ def test_test_files_have_names_of_their_own() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_files_are_short() -> None:
+def files_of_tests_are_short() -> None:
     lengths = {path.relative_to(ROOT): len(path.read_text("utf-8").splitlines()) for path in python_files()}
     assert len(lengths) > 10
     assert {path: n for path, n in lengths.items() if n > MAX_FILE_LINES} == {}
@@ -180,35 +182,12 @@ def test_promise_parser(tmp_path: Path) -> None:
     assert missing_proof("tests/test_a.py::TestB::test_x", tmp_path)
 
 
-# ---- tests that `make test` leaves out ------------------------------------------------------------------------------
+# ---- what runs when --------------------------------------------------------------------------------------------------
 
 
-def left_to_no_target(tests: dict[str, str], makefile: str) -> list[str]:
-    """Files with tests that only `--full` runs, and that no recipe runs with it. `tests`: source by path."""
-    makefile = makefile.replace("\\\n", " ")
-    variables = dict(re.findall(r"^(\w+) := (.*)", makefile, re.M))
-    recipes = re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], ""), makefile).splitlines()
-    run = [word for line in recipes if line.startswith("\t") and "--full" in line for word in line.split()]
-    return [
-        name
-        for name, source in tests.items()
-        if re.search(r"mark\.full\b|\bunder_both\b|getoption\(.full", source)
-        and not any(name == path or name.startswith(path + "/") for path in run)
-    ]
-
-
-def test_whatever_is_left_out_has_a_target_that_runs_it() -> None:
-    tests = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in python_files()}
-    tests = {name: source for name, source in tests.items() if Path(name).name.startswith("test_")}
-    tests.pop("tests/test_repository.py")
-    assert left_to_no_target(tests, (ROOT / "Makefile").read_text("utf-8")) == []
-
-
-def test_a_test_without_a_target_is_found() -> None:
-    makefile = "MORE := tests/b.py\nall:\n\tpytest tests/a $(MORE) --full\ntest:\n\tpytest tests/c.py\n"
-    full = dict.fromkeys(("tests/a/x.py", "tests/b.py", "tests/c.py", "tests/ab.py"), "@pytest.mark.full\n")
-    assert left_to_no_target(full, makefile) == ["tests/c.py", "tests/ab.py"]
-    assert left_to_no_target({"tests/d.py": "import pytest\n"}, makefile) == []
+def test_test_all_runs_every_file_of_tests() -> None:
+    files = {str(path.relative_to(ROOT)) for path in python_files() if path.name.startswith("test_")}
+    assert {name for name in files if not name.startswith("tests/gpu/")} == set(files_of_tests())
 
 
 # ---- one test for both engines --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.distributed import run_ranks, tiny, train
-from tests.engines import under_both
+from tests.engines import ENGINES, rows, under_both
 from trainer.events import read_rows
 from trainer.folder import RunFolder, read_json
 
@@ -78,7 +78,9 @@ def test_loss_does_not_depend_on_the_layout(
     assert losses(config) == pytest.approx(reference[:steps], abs=ORDER_OF_SUMMATION)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "engine"), rows([("1", "fsdp"), ("2", "fsdp"), ("2", "zero")], [1, 2], ENGINES), indirect=["engine"]
+)
 def test_resuming_equals_going_on_bit_for_bit(size: int, engine: dict[str, Any], tmp_path: Path) -> None:
     changes = {"checkpoint__every_steps": 10, "model__dropout": 0.1, **engine}
     straight = tiny(tmp_path / "straight", train__steps=20, **changes)
@@ -132,6 +134,7 @@ def stop_at(step: int, config: dict[str, Any]) -> int:
     return start(Config.model_validate(config), StopWish(), Stopped)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("size", "step"), [(1, 9), (2, 10)])
 def test_a_stop_leaves_no_trace_in_what_is_learned(
     size: int, step: int, engine: dict[str, Any], tmp_path: Path

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed import free_port, tiny, train, write_config
+from tests.engines import under_both
 from trainer.events import read_rows
 from trainer.folder import RunFolder, read_json
 
@@ -29,6 +32,7 @@ def finished(folder: Path, step: int) -> None:
     assert (end["reason"], end["step"], end["checkpoint"]) == ("finished", step, f"step-{step:08d}")
 
 
+@under_both
 def test_torchrun_on_one_node(engine: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tmp_path, **engine)
     done = run([*TORCHRUN, "--nproc_per_node", "2", "-m", "trainer", str(config), "train.steps=4"])
@@ -52,6 +56,7 @@ def job_script(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]
     return ["bash", "slurm/examples/one-node.sbatch", str(config), *overrides], own
 
 
+@pytest.mark.full
 def test_the_line_of_a_job_script(tmp_path: Path) -> None:
     command, environment = job_script(write_config(tmp_path), "train.steps=4")
     done = run(command, **environment)
@@ -75,6 +80,7 @@ def test_a_job_script_passes_the_warning_on(tmp_path: Path) -> None:
     assert end["checkpoint"] == f"step-{end['step']:08d}"
 
 
+@under_both
 def test_debug_in_one_process(engine: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tmp_path, freeze__frozen=["blocks.0.*"], train__steps=50, **engine)
     done = run([sys.executable, "-m", "trainer", str(config), "--debug"])

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.engines import ENGINES, rows, under_both
+from tests.engines import ENGINES, rows
 from tests.life.phases import BY_NAME, PHASES, Phase
 from tests.life.runs import LAUNCH, Running, clean_end, finish, finish_here, running, samples_are_consecutive
 
 VICTIMS = ["rank 0", "rank 1", "agent"]
-EACH_ONCE = [("step", "rank 1", "fsdp"), ("step", "rank 1", "zero"), ("saving", "agent", "fsdp")]
+ONCE = [("step", "rank 1", "fsdp")]
 
 
 def kill(run: Running, victim: str) -> None:
@@ -28,7 +28,7 @@ def kill(run: Running, victim: str) -> None:
     run.workers()[rank].kill()
 
 
-@pytest.mark.parametrize(("phase", "victim", "engine"), rows(EACH_ONCE, PHASES, VICTIMS, ENGINES), indirect=["engine"])
+@pytest.mark.parametrize(("phase", "victim", "engine"), rows(ONCE, PHASES, VICTIMS, ENGINES), indirect=["engine"])
 def test_killed_and_started_again_in_place(
     phase: Phase, victim: str, engine: dict[str, Any], tmp_path: Path, note: Callable[..., None]
 ) -> None:
@@ -101,7 +101,7 @@ def second_start_is_refused(run: Running, folder: Path) -> None:
     assert json.loads(lease)["pid"] == run.process.pid
 
 
-@under_both
+@pytest.mark.full
 def test_gives_up_without_progress(engine: dict[str, Any], tmp_path: Path) -> None:
     """One failed attempt without a checkpoint is allowed; the next one says that it gives up, and nobody tries on."""
     phase = BY_NAME["step"]
