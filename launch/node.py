@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from trainer.environment import LOOPBACK, FromLauncher
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeats
+from trainer.held import HeldFolder
 from trainer.lease import Lease
 from trainer.life import End
 from trainer.names import node_name
@@ -88,24 +87,22 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
     wish.listen()
     console = Console(rank=0)
     existed = folder.root.exists()
-    lease: Lease | None
-    if nodes.is_first:
-        lease = Lease.take(folder, node_name(), max(life.numbers(folder), default=-1) + 1, console.say)
-    else:
-        lease = Lease.of_first_node(folder, nodes.first, node_name(), _FIRST_NODE_PATIENCE_S, wish.poll)
-    if lease is None:
-        return life.FAILED  # the first node's exit code, which is higher, says why
-    local = Path(tempfile.mkdtemp(prefix="muster-"))
-    try:
-        command = [*([argument] if argument else []), *overrides]
-        supervisor = Supervisor(config, folder, command, processes, wish, console, lease, local, nodes)
-        return supervisor.run()
-    finally:
-        shutil.rmtree(local, ignore_errors=True)
+    command = [*([argument] if argument else []), *overrides]
+    with HeldFolder.temporary("muster-run-") as local:
+        lease: Lease | None
         if nodes.is_first:
-            lease.release()
-            if not existed:
-                _remove_if_empty(folder.root)
+            lease = Lease.take(folder, node_name(), max(life.numbers(folder), default=-1) + 1, console.say)
+        else:
+            lease = Lease.of_first_node(folder, nodes.first, node_name(), _FIRST_NODE_PATIENCE_S, wish.poll)
+        if lease is None:
+            return life.FAILED  # the first node's exit code, which is higher, says why
+        try:
+            return Supervisor(config, folder, command, processes, wish, console, lease, local, nodes).run()
+        finally:
+            if nodes.is_first:
+                lease.release()
+                if not existed:
+                    _remove_if_empty(folder.root)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -131,6 +128,7 @@ class Supervisor:
         self.config, self.folder, self.command, self.processes = config, folder, command, processes
         self.nodes = nodes
         self.wish, self.console, self.lease = wish, console, lease
+        self._local = local
         self.heartbeats = Heartbeats.make(processes)
         self.told = FromLauncher(
             launched=_began_s(),
@@ -216,6 +214,7 @@ class Supervisor:
             torchrun += [f"--rdzv-endpoint={nodes.first}:{nodes.port}", f"--local-addr={node_name()}"]
             torchrun += ["--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in meet.items())]
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
+        torchrun += [f"--log-dir={self._local}"]  # else it makes a folder among the temporary files, and leaves it
         return [*python(), "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
 
     def _choose_threads(self) -> int:

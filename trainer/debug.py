@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from trainer.data.loader import MicroBatch
 from trainer.engines.base import Engine
 from trainer.environment import Ranks
 from trainer.folder import RunFolder
+from trainer.held import HeldFolder
 from trainer.life import FINISHED
 from trainer.run import Run
 from trainer.start import start
@@ -34,15 +33,15 @@ def debug(config: Config, wish: StopWish) -> int:
     """Run `config` cut to size under all checks, in a folder of its own; returns the exit code."""
     if Ranks.read(os.environ).size > 1:
         raise UserError(f"--debug runs in one process: start it with {typed('trainer', 'CONFIG')}, not with torchrun")
-    folder = tempfile.mkdtemp(prefix="muster-debug-")
+    folder = HeldFolder.temporary("muster-debug-")
     torch.autograd.set_detect_anomaly(True)
     try:
-        code = start(cut_to_size(config, f"{folder}/run"), wish, CheckedRun)
+        code = start(cut_to_size(config, str(folder.path / "run")), wish, CheckedRun)
     except UserError:
-        shutil.rmtree(folder)
+        folder.remove()
         raise
     if code == FINISHED:
-        shutil.rmtree(folder)
+        folder.remove()  # else it is left to be looked at, until the next `--debug`
         say("debug: every check held; the folder above was temporary")
     return code
 

@@ -116,15 +116,16 @@ def count_visible() -> int:
     visible = CUDA_VISIBLE_DEVICES.read(os.environ)
     try:
         pynvml.nvmlInit()
+        try:
+            chosen = [device for device in choose(all_devices(), visible)[0] if device.refusal is None]
+        finally:
+            pynvml.nvmlShutdown()
     except pynvml.NVMLError:  # no driver: what the variable says is all that is known
         names = named(visible or "")[0]
-        return min(len(names), 1) if "MIG-" in "".join(names) else len(names)
-    try:
-        chosen = [device for device in choose(all_devices(), visible)[0] if device.refusal is None]
-    finally:
-        pynvml.nvmlShutdown()
-    instances = [device for device in chosen if device.instance is not None]
-    return 1 if instances else len(chosen)  # a process sees one MIG instance, however many are named
+        instances, count = any(name.startswith("MIG-") for name in names), len(names)
+    else:
+        instances, count = any(device.instance is not None for device in chosen), len(chosen)
+    return min(count, 1) if instances else count  # a process sees one MIG instance, however many are named
 
 
 def choose(devices: list[Device], visible: str | None) -> tuple[list[Device], str | None]:

@@ -27,10 +27,9 @@ from tests.matrix.ranks import Told, go
 from tests.pool import Pool
 from tests.stored import Stored
 from trainer.engines import swapped
-from trainer.engines.swapped import PREFIX, Mappings, SwapFolder, Swapping, _building, _check_extension, remove_left
+from trainer.engines.swapped import Mappings, Swapping, _building, _check_extension
 from trainer.events import read_rows
 from trainer.folder import RunFolder
-from trainer.names import node_name
 from trainer.world import World
 
 BUILD_TIME_S = 600.0  # of the extension, at its first start on a machine; here 210 s
@@ -127,28 +126,6 @@ def test_where_it_cannot_be_nothing_is_touched(pool: Pool, tmp_path: Path) -> No
 
 
 # ---- folders and files ----------------------------------------------------------------------------------------------
-
-
-def be_killed(parent: str) -> None:
-    (SwapFolder(Path(parent)).path / "some.swp").write_bytes(b"1")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_what_a_killed_process_left_goes_with_the_next_and_what_lives_stays(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="died"):
-        run_ranks(1, be_killed, str(tmp_path))
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(f"{PREFIX}{node_name()}-")
-    elsewhere = left.with_name(f"{PREFIX}another_node-1")  # whose locks may not be seen here
-    elsewhere.mkdir()
-    mine = SwapFolder(tmp_path)
-    other = SwapFolder(tmp_path)
-    remove_left(tmp_path)
-    assert {*tmp_path.iterdir()} == {mine.path, other.path, elsewhere}
-    elsewhere.rmdir()
-    mine.remove()
-    other.remove()
-    assert not list(tmp_path.iterdir())
 
 
 def build_and_be_killed(folder: str) -> None:

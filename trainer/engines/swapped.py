@@ -21,53 +21,12 @@ import torch
 from configs.errors import UserError
 from trainer.console import gib
 from trainer.environment import Ranks
+from trainer.held import HeldFolder, remove_left
 from trainer.names import node_name
 from trainer.world import World
 
 PREFIX = "muster-swap-"
 EXTENSIONS = ("pin_memory", "async_io")  # the second needs the first
-
-
-class SwapFolder:
-    """A folder of this rank's own in `parent`, with a file in it that is locked for as long as this process lives.
-    What a killed one left is known by being unlocked. Looked for under this node's name alone: on a disk of several
-    nodes a lock may hold on its own node only."""
-
-    def __init__(self, parent: Path) -> None:
-        made = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
-        self._lock = _locked(made)
-        self.path = made.rename(parent / f"{PREFIX}{node_name()}-{made.name.removeprefix('new-')}")
-
-    def remove(self) -> None:
-        """With all that is in it. What cannot be removed is unlocked, and goes with what killed ones left: it is no
-        reason to lose how the run ended."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-
-def remove_left(parent: Path) -> None:
-    """Remove the folders of processes of this node that live no more."""
-    for left in parent.glob(f"{PREFIX}{node_name()}-*"):
-        _remove_if_left(left)
-
-
-def _locked(folder: Path) -> int:
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _remove_if_left(folder: Path) -> None:
-    try:
-        lock = _locked(folder)
-    except (BlockingIOError, FileNotFoundError, PermissionError):
-        return  # its process lives, another rank was quicker, or it is another user's
-    shutil.rmtree(folder, ignore_errors=True)  # another rank may be at it
-    os.close(lock)
 
 
 class Swapping:
@@ -77,7 +36,7 @@ class Swapping:
         offloaded = [settings["zero_optimization"].get(key, {}) for key in ("offload_optimizer", "offload_param")]
         self.sections = [section for section in offloaded if section.get("device") == "nvme"]
         self._parents = [Path(section["nvme_path"]).absolute() for section in self.sections]
-        self._folders: list[SwapFolder] = []
+        self._folders: list[HeldFolder] = []
 
     def check(self, world: World) -> None:
         """Raise UserError, on all ranks alike, when any of them could not swap. A collective."""
@@ -134,7 +93,7 @@ class Swapping:
         def check() -> None:
             wanted = list(zip(self._parents, needed_bytes, strict=False))
             for parent in dict.fromkeys(self._parents):
-                remove_left(parent)
+                remove_left(parent, PREFIX)
                 free, need = shutil.disk_usage(parent).free, ranks * sum(n for place, n in wanted if place == parent)
                 if free < need:
                     raise UserError(
@@ -147,7 +106,7 @@ class Swapping:
 
     def make_folders(self) -> None:
         for section, parent in zip(self.sections, self._parents, strict=True):
-            self._folders.append(SwapFolder(parent))
+            self._folders.append(HeldFolder(parent, PREFIX))
             section["nvme_path"] = str(self._folders[-1].path)
 
     def remove_folders(self) -> None:

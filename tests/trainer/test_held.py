@@ -1,0 +1,85 @@
+"""A folder lives as long as its process, however that ends; what lives and what is another's stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from tests.distributed import run_ranks
+from trainer import held
+from trainer.held import HeldFolder, remove_left
+from trainer.names import node_name
+
+PREFIX = "muster-test-"
+
+
+def be_killed(parent: str) -> None:
+    (HeldFolder(Path(parent), PREFIX).path / "some").write_bytes(b"1")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    with pytest.raises(AssertionError, match="died"):
+        run_ranks(1, be_killed, str(tmp_path))
+    (found,) = tmp_path.iterdir()
+    assert found.name.startswith(f"{PREFIX}{node_name()}-")
+    return found
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_what_lives_stays(left: Path, tmp_path: Path) -> None:
+    elsewhere = left.with_name(f"{PREFIX}another_node-1")  # whose locks may not be seen here
+    elsewhere.mkdir()
+    other_kind = left.with_name(left.name.replace(PREFIX, "muster-cache-"))
+    other_kind.mkdir()
+    mine, other = HeldFolder(tmp_path, PREFIX), HeldFolder(tmp_path, PREFIX)
+    remove_left(tmp_path, PREFIX)
+    assert {*tmp_path.iterdir()} == {mine.path, other.path, elsewhere, other_kind}
+    mine.remove()
+    other.remove()
+    assert {*tmp_path.iterdir()} == {elsewhere, other_kind}
+
+
+def test_another_users_folder_and_a_link_stay(left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "precious").touch()
+    link = left.with_name(f"{left.name}-link")
+    link.symlink_to(target)
+    with monkeypatch.context() as as_another:
+        as_another.setattr(held.os, "geteuid", lambda: os.getuid() + 1)
+        remove_left(tmp_path, PREFIX)
+        assert left.exists()
+    remove_left(tmp_path, PREFIX)
+    assert not left.exists()
+    assert link.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["precious"]
+
+
+def test_a_folder_that_was_removed_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another start may look just then, and find it unlocked."""
+    made: list[str] = []
+    make = held.tempfile.mkdtemp
+
+    def made_and_removed(**words: str) -> str:
+        made.append(make(**words))
+        if len(made) == 1:
+            shutil.rmtree(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(held.tempfile, "mkdtemp", made_and_removed)
+    assert str(HeldFolder(tmp_path, PREFIX).path) == made[1]
+    assert {*tmp_path.iterdir()} == {Path(made[1])}
+
+
+def test_without_a_place_for_temporary_files_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held.tempfile, "gettempdir", lambda: str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"no temporary folder can be made .*gone.*: free some space, or set TMPDIR"):
+        HeldFolder.temporary(PREFIX)

@@ -1,0 +1,85 @@
+"""Folders for as long as a process lives: what a killed one left goes with the next start. No torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from configs.errors import UserError
+from trainer.names import node_name
+
+
+class HeldFolder:
+    """A folder of this process's own in `parent`, with a file in it that is locked for as long as the process lives.
+
+    A pid would not do: it says nothing in another container, and is given out again. Folders carry this node's name:
+    on a disk of several nodes a lock may hold on its own node only.
+    """
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        lock = None
+        while lock is None:  # a start beside this one may take it for left, before it is locked
+            self.path = Path(tempfile.mkdtemp(prefix=f"{prefix}{node_name()}-", dir=parent))
+            lock = _lock(self.path)
+        self._lock = lock
+
+    @classmethod
+    def temporary(cls, prefix: str) -> HeldFolder:
+        """One among the machine's temporary files, after what killed processes left there is removed. Raises UserError
+        when none can be made."""
+        try:
+            parent = Path(tempfile.gettempdir())
+            remove_left(parent, prefix)
+            return cls(parent, prefix)
+        except OSError as error:
+            raise UserError(f"no temporary folder can be made ({error}): free some space, or set TMPDIR") from error
+
+    def remove(self) -> None:
+        """With all that is in it. What cannot be removed is unlocked, and goes with what killed ones left: it is no
+        reason to lose how the run ended."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.remove()
+
+
+def remove_left(parent: Path, prefix: str) -> None:
+    """Remove the folders of this user's processes on this node that live no more."""
+    for left in parent.glob(f"{prefix}{node_name()}-*"):
+        if _is_own(left) and (lock := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)  # another start may be at it
+            os.close(lock)
+
+
+def _is_own(folder: Path) -> bool:
+    """Where everybody may make folders, root could be led by a link into somebody else's."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def _lock(folder: Path) -> int | None:
+    """The lock of a folder, unless somebody holds it or has removed it."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except (FileNotFoundError, PermissionError):
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink:
+            return lock
+    except BlockingIOError:
+        pass
+    os.close(lock)
+    return None
