@@ -97,6 +97,7 @@ def _collect(connections: dict[Connection, int], size: int, timeout_s: float) ->
 
 def _rank(there: Connection, env: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(env, OMP_NUM_THREADS="1")
+    tempfile.tempdir = None  # the server of the ranks has found one already: TMPDIR is to count
     import torch
 
     torch.set_num_threads(1)
