@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.monitor.rows import phase_now
 from trainer import life
 from trainer.entries import checkpoint_name
 from trainer.folder import RunFolder
@@ -27,6 +28,7 @@ LIVES = Path("slurm/lives")  # and `slurm after` what the lives of jobs came to
 _ARRAY_MARK = JOB_FILE.parent
 _MARKS = (Path("attempts"), JOB_FILE, Path("LEASE"))
 _ROWS_LOOKED_AT = 200
+_BUILDING = ("starting", "preparing", "compiling")
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ class RunView:
 
     folder: RunFolder
     attempts: int
+    restarts: int  # of the attempts, those that began after one that failed or was to be started again
     newest: AttemptView | None
     before: AttemptView | None
     row: dict[str, Any]  # of metrics.jsonl, the last with a loss; of a rolled-back attempt only while there is no other
     checkpoint_step: int | None
     checkpoint_s: float | None  # when it was committed
     holder: Holder | None
+    phase: str | None  # what most ranks are at, while they are seen
     submitted: str | None  # the job that `slurm submit` noted last
     stop_asked: bool
     outcomes: tuple[Outcome, ...]  # of jobs' lives, the latest last
@@ -129,16 +133,19 @@ def view(folder: Path) -> RunView:
 
 def _view(folder: RunFolder) -> RunView:
     numbers, over = life.numbers(folder), PassedOver()
+    newest = attempt_view(folder, numbers[-1], over) if numbers else None
     step, committed_s = _newest_checkpoint(folder)
     return RunView(
         folder=folder,
         attempts=len(numbers),
-        newest=attempt_view(folder, numbers[-1], over) if numbers else None,
+        restarts=sum(_again(facts_in(Attempt(folder, number).path / "end.json", over)) for number in numbers[:-1]),
+        newest=newest,
         before=attempt_view(folder, numbers[-2], over) if len(numbers) > 1 else None,
         row=last_row(folder.metrics, "loss", numbers[-1] if numbers else None, over),
         checkpoint_step=step,
         checkpoint_s=committed_s,
-        holder=_holder(folder, over),
+        holder=holder_of(folder, over),
+        phase=phase_now(folder.gpu, newest.number) if newest is not None and newest.reason is None else None,
         submitted=text(facts_in(folder.root / JOB_FILE, over), "job"),
         stop_asked=folder.stop.exists(),
         outcomes=_outcomes(folder, over),
@@ -186,7 +193,19 @@ def _newest_checkpoint(folder: RunFolder) -> tuple[int | None, float | None]:
         return steps[-1], None
 
 
-def _holder(folder: RunFolder, over: PassedOver) -> Holder | None:
+def _again(end: dict[str, Any]) -> bool:
+    """Whether what follows an attempt with this end is a restart: it was to be started again, or died without a word.
+    After a stop that a person asked for, and after the last step, a person begins anew."""
+    return text(end, "reason") is None or end.get("requeue") is True
+
+
+def running(phase: str | None, stepped: bool) -> str:
+    """A run that lives, in a word or two. `stepped`: it has written a row in this attempt."""
+    word = "starting" if not stepped and phase in (None, *_BUILDING) else "running"
+    return word if phase in (None, word) else f"{word} ({phase})"
+
+
+def holder_of(folder: RunFolder, over: PassedOver) -> Holder | None:
     if not folder.lease.exists():
         return None
     lease = facts_in(folder.lease, over)

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.errors import UserError, printable
-from launch.monitor.rows import OtherVersion, newest_rows
-from launch.run_folder import last_row
+from launch.monitor.rows import OLD_S, OtherVersion, changed_s, newest_rows, phase_now
+from launch.run_folder import holder_of, last_row, running
 from launch.screen import Picture, show, show_once
 from trainer import life
 from trainer.arguments import Parser, typed
@@ -26,7 +26,6 @@ from trainer.life import Attempt
 from trainer.rows import PassedOver, Row, amount, rows_backwards, text, whole
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_OLD_S = 15.0  # without a row a node is not seen any more
 _HISTORY = 12
 _ONE_LINE_PER_GPU = 16  # GPUs, at most; above it a line per node
 _EVENTS = 4
@@ -117,8 +116,16 @@ class Watcher:
         return head
 
     def _state(self, number: int | None) -> str:
-        end = Attempt(self.folder, number).end if number is not None else None
-        return f"{end.reason}{f' ({end.cause})' if end.cause else ''}" if end else "running"
+        if number is None:
+            return "starting"
+        end = Attempt(self.folder, number).end
+        if end is not None:
+            return f"{end.reason}{f' ({end.cause})' if end.cause else ''}"
+        phase, holder = phase_now(self.folder.gpu, number), holder_of(self.folder, self._over)
+        if phase is None and (holder is None or holder.alive is False):
+            return "died"
+        stepped = whole(last_row(self.folder.metrics, "loss", number), "attempt") == number
+        return running(phase, stepped)
 
     def _table(self, room: int | None) -> Table:
         nodes = sorted(self._nodes.values(), key=lambda node: node.name)
@@ -139,7 +146,7 @@ class Watcher:
         return table
 
     def _events(self) -> list[Text]:
-        files = sorted(self.folder.events.glob("*.jsonl"), key=_changed_s)[-20:]
+        files = sorted(self.folder.events.glob("*.jsonl"), key=changed_s)[-20:]
         rows = [row for path in files for row in islice(rows_backwards(path, self._over), 2 * _EVENTS)]
         rows = [row for row in rows if row.get("time_s") is not None and text(row, "event") not in (None, *_SILENT)]
         told = []
@@ -153,13 +160,6 @@ class Watcher:
                 Text(printable(line), no_wrap=True, overflow="ellipsis", style="yellow" if _is_bad(row) else "dim")
             )
         return told
-
-
-def _changed_s(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # gone meanwhile, or a link to nothing
-        return 0.0
 
 
 def _is_bad(row: Row) -> bool:
@@ -205,7 +205,7 @@ def _phase(row: Row) -> str:
 
 
 def _age(node: NodeView) -> str:
-    return f"silent {duration(node.age_s)}" if node.age_s > _OLD_S else ""
+    return f"silent {duration(node.age_s)}" if node.age_s > OLD_S else ""
 
 
 def _mean(row: Row, name: str) -> str:
@@ -251,5 +251,5 @@ def _node_lines(nodes: list[NodeView]) -> list[Line]:
             str(min(steps, default="")),
             _age(node) or _phase(row),
         ]
-        lines.append((-1.0 if mean is None or node.age_s > _OLD_S else mean, cells))
+        lines.append((-1.0 if mean is None or node.age_s > OLD_S else mean, cells))
     return lines

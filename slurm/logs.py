@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.files import kind_fault, open_regular
 from launch import run_folder
 from slurm import queue
 from slurm.find import folder_named, is_job
@@ -50,14 +51,17 @@ class Log:
 
     def path(self) -> Path:
         """Where it lies now. Raises UserError when there is none."""
-        return self._output or self._of_rank(self.rank or 0)
+        path = self._output or self._of_rank(self.rank or 0)
+        fault = kind_fault(path, folder=False)
+        if fault is not None:
+            raise UserError(f"{path}: {fault}")
+        return path
 
     def _find_output(self) -> Path | None:
         """The output of the job, which holds what all of its nodes and lives said."""
         for number in self.jobs:
-            for place in (self.folder, self.folder.parent):  # of an array all outputs lie above its runs
-                if (submitted := place / "slurm" / f"{number}_0_log.out").exists():
-                    return submitted
+            if (submitted := output_in(self.folder, number)) is not None:
+                return submitted
             told = queue.output_of(number)
             if told is not None and told.exists():
                 return told
@@ -115,6 +119,26 @@ class Log:
         view = run_folder.view(self.folder)
         answer = queue.of(self.jobs)
         return (answer.silent is not None and bool(self.jobs)) or lives(view, answer)
+
+
+def output_in(folder: Path, number: str) -> Path | None:
+    """The output of a job of this run that `slurm submit` submitted."""
+    places = (folder, folder.parent)  # of an array all outputs lie above its runs
+    return next((path for place in places if (path := place / "slurm" / f"{number}_0_log.out").exists()), None)
+
+
+def mistake_in(folder: Path, number: str) -> str | None:
+    """The first line of the mistake that ended the last life of a job; None when its output holds none."""
+    path = output_in(folder, number)
+    if path is None:
+        return None
+    try:
+        with open_regular(path) as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _CHUNK_BYTES // 16, 0))
+            lines = file.read(_CHUNK_BYTES // 16).decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
 def _some_lines_before_end(path: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from launch.run_folder import Outcome, RunView
+from launch.run_folder import Outcome, RunView, running
 from launch.text import age_text
 from slurm.queue import Job, Life, Queue
 from trainer.rows import amount, whole
@@ -71,11 +71,11 @@ def _running(view: RunView) -> str:
     if newest.reason is not None:
         return "restarting" if newest.reason == "failed" else "ending"
     if whole(row, "attempt") != newest.number:
-        return "starting"
+        return running(view.phase, stepped=False)
     silent_s = time.time() - (amount(row, "time_s") or time.time())
     if silent_s > max(_SILENT_S, 10 * (amount(row, "step_s") or 0.0)):
-        return f"no step for {age_text(silent_s)}"
-    return "running"
+        return f"no step for {age_text(silent_s)}" + (f" ({view.phase})" if view.phase is not None else "")
+    return running(view.phase, stepped=True)
 
 
 def _over(view: RunView, answer: Queue, past: Sequence[Life]) -> str:

@@ -16,6 +16,7 @@ from launch.run_folder import AttemptView, RunView
 from launch.text import age_text, table
 from slurm import queue
 from slurm.find import folders_named
+from slurm.logs import mistake_in
 from slurm.queue import Job, Life, Queue
 from slurm.state import job_of, lives, state_of, unexplained
 from trainer.arguments import Parser, typed
@@ -29,6 +30,7 @@ _HEADER = ("run", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "
 _RIGHT = "nodes,step,loss,tokens/s,left,job left"
 _ATTEMPT_HEADER = ("attempt", "began", "job", "hosts", "steps", "end", "cause")
 _HOSTS_SHOWN = 4
+_MISTAKES = ("failed (mistake)", "failed (exit code 2)")  # the second where only Slurm can tell
 _SKEW_S = 5.0  # what clocks may differ by without a word
 
 
@@ -144,7 +146,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if step is None else f"{step}/{last}" if last is not None else str(step),
         f"{loss:.4f}" if loss is not None else "nan" if facts else "-",
         si(speed) if speed is not None and row.lives else "-",
-        _left(facts, last) if row.state == "running" else "-",
+        _left(facts, last) if row.state.startswith("running") else "-",
         duration(job.left_s) if job is not None and job.left_s is not None else "-",
         _restarts(view),
         _checkpoint(view),
@@ -174,9 +176,10 @@ def _left(facts: dict[str, object], last: int | None) -> str:
 
 
 def _restarts(view: RunView) -> str:
-    if view.before is None:
-        return "0"
-    return f"{view.attempts - 1}: {_cause(view, view.before) or view.before.reason or 'died'}"
+    before = view.before
+    if before is None or not (before.reason is None or before.requeue):
+        return str(view.restarts)  # a person began the newest attempt
+    return f"{view.restarts}: {_cause(view, before) or before.reason or 'died'}"
 
 
 def _cause(view: RunView, attempt: AttemptView) -> str | None:
@@ -207,6 +210,9 @@ def _notes(rows: Sequence[Row], answer: Queue, no_accounting: str | None) -> lis
     if no_accounting is not None:
         notes.append(f"no accounting ({no_accounting}): jobs that are over are known for minutes only")
     for row in rows:
+        mistake = mistake_in(row.folder, row.number) if row.state in _MISTAKES and row.number is not None else None
+        if mistake is not None:
+            notes.append(f"{_short(row.folder)}: {mistake}")
         if row.view is not None and row.view.passed_over:
             notes.append(f"{_short(row.folder)}: {row.view.passed_over.told(row.folder)}")
     ahead_s = max((_latest_s(row) for row in rows), default=0.0) - time.time()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from trainer.rows import PassedOver, Row, amount, lines_backwards, row_in, whole
 
 _PHASES = {phase.word for phase in Phase}
 _LONGEST_HEAD_BYTES = 1 << 20
+OLD_S = 15.0  # without a row a node is not seen any more
+_NODES_LOOKED_AT = 16
 _LINES_LOOKED_AT = 2000  # half an hour of seconds
 
 
@@ -46,6 +50,24 @@ def newest_rows(path: Path, kind: str, most: int, over: PassedOver | None = None
         if len(found) == most:
             break
     return found[::-1]
+
+
+def phase_now(folder: Path, attempt: int) -> str | None:
+    """What most ranks of this attempt are at, by the rows of the nodes that were written to last; None where no row is
+    new."""
+    files = sorted(folder.glob("*.jsonl"), key=changed_s)[-_NODES_LOOKED_AT:]
+    rows = [row for path in files if (row := newest(path, "second")) is not None and row.get("attempt") == attempt]
+    fresh = [row for row in rows if abs(time.time() - row["time_s"]) < OLD_S]
+    phases = Counter(rank["phase"] for row in fresh for rank in row["ranks"])
+    return phases.most_common(1)[0][0].replace("_", " ") if phases else None
+
+
+def changed_s(path: Path) -> float:
+    """When it was written to last; 0 when it is gone meanwhile, or a link to nothing."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_whole(row: Row, kind: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load
-from launch.__main__ import main
+from launch.node import run_node
 from tests import made_up
 from tests.distributed import write_config
 from tests.test_mistakes import files_below, refused
@@ -122,16 +122,14 @@ def test_what_must_not_be_seen_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "LEASE"])
-def test_a_run_and_its_launcher_refuse_it_and_touch_nothing(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_and_its_launcher_refuse_it_and_touch_nothing(name: str, tmp_path: Path) -> None:
     path = write_config(tmp_path)
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / name)
     refused(tmp_path, [str(path)], f"{name}: it is a pipe, not a file", "move it away")
     before = files_below(tmp_path)
-    assert main(["run", str(path), "--nproc", "1"]) == 2
-    assert f"{name}: it is a pipe, not a file" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"{name}: it is a pipe, not a file"):
+        run_node(str(path), [], 1)
     assert files_below(tmp_path) == before
 
 
