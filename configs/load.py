@@ -20,18 +20,13 @@ from configs.errors import UserError, printable
 from configs.explain import explain, explain_unknown, field_at, short, show, take_unknown
 from configs.files import NotText, read_text
 from configs.parse import Node, Place, Problem, index_of, parse, teach_core
+from configs.presets import FOLDER, presets
 from configs.schema import Config, to_dict
 from configs.typed import in_shell, options_at, settle
 
-FOLDER = Path(__file__).resolve().parent
 DEFAULT = "demo"
 MOST_LINES = 20  # of an error
 MOST_EXPLAINED = 50  # of each sort of mistakes: a wrong file may hold a hundred thousand
-
-
-def presets() -> list[str]:
-    """The names of the presets; a file whose name begins with `_` is only for including."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml") if not p.name.startswith("_"))
 
 
 def load(argument: str | None, overrides: list[str]) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import NamedTuple
 
@@ -19,6 +19,13 @@ class Verb(NamedTuple):
     help: str
 
 
+def main_of(place: str) -> Callable[[list[str]], int]:
+    """The function at `module:name`."""
+    module, _, name = place.partition(":")
+    found: Callable[[list[str]], int] = getattr(import_module(module), name)
+    return found
+
+
 def run_verb(room: str, description: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int:
     """Run the verb that the arguments begin with; returns the exit code. A person's mistake is told here."""
     lines = "\n".join(f"  {name:<12}{verb.help}" for name, verb in verbs.items())
@@ -30,9 +37,7 @@ def run_verb(room: str, description: str, verbs: Mapping[str, Verb], arguments: 
     parser.add_argument("verb", choices=verbs, metavar="VERB")
     try:
         options = parser.parse_args(arguments[:1])
-        module, _, name = verbs[options.verb].main.partition(":")
-        code: int = getattr(import_module(module), name)(arguments[1:])
-        return code
+        return main_of(verbs[options.verb].main)(arguments[1:])
     except UserError as error:
         tell(error)
         return life.USER_ERROR

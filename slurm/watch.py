@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
-from launch.screen import Picture, show
+from launch.screen import Picture, show, show_once
 from launch.watch import Watcher
 from slurm.status import NOTHING, Look, Row, runs_parser, table_of
 from trainer.console import duration
@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     parser = runs_parser("watch", __doc__)
     parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks; default: 5")
+    parser.add_argument("--once", action="store_true", help="print how it is now, and end")
     options = parser.parse_args(arguments)
     look = Look(options.runs)
     watchers: dict[str, Watcher] = {}  # what one remembers makes its sparklines
@@ -33,7 +34,10 @@ def main(arguments: list[str]) -> int:
         room = height - len(notes) if height is not None else None
         return Picture(Group(watcher.look(room, _state(rows[0])), *(Text(note) for note in notes)), last)
 
-    show(picture, options.every)
+    if options.once:
+        show_once(picture(None).content)
+    else:
+        show(picture, options.every)
     return 0
 
 

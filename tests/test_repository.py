@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.everything import files_of_tests
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "benchmarks")
+PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "muster", "benchmarks")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 PROMISES = ROOT / "docs" / "promises.md"

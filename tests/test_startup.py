@@ -30,6 +30,8 @@ COMMANDS = {
     "slurm submit --help": (["slurm", "submit", "--help"], 0),
     "slurm unknown key": (["slurm", "submit", "demo", "--nodes", "2", "modle.dim=3"], 2),
     "slurm mistake": (["slurm", "cluster", "up", "--nodes", "0", "--dir", "/tmp/muster-no-cluster"], 2),
+    "muster --help": (["muster", "--help"], 0),
+    "muster complete": (["muster", "complete", "run", "optim."], 0),
     "launch unknown key": (["launch", "run", "demo", "modle.dim=3"], 2),
 }
 

@@ -18,7 +18,7 @@ from trainer import terminal
 from trainer.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("configs", "models", "trainer", "launch", "slurm")
+PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "muster")
 Main = Callable[[list[str]], int]
 
 
@@ -193,7 +193,8 @@ def test_every_program_ends_alike(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         last = ast.unparse(ast.parse(path.read_text("utf-8")).body[-1:])
         if last.startswith("if __name__ ==") and path.name not in {"stepd.py", "reference.py"}:
-            assert last == "if __name__ == '__main__':\n    enter(main)", path
+            program = "script()" if package == "muster" else "enter(main)"
+            assert last == f"if __name__ == '__main__':\n    {program}", path
 
 
 def test_a_real_command_whose_reader_has_left() -> None:

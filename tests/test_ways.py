@@ -15,16 +15,18 @@ import pytest
 
 from tests.distributed import free_port, tiny, train, write_config
 from tests.engines import under_both
-from trainer.events import read_rows
+from tests.traps import fill
+from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder, read_json
 
 ROOT = Path(__file__).parent.parent
+MUSTER = str(Path(sys.executable).with_name("muster"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], here: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=ROOT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=here, check=False)
 
 
 def finished(folder: Path, step: int) -> None:
@@ -90,10 +92,14 @@ def test_debug_in_one_process(engine: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_launch_run_with_restarts_and_logs(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    done = run([sys.executable, "-m", "launch", "run", str(config), "train.steps=4"])
-    assert done.returncode == 0, done.stderr
+def test_muster_run_in_a_folder_of_other_things(tmp_path: Path) -> None:
+    """Launcher, agent, workers and monitor import our packages and the real torch."""
+    config, here = write_config(tmp_path), tmp_path / "here"
+    here.mkdir()
+    fill(here)
+    done = run([MUSTER, "run", str(config), "train.steps=4"], here)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [row for row in read_events(RunFolder(tmp_path / "run")) if row["event"] == "monitor_lost"]
     finished(tmp_path, 4)
     assert not (tmp_path / "run/LEASE").exists()
 

@@ -30,7 +30,7 @@ def typed(words: str, *names: object) -> str:
     """How a person types `slurm stop` and `names`: after `python -m`, or after `muster` if they did so."""
     room, _, verb = words.partition(" ")
     verb = "train" if room == "trainer" else verb
-    start = ["muster", verb] if _as_muster else ["python -m", words]
+    start = ["muster", verb] if _as_muster or room == "muster" else ["python -m", words]
     return " ".join([*filter(None, start), *(shlex.quote(str(name)) for name in names)])
 
 

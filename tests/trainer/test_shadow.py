@@ -9,24 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.traps import fill
 from trainer import shadow
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("configs", "models", "trainer", "launch", "slurm", "muster")
-LIBRARIES = ("torch", "yaml", "pydantic", "random", "argparse")
-
-
-def fill(folder: Path, without: str) -> None:
-    """Modules, packages and plain folders of all names but one, that end who imports them."""
-    ends = "raise SystemExit('the wrong module ran')\n"
-    for name in {*OURS, *LIBRARIES} - {without}:
-        (folder / f"{name}.py").write_text(ends)
-    (folder / "configs.py").unlink(missing_ok=True)
-    (folder / "configs").mkdir()  # YAML only: Python takes it for a package without a file
-    (folder / "configs" / "mine.yaml").write_text("include: demo\n")
-    (folder / "models.py").unlink(missing_ok=True)
-    (folder / "models").mkdir()
-    (folder / "models" / "__init__.py").write_text(ends)
 
 
 @pytest.mark.parametrize("path", ["", ":", "."])
@@ -45,7 +31,7 @@ def test_a_module_of_ours_runs_whatever_lies_beside_it(module: str, path: str, t
 
 
 def test_what_is_started_keeps_the_folder_off_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path, "")
+    fill(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f":{tmp_path}:{ROOT}")
     found = [sys.executable, "-c", "import launch.agent, trainer, models, yaml; print(launch.agent.__file__)"]

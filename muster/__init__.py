@@ -1,0 +1,19 @@
+"""The `muster` command: every verb that a person types, in any folder."""
+
+import os
+import sys
+from typing import NoReturn
+
+
+def script() -> NoReturn:
+    """What pip installs as `muster`."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from trainer.shadow import stand_apart
+
+    del sys.path[0]
+    stand_apart()  # before all other imports: PYTHONPATH may hold the current folder, and that a `configs`
+
+    from muster.command import main
+    from trainer.terminal import enter
+
+    enter(main)
