@@ -19,6 +19,7 @@ from trainer.stop import Cause, Kind
 from trainer.validation import validate
 
 if TYPE_CHECKING:
+    from configs.schema import Config
     from trainer.checkpoint.manifest import Manifest
     from trainer.run import Run
 
@@ -92,6 +93,16 @@ def train(run: Run) -> Cause | None:
 def due(step: int, every_steps: int) -> bool:
     """Whether something done `every_steps` (0: never) is done at this step."""
     return every_steps > 0 and step % every_steps == 0
+
+
+def saves_to_come(config: Config, step: int) -> int:
+    """How many saves a run that is not stopped makes after `step`, at most: a validation saves when it is the best."""
+    last = config.train.steps
+    if step >= last:
+        return 0
+    every = [config.checkpoint.every_steps, config.train.validate_every_steps if config.checkpoint.keep.best else 0]
+    regular = sum((last - 1) // steps - step // steps for steps in every if steps > 0)
+    return regular + sum(step <= change.step < last for change in config.freeze.schedule) + 1  # the last step's
 
 
 def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Cause | None:

@@ -27,7 +27,7 @@ from trainer.folder import RunFolder
 from trainer.heartbeat import Phase
 from trainer.layout import resolve
 from trainer.life import Attempt
-from trainer.loop import Progress
+from trainer.loop import Progress, saves_to_come
 from trainer.metrics import Meter
 from trainer.profiling import Profiling
 from trainer.step import RunFailed
@@ -218,7 +218,8 @@ class Run:
         total = self.world.sum(
             torch.tensor([changing, frozen + carried], dtype=torch.float64, device=self.world.device)
         )
-        self.world.from_first(lambda: self.store.shelf.check_space(int(total[0]), int(total[1])))
+        to_come = saves_to_come(self.config, self.progress.step)
+        self.world.from_first(lambda: self.store.shelf.check_space(int(total[0]), int(total[1]), to_come))
 
     def _state(self, pieces: Sequence[Piece]) -> RunState:
         layout = resolve(self.config.parallel, self.world.size)

@@ -67,7 +67,7 @@ def train_step(
     factor = lr_factor(config.optim, step, config.train.steps)
     norm = engine.update(factor, config.train.clip_norm)
     applied = norm == norm and norm != float("inf")
-    if int(targets) == 0:
+    if int(targets) == 0:  # nothing was updated: the scale was infinite, so the norm is no number
         raise RunFailed("no_targets", f"step {step}: no sample of the global batch has a target token")
     bad = [] if applied or not agreement.world.counts else _samples_of_bad_losses(batch, losses)
     bad_loss = not applied and float(agreement.sum([float(bool(bad))])[0]) > 0  # all ranks skipped, so all are here

@@ -225,18 +225,27 @@ class Shelf:
         """Whether it does, as what its name says."""
         return self._known(step).fault is None
 
-    def check_space(self, changing_bytes: int, frozen_bytes: int) -> None:
+    def check_space(self, changing_bytes: int, frozen_bytes: int, saves_to_come: int) -> None:
         """Raise UserError unless the filesystem has room for the checkpoints that `keep` will hold, and the one being
-        written beside them (`keep.every_steps` aside, which grows without end). Bytes are of one checkpoint, over all
-        ranks; frozen tensors count twice, as later saves link to them."""
-        copies = self._keep.last + 1 + (1 if self._keep.best else 0)
-        missing = max(1, copies - len(self.steps()))
-        needed = missing * changing_bytes + min(missing, 2) * frozen_bytes
+        written beside them (`keep.every_steps` aside, which grows without end), or for as many as are still to come.
+        Bytes are of one checkpoint, over all ranks; frozen tensors count twice, as later saves link to them."""
+
+        def more(last: int) -> int:
+            copies = last + 1 + (1 if self._keep.best else 0)
+            return min(max(1, copies - len(self.steps())), saves_to_come)
+
+        def needed(count: int) -> int:
+            return count * changing_bytes + min(count, 2) * frozen_bytes
+
         existing = next(folder for folder in (self.root, *self.root.parents) if folder.is_dir())
-        free = shutil.disk_usage(existing).free
-        if free < needed:
-            raise UserError(
-                f"{existing} has {gib(free)} free, but {missing} more checkpoints of "
-                f"{gib(changing_bytes + frozen_bytes)} need {gib(needed)}, {gib(needed - free)} more: "
-                "free some space, move run.dir, or lower checkpoint.keep.last"
-            )
+        free, missing = shutil.disk_usage(existing).free, more(self._keep.last)
+        if free >= needed(missing):
+            return
+        ways = ["free some space", "move run.dir"]
+        lower = [last for last in range(1, self._keep.last) if free >= needed(more(last))]
+        ways += [f"set checkpoint.keep.last={lower[-1]}"] if lower else []
+        raise UserError(
+            f"{existing} has {gib(free)} free, but {missing} more checkpoint{'s' * (missing != 1)} of "
+            f"{gib(changing_bytes + frozen_bytes)} need {gib(needed(missing))}, {gib(needed(missing) - free)} more: "
+            f"{', '.join(ways[:-1])} or {ways[-1]}"
+        )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_faults import flip, signed, whole
 
+from configs.errors import UserError
+from configs.load import load
 from configs.schema import KeepSection
 from trainer.checkpoint import shelf as shelf_module
 from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.store import CheckpointStore
+from trainer.loop import saves_to_come
 
 MODEL = "model/rank-00000.safetensors"
 
@@ -104,3 +109,48 @@ def test_the_best_one_must_open(tmp_path: Path) -> None:
     (tmp_path / "c/step-00000002" / MODEL).unlink()
     save(store, 5, 9.0)
     assert store.shelf.steps() == [3, 5]
+
+
+def shelf_for(root: Path, last: int, best: bool = True) -> Shelf:
+    return Shelf(root / "c", KeepSection(last=last, best=best), print)
+
+
+def test_room_is_asked_for_no_more_saves_than_are_to_come(tmp_path: Path) -> None:
+    """The sizes are shares of what this filesystem has free."""
+    free = shutil.disk_usage(tmp_path).free
+    shelf = shelf_for(tmp_path, last=9)
+    shelf.check_space(free * 4 // 5, 0, saves_to_come=1)  # a run that saves at its end alone
+    shelf.check_space(free * 2, 0, saves_to_come=0)  # one that is finished
+    with pytest.raises(UserError, match=r"but 2 more checkpoints of .*: free some space or move run\.dir$"):
+        shelf.check_space(free * 4 // 5, 0, saves_to_come=2)
+    for step in (1, 2):
+        save(store_of(tmp_path / "c", [], last=9), step)
+    shelf_for(tmp_path, last=2).check_space(free * 2 // 5, 0, saves_to_come=100)  # 2 of 4 are there
+
+
+def test_advice_about_room_is_of_use(tmp_path: Path) -> None:
+    """What is named is enough, and where nothing is enough it is not named."""
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(UserError, match=r"8 more checkpoints .* or set checkpoint\.keep\.last=4$"):
+        shelf_for(tmp_path, last=7, best=False).check_space(free * 2 // 11, 0, saves_to_come=100)
+    shelf_for(tmp_path, last=4, best=False).check_space(free * 2 // 11, 0, saves_to_come=100)
+    with pytest.raises(UserError, match=r"free some space or move run\.dir$"):
+        shelf_for(tmp_path, last=7).check_space(free, 0, saves_to_come=100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "saves"),
+    [
+        ({"checkpoint.every_steps": 0}, 0, 1),
+        ({"checkpoint.every_steps": 0}, 10, 0),
+        ({"checkpoint.every_steps": 3}, 0, 4),  # 3, 6, 9, 10
+        ({"checkpoint.every_steps": 5}, 0, 2),  # 5, 10
+        ({"checkpoint.every_steps": 5}, 5, 1),
+        ({"checkpoint.every_steps": 0, "train.validate_every_steps": 4}, 0, 3),  # 4, 8, 10
+        ({"checkpoint.every_steps": 0, "train.validate_every_steps": 4, "checkpoint.keep.best": False}, 0, 1),
+        ({"checkpoint.every_steps": 0, "freeze.schedule": [{"step": 2}]}, 0, 2),
+    ],
+)
+def test_how_many_saves_are_to_come(changes: dict[str, Any], step: int, saves: int) -> None:
+    config = load("demo", [f"{key}={json.dumps(value)}" for key, value in ({"train.steps": 10} | changes).items()])
+    assert saves_to_come(config, step) == saves

@@ -202,8 +202,8 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"KiB free, but 2 more checkpoints of 1\.86 GiB need 3\.73 GiB, 3\.72 GiB more: "
         ):
-            store.shelf.check_space(2 * 10**9, 0)
-        store.shelf.check_space(1000, 1000)
+            store.shelf.check_space(2 * 10**9, 0, saves_to_come=2)
+        store.shelf.check_space(1000, 1000, saves_to_come=9)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
