@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +92,20 @@ def _compare(key: str, one: StateTensor, other: StateTensor, progress: Progress)
     largest = squares = reference = 0.0
     differing = 0
     bit_equal = dtypes[0] == dtypes[1]
-    for a, b in _parts(one, other, progress):
-        if dtypes[0] == dtypes[1] and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            reference += float(a.double().square_().sum())
-            continue
-        bit_equal = False
-        wide_a, wide_b = a.double(), b.double()
-        change = wide_b - wide_a
-        same = (wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan())
-        change.masked_fill_(same, 0)
-        differing += int((~same).sum())
-        largest = max(largest, float(change.abs().max()), key=lambda x: math.inf if x != x else x)
-        squares += float((change * change).sum())
-        reference += float((wide_a * wide_a).sum())
+    with _parts(one, other, progress) as parts:
+        for a, b in parts:
+            if dtypes[0] == dtypes[1] and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+                reference += float(a.double().square_().sum())
+                continue
+            bit_equal = False
+            wide_a, wide_b = a.double(), b.double()
+            change = wide_b - wide_a
+            same = (wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan())
+            change.masked_fill_(same, 0)
+            differing += int((~same).sum())
+            largest = max(largest, float(change.abs().max()), key=lambda x: math.inf if x != x else x)
+            squares += float((change * change).sum())
+            reference += float((wide_a * wide_a).sum())
     relative = math.sqrt(squares / reference) if reference > 0 else (math.inf if squares else 0.0)
     row |= {"bit_equal": bit_equal, "differing": differing, "max_change": _json(largest)}
     return row | {"relative_change": _json(relative)}
@@ -118,15 +120,19 @@ def _finite(number: float | str) -> float:
     return float(number) if isinstance(number, float) else math.inf
 
 
-def _parts(one: StateTensor, other: StateTensor, progress: Progress) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+@contextmanager
+def _parts(
+    one: StateTensor, other: StateTensor, progress: Progress
+) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
     """The same elements of both, flat; a thread reads ahead on either side."""
     count, at_once = one.numel, (4 << 20) // 8
-    sides = []
-    for tensor in (one, other):
+
+    def read(tensor: StateTensor) -> AbstractContextManager[Iterator[memoryview]]:
         ranges = [Range(tensor.content, start, min(at_once, count - start)) for start in range(0, count, at_once)]
-        sides.append(stream(ranges, progress))
-    for a, b in zip(*sides, strict=True):
-        yield _tensor(a, one), _tensor(b, other)
+        return stream(ranges, progress)
+
+    with read(one) as mine, read(other) as theirs:
+        yield ((_tensor(a, one), _tensor(b, other)) for a, b in zip(mine, theirs, strict=True))
 
 
 def _tensor(content: memoryview, like: StateTensor) -> torch.Tensor:

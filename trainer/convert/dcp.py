@@ -232,10 +232,11 @@ def write_dcp(state: State, folder: Path, progress: Callable[[int], None] | None
     """Fill an empty folder; it is durable but for its name then."""
     leaves = list(leaves_of(str(state.path), nested(state)))
     chunks = {id(leaf): _chunks(leaf) for _, leaf in leaves if is_content(leaf)}
-    parts = stream((wanted for cut in chunks.values() for _, _, wanted in cut), progress)
+    ranges = (wanted for cut in chunks.values() for _, _, wanted in cut)
     items = _Items(folder)
     try:
-        placed = {key: [_write_chunk(items, chunk, parts) for chunk in cut] for key, cut in chunks.items()}
+        with stream(ranges, progress) as parts:
+            placed = {key: [_write_chunk(items, chunk, parts) for chunk in cut] for key, cut in chunks.items()}
         plain = {_key(path): items.add(leaf) for path, leaf in leaves if not is_content(leaf)}
         items.finish()
     finally:

@@ -23,16 +23,15 @@ FILE_LIMIT_BYTES = 4 << 30
 def write_muster(state: State, folder: Path, progress: Callable[[int], None] | None) -> None:
     """Fill an empty folder; it is durable but for its name then."""
     planned = [(group, name, layout) for group in GROUPS for name, layout in _files(state, group)]
-    parts = stream(
-        (Range.whole(state.tensors[piece.key].content) for _, _, layout in planned for piece in layout.pieces), progress
-    )
+    ranges = (Range.whole(state.tensors[piece.key].content) for _, _, layout in planned for piece in layout.pieces)
     hashes: dict[str, str] = {}
-    for group in GROUPS:
-        disk.mkdir(str(folder / group))
-        for owner, name, layout in planned:
-            if owner == group:
-                hashes[name] = write_file(str(folder / name), layout, take(parts, layout.data_bytes))
-        disk.fsync_dir(str(folder / group))
+    with stream(ranges, progress) as parts:
+        for group in GROUPS:
+            disk.mkdir(str(folder / group))
+            for owner, name, layout in planned:
+                if owner == group:
+                    hashes[name] = write_file(str(folder / name), layout, take(parts, layout.data_bytes))
+            disk.fsync_dir(str(folder / group))
     sums = encode_checksums(hashes, BLOCK_BYTES)
     manifest = _manifest(state, [(name, layout) for _, name, layout in planned], digest(sums))
     write_bytes(str(folder / CHECKSUMS), sums)

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,11 +158,23 @@ class Range:
         return self.count * self.content.dtype.itemsize
 
 
-def stream(ranges: Iterable[Range], progress: Callable[[int], None] | None = None) -> Iterator[memoryview]:
+@contextmanager
+def stream(ranges: Iterable[Range], progress: Callable[[int], None] | None = None) -> Iterator[Iterator[memoryview]]:
     """The bytes of ranges, one after the other, at most PART_BYTES at a time, while a thread reads ahead.
 
-    A part is valid until the next one is asked for; none spans two ranges; an empty range gives none.
+    A part is valid until the next one is asked for; none spans two ranges; an empty range gives none. The thread has
+    ended when the block is left, however: one left to the garbage collector can wait for itself, and never end.
     """
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield _read_ahead(pool, ranges, progress)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, ranges: Iterable[Range], progress: Callable[[int], None] | None
+) -> Iterator[memoryview]:
     free = deque(torch.empty(PART_BYTES, dtype=torch.uint8) for _ in range(_PARTS_AHEAD + 1))
     pending: deque[tuple[Future[None], torch.Tensor, torch.Tensor]] = deque()
 
@@ -173,19 +186,18 @@ def stream(ranges: Iterable[Range], progress: Callable[[int], None] | None = Non
         yield bytes_of(part)
         free.append(buffer)
 
-    with ThreadPoolExecutor(1) as pool:
-        for wanted in ranges:
-            done, width = 0, wanted.content.dtype.itemsize
-            while done < wanted.count:
-                if len(pending) == _PARTS_AHEAD:
-                    yield from finish()
-                buffer, start = free.popleft(), wanted.start + done
-                count = min(_part_elements(wanted.content, start), wanted.count - done)
-                part = buffer[: count * width].view(wanted.content.dtype)
-                pending.append((pool.submit(wanted.content.read_range_into, start, part), buffer, part))
-                done += count
-        while pending:
-            yield from finish()
+    for wanted in ranges:
+        done, width = 0, wanted.content.dtype.itemsize
+        while done < wanted.count:
+            if len(pending) == _PARTS_AHEAD:
+                yield from finish()
+            buffer, start = free.popleft(), wanted.start + done
+            count = min(_part_elements(wanted.content, start), wanted.count - done)
+            part = buffer[: count * width].view(wanted.content.dtype)
+            pending.append((pool.submit(wanted.content.read_range_into, start, part), buffer, part))
+            done += count
+    while pending:
+        yield from finish()
 
 
 def _part_elements(content: Content, start: int) -> int:

@@ -67,8 +67,8 @@ def write_torch(state: State, file: disk.NewFile, progress: Callable[[int], None
 
     writer = ArchiveWriter(file.write, announce(nested(state)))
     ranges = [Range.whole(content) for content in contents]
-    parts = stream(ranges, progress)
-    for key, wanted in enumerate(ranges):
-        writer.add_parts(f"data/{key}", wanted.nbytes, take(parts, wanted.nbytes))
+    with stream(ranges, progress) as parts:
+        for key, wanted in enumerate(ranges):
+            writer.add_parts(f"data/{key}", wanted.nbytes, take(parts, wanted.nbytes))
     writer.finish()
     file.fsync()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.files import FileReader
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.pieces import Piece
+from trainer.checkpoint.pieces import Group, Piece
 from trainer.checkpoint.store import CheckpointStore
 from trainer.convert import dcp as convert_dcp
 from trainer.convert import muster as convert_muster
@@ -328,7 +329,8 @@ def test_a_stream_is_read_ahead_but_never_mixed_up(tmp_path: Path, monkeypatch: 
     tensors = open_state(source).tensors
     wanted = [Range(tensors["embed.weight"].content, 5, 100), Range.whole(tensors["norm.weight"].content)]
     seen: list[int] = []
-    content = b"".join(bytes(part) for part in stream(wanted, seen.append))
+    with stream(wanted, seen.append) as parts:
+        content = b"".join(map(bytes, parts))
     expected = [full["embed.weight"].view(-1)[5:105], full["norm.weight"]]
     assert content == b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in expected)
     assert sum(seen) == len(content)
@@ -353,9 +355,28 @@ def test_no_block_of_a_checkpoint_is_read_twice(tmp_path: Path, monkeypatch: pyt
     assert same_bits(torch.load(tmp_path / "a.pt", weights_only=True)["model"]["w"], full)
 
 
+def small_state(root: Path) -> Path:
+    """A tensor of each group, one without dimensions, one without elements: few operations, and one of every kind."""
+    tensors: dict[str, tuple[Group, torch.Tensor]] = {
+        "w": ("model", torch.randn(3, 4)),
+        "f": ("frozen", torch.tensor(0.5)),
+        "w.exp_avg": ("optim", torch.randn(3, 4)),
+        "none": ("model", torch.empty(0, 3)),
+    }
+    pieces = [Piece(k, group, t, tuple(t.shape), (0,) * t.ndim, tuple(t.shape)) for k, (group, t) in tensors.items()]
+    store = CheckpointStore(root, asynchronous=False)
+    store.save(1, pieces, RunState(step_counts={"w": 1}, aliases={"tied": "w"}))
+    assert [result.error for result in store.poll()] == [None]
+    return store.shelf.path(1)
+
+
 @pytest.mark.parametrize("to", ["muster", "torch", "dcp"])
 def test_a_failure_at_any_operation_leaves_nothing(tmp_path: Path, to: Any) -> None:
-    """Each operation on the disk fails once, as a full disk would make it: the target is whole or not there."""
+    """Each operation on the disk fails once, as a full disk would make it: the target is whole or not there, and no
+    thread reads on."""
+    source, folder = small_state(tmp_path / "checkpoints"), tmp_path / "target"
+    folder.mkdir()
+    threads = set(threading.enumerate())
     operations = 0
     failing = -1
 
@@ -368,20 +389,21 @@ def test_a_failure_at_any_operation_leaves_nothing(tmp_path: Path, to: Any) -> N
 
     try:
         disk.observer = observer
-        convert(golden_state.FOLDER, tmp_path / "x", to)
-        (shutil.rmtree if (tmp_path / "x").is_dir() else Path.unlink)(tmp_path / "x")
+        convert(source, folder / "x", to)
+        (shutil.rmtree if (folder / "x").is_dir() else Path.unlink)(folder / "x")
         total, committed = operations, 0
         for failing in range(total):
             operations = 0
             with pytest.raises(UserError, match="disk is full"):
-                convert(golden_state.FOLDER, tmp_path / "x", to)
+                convert(source, folder / "x", to)
             assert operations >= failing
-            left = [path.name for path in tmp_path.iterdir()]
+            assert set(threading.enumerate()) == threads
+            left = [path.name for path in folder.iterdir()]
             assert left in ([], ["x"]), (failing, left)
             if left:
                 committed += 1
-                open_state(tmp_path / "x")
-                (shutil.rmtree if (tmp_path / "x").is_dir() else Path.unlink)(tmp_path / "x")
+                open_state(folder / "x")
+                (shutil.rmtree if (folder / "x").is_dir() else Path.unlink)(folder / "x")
         assert committed == 1  # the last fsync, of the folder above, comes after the rename
         assert total >= 6
     finally:

@@ -178,7 +178,11 @@ def drain(path: Path) -> dict[str, bytes]:
     """Read all of it, as converting does."""
     state = open_state(path)
     try:
-        return {key: b"".join(map(bytes, stream([Range.whole(t.content)]))) for key, t in state.tensors.items()}
+        found = {}
+        for key, tensor in state.tensors.items():
+            with stream([Range.whole(tensor.content)]) as parts:
+                found[key] = b"".join(map(bytes, parts))
+        return found
     finally:
         state.close()
 
