@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -129,14 +130,23 @@ class DataSection(Section):
     """What is read, and how it is cut into samples."""
 
     seq_len: int = result(..., "tokens per sample", ge=2)
-    tokenizer: str = result("bytes", "`bytes`, or the path of a tokenizer.json")
-    end_token: str | None = result(None, "token that ends a document, for a tokenizer.json that has no usual one")
+    tokenizer: str = result("bytes", "`bytes`, the path of a tokenizer.json, or `none` where all sources are token ids")
+    end_token: str | None = result(None, "token that ends a document, if it has no usual one; its number under `none`")
     sources: list[Source] = result(..., "where documents come from", min_length=1)
     validation_fraction: float = result(0.01, "share of documents held out, chosen by hash", ge=0, lt=1)
     document_mask: bool = result(True, "tokens see only their own document")
     cache: str | None = speed(None, "folder of prepared samples; default: `.cache` beside the run folder")
     prefetch_steps: int = speed(2, "batches made ahead by the background worker", ge=1)
     record_samples: bool = speed(False, "write the sample numbers of every step to the attempt's folder")
+
+    @model_validator(mode="after")
+    def _without_tokenizer(self) -> DataSection:
+        text = next((source.name for source in self.sources if source.kind != "tokens"), None)
+        if self.tokenizer == "none" and text is not None:
+            raise ValueError(f"tokenizer none: source {text!r} holds text, which needs a tokenizer")
+        if self.tokenizer == "none" and not re.fullmatch("[0-9]{1,18}", self.end_token or ""):
+            raise ValueError("tokenizer none: end_token must give the number of the token that ends a document")
+        return self
 
 
 class TaskSection(Section):
@@ -309,6 +319,8 @@ class Config(Section):
         twice = next((name for name, count in names.items() if count > 1), None)
         if twice is not None:
             raise ValueError(f"data.sources: the name {twice!r} stands twice")
+        if self.task.sample_tokens and self.data.tokenizer == "none":
+            raise ValueError("task.sample_tokens needs a data.tokenizer, which is none")
         return self
 
     @model_validator(mode="after")

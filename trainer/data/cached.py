@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from configs.schema import Config, Source
 from trainer.data import files
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES
@@ -18,6 +19,7 @@ from trainer.data.tokenizer import Tokenizer
 FORMAT = 1
 CUTS = 2  # the way long texts are cut: see `_is_cut_as_now`
 FILES, META = "files.json", "meta.json"
+_CHUNK_TOKENS = 1 << 20
 
 Found = list[tuple[str, Path]]
 Poll = Callable[[int], None]  # called often with the bytes just read
@@ -103,3 +105,23 @@ def _still_holds(folder: Path, source: Source, found: dict[str, Path], stats: di
         with contextlib.suppress(PermissionError):  # someone else's cache: compared by content again next time
             files.write_json(folder / FILES, known)
     return True
+
+
+def check_largest_id(folder: Path, source: Source, vocab_size: int, poll: Poll) -> None:
+    """UserError when ids that were there already are beyond the vocabulary: they were checked against that of the model
+    for which they were prepared."""
+    meta = files.read_json(folder / META)
+    if "largest_id" not in meta:  # prepared by an older Muster: looked for once
+        arrays = [files.map_array(folder / f"{split}.npy") for split in meta["splits"]]
+        chunks = (a[i : i + _CHUNK_TOKENS] for a in arrays for i in range(0, len(a), _CHUNK_TOKENS))
+        meta["largest_id"] = 0
+        for chunk in chunks:
+            meta["largest_id"] = max(meta["largest_id"], int(chunk.max()))
+            poll(chunk.nbytes)
+        with contextlib.suppress(PermissionError):  # someone else's cache: looked for again next time
+            files.write_json(folder / META, meta)
+    if meta["largest_id"] >= vocab_size:
+        raise UserError(
+            f"data source {source.name!r} holds token id {meta['largest_id']}, beyond the vocabulary\n"
+            f"model.vocab_size is {vocab_size}: raise it, or tokenise with the tokenizer of this model"
+        )

@@ -23,7 +23,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.schema import Config, Source
 from trainer.data import files
-from trainer.data.cached import CUTS, FILES, FORMAT, META, find_prepared, settings_of
+from trainer.data.cached import CUTS, FILES, FORMAT, META, check_largest_id, find_prepared, settings_of
 from trainer.data.content import check_content
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES, pieces
 from trainer.data.listing import FileStat, list_files, readable, refuse_unreadable
@@ -142,6 +142,8 @@ def _source_folder(
     stats = _stats(source, found, progress)
     prepared = find_prepared(cache, source, settings, tokenizer.places, found, stats, began_with, progress.poll)
     if prepared is not None:
+        if source.kind == "tokens":
+            check_largest_id(prepared, source, config.model.vocab_size, progress.poll)
         return prepared
     check_content(source, found, progress.say, progress.poll)
     with files.temporary_folder(cache) as temporary:
@@ -299,6 +301,7 @@ def _tokenise(
         "fingerprint": fingerprint,
         "splits": splits,
         "cuts": CUTS,
+        "largest_id": reading.largest_id,
         "empty_documents": reading.empty_documents,
         "replaced_documents": reading.replaced_documents,
     }
@@ -306,7 +309,7 @@ def _tokenise(
     if source.kind == "tokens" and not reading.end_tokens:
         progress.say(
             f"warning: no end token ({tokenizer.end_token}) in its files, so each file is one document; "
-            "is data.tokenizer the one they were made with?"
+            "is it the one they were made with (data.end_token, data.tokenizer)?"
         )
     files.write_json(folder / FILES, known)
     files.write_json(folder / META, meta)

@@ -46,6 +46,7 @@ class FileReading:
     empty_documents: int = 0  # and empty files
     replaced_documents: int = 0  # not valid UTF-8, or half a character escaped in JSON
     end_tokens: int = 0  # found in token files
+    largest_id: int = 0  # likewise
     poll: Callable[[int], None] = field(
         default=lambda _bytes: None, repr=False
     )  # called often with the bytes just read
@@ -188,6 +189,7 @@ def _read_tokens(
     for offset in range(0, len(ids), _CHUNK_TOKENS):
         chunk = ids[offset : offset + _CHUNK_TOKENS]
         _check_ids(source, path, chunk, offset, vocab_size)
+        reading.largest_id = max(reading.largest_id, int(chunk.max()))
         for end in (np.flatnonzero(chunk == end_token) + offset).tolist():
             if end == begin:
                 reading.empty_documents += 1

@@ -49,6 +49,25 @@ class ByteTokenizer:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
+class NoTokenizer:
+    """For sources that hold ids already: all that it knows is which of them ends a document."""
+
+    fingerprint = "ids"
+    places = ANYWHERE
+
+    def __init__(self, end_token: int) -> None:
+        self.end_token = end_token
+        self.size = end_token + 1
+
+    def encode(self, texts: list[bytes]) -> list[np.ndarray]:
+        if texts:
+            raise TypeError("there is no tokenizer, and the config was let through with text")
+        return []
+
+    def decode(self, ids: list[int]) -> str:
+        raise TypeError("there is no tokenizer, and the config was let through with text to write")
+
+
 class JsonTokenizer:
     """A `tokenizer.json`. Strings in a document that look like special tokens stay ordinary text."""
 
@@ -117,6 +136,11 @@ def load_tokenizer(data: DataSection, vocab_size: int) -> Tokenizer:
         if data.end_token is not None:
             raise UserError("data.end_token has no meaning with data.tokenizer=bytes (256 ends a document); remove it")
         tokenizer: Tokenizer = ByteTokenizer()
+    elif data.tokenizer == "none":
+        end_token = int(data.end_token or "")  # digits, or the config was refused
+        if end_token >= vocab_size:
+            raise UserError(f"data.end_token {end_token} is beyond the vocabulary: model.vocab_size is {vocab_size}")
+        return NoTokenizer(end_token)
     else:
         tokenizer = JsonTokenizer(Path(data.tokenizer).expanduser(), data.end_token)
     if tokenizer.size > vocab_size:
