@@ -71,10 +71,13 @@ def configs_of(base: Config, words: list[str], argument: str | None, typed: list
             raise UserError("--array: the runs of an array share what is asked of Slurm, and have folders of their own")
     if not runs:
         raise UserError("--array: no runs")
-    return [
-        load(argument, [*typed, *own, f"run.dir={Path(base.run_dir) / label}"])
-        for own, label in zip(runs, labels(runs), strict=True)
-    ]
+    found = []
+    for own, label in zip(runs, labels(runs), strict=True):
+        config = load(argument, [*typed, *own])
+        # Not as an override, which would be read once more: as YAML, or with `~`.
+        run = config.run.model_copy(update={"dir": str(Path(base.run_dir) / label)})
+        found.append(config.model_copy(update={"run": run}))
+    return found
 
 
 def labels(runs: list[list[str]]) -> list[str]:

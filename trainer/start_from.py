@@ -18,11 +18,9 @@ _WANTED = "name a run folder or a checkpoint in it"
 def checkpoint_named(path: Path) -> Path:
     """The folder of the checkpoint. Raises UserError that says what lies there instead, and what to name."""
     try:
-        found = _checkpoint(path)
-        if found != path:
-            newest_checkpoint(
-                RunFolder(path).checkpoints
-            )  # refused when something there may be newer than what we found
+        if (path / _MANIFEST).exists():
+            return path
+        found = newest_checkpoint(RunFolder(path).checkpoints)  # refused where something there may be newer
         instead = _instead(path) if found is None else ""
     except OSError as error:  # closed to us, or no file at all, such as a pipe
         raise UserError(f"start.from: {path} cannot be read: {error.strerror or error}; {_WANTED}") from error
@@ -31,12 +29,8 @@ def checkpoint_named(path: Path) -> Path:
     return found
 
 
-def _checkpoint(path: Path) -> Path | None:
-    if (path / _MANIFEST).exists():
-        return path
-    folder = RunFolder(path)
-    name = folder.newest_checkpoint()[1]
-    return folder.checkpoints / name if name is not None else None
+def _has_checkpoint(path: Path) -> bool:
+    return (path / _MANIFEST).exists() or RunFolder(path).newest_checkpoint()[1] is not None
 
 
 def _instead(path: Path) -> str:
@@ -46,7 +40,7 @@ def _instead(path: Path) -> str:
         return "does not exist; " + (f"there are {', '.join(beside[-3:])}" if beside else _WANTED)
     if not path.exists():
         return f"is a link to {os.readlink(path)}, which does not exist; {_WANTED}"
-    around = next((parent for parent in path.absolute().parents if _checkpoint(parent) is not None), None)
+    around = next((parent for parent in path.absolute().parents if _has_checkpoint(parent)), None)
     if around is not None:
         return f"is only a part of {'a checkpoint' if (around / _MANIFEST).exists() else 'a run'}; name {around}"
     kind = _kind(path)
@@ -56,7 +50,7 @@ def _instead(path: Path) -> str:
     if not path.is_dir():
         what = "a file of safetensors without a checkpoint around it" if path.suffix == ".safetensors" else "a file"
         return f"is {what}; {_WANTED}"
-    runs = [below for below in sorted(path.iterdir()) if _checkpoint(below) is not None]
+    runs = [below for below in sorted(path.iterdir()) if _has_checkpoint(below)]
     return "holds no committed checkpoint; " + (f"name one of its runs, such as {runs[0]}" if runs else _WANTED)
 
 

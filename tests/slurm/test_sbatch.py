@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.load import load
 from slurm import again, queue
 from slurm.__main__ import main
-from slurm.array import labels
+from slurm.array import configs_of, labels
 from slurm.ask import ask, facts_of
 from slurm.request import not_heard, of_environment
 from tests.distributed import write_config
@@ -282,3 +282,11 @@ def test_a_user_id_without_a_name_and_without_home(tmp_path: Path, may_mount: No
     assert done.returncode == 0, done.stderr
     assert re.search(r"^#SBATCH --nodes=2$", done.stdout, re.M)
     assert done.stdout.splitlines()[-1] == f"user {os.getuid()}"
+
+
+def test_the_folder_of_an_array_is_read_once(tmp_path: Path) -> None:
+    """What stands in it is not YAML again."""
+    folder = f"{tmp_path}/it's #3: [a]"
+    base = load(str(write_config(tmp_path)), [f"run.dir={folder}"])
+    found = configs_of(base, ["run.seed=[1,2]"], str(tmp_path / "config.yaml"), [])
+    assert [config.run_dir for config in found] == [f"{folder}/run.seed=1", f"{folder}/run.seed=2"]

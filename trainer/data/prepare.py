@@ -61,9 +61,12 @@ def prepare(
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(cache)
+        # Of all of them before the work on any: a dead link in the last source is said before the first is tokenised.
+        listed = {s.name: list_files(s, _Progress(s.name, say, should_stop).poll) for s in config.data.sources}
         folders = [
             _source_folder(
-                config, s, tokenizer, cache, _Progress(s.name, say, should_stop), (began_with or {}).get(s.name)
+                *(config, s, listed[s.name], tokenizer, cache),
+                *(_Progress(s.name, say, should_stop), (began_with or {}).get(s.name)),
             )
             for s in config.data.sources
         ]
@@ -132,11 +135,16 @@ class _Progress:
 
 
 def _source_folder(
-    config: Config, source: Source, tokenizer: Tokenizer, cache: Path, progress: _Progress, began_with: str | None
+    config: Config,
+    source: Source,
+    found: list[tuple[str, Path]],
+    tokenizer: Tokenizer,
+    cache: Path,
+    progress: _Progress,
+    began_with: str | None,
 ) -> Path:
-    """The folder of a prepared source that holds what its files hold now; made if there is none."""
+    """The folder of a prepared source that holds what its files, those `found`, hold now; made if there is none."""
     progress.poll()
-    found = list_files(source, progress.poll)
     settings = settings_of(config, source, tokenizer)
     name = f"{source.name}-{_digest(settings)}"
     stats = _stats(source, found, progress)

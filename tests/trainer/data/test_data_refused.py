@@ -38,6 +38,15 @@ def test_a_cache_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
         prepared(tmp_path / "file" / "cache", cfg)
 
 
+def test_a_dead_link_in_the_last_source_is_said_before_the_first_is_tokenised(tmp_path: Path) -> None:
+    first, last = text_folder(tmp_path / "first"), text_folder(tmp_path / "last")
+    (last / "gone.txt").symlink_to(tmp_path / "gone")
+    cfg = config({"name": "first", "path": str(first)}, {"name": "last", "path": str(last)})
+    with pytest.raises(UserError, match="'last'"):
+        prepared(tmp_path / "cache", cfg)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def small(path: Path, words: str) -> dict[str, Any]:
     path.mkdir()
     (path / "a.txt").write_text(words)
