@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +57,13 @@ def text(value: str) -> str:
 def word(value: str) -> str:
     if not value.strip():
         raise ValueError("is empty")
+    return value
+
+
+def name(value: str) -> str:
+    """Part of a file's name; perhaps nothing."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]*", value):
+        raise ValueError("is no name of a node")
     return value
 
 
@@ -126,7 +134,7 @@ SLURM_STEP_NODELIST = Variable("SLURM_STEP_NODELIST", word, "the step's nodes")
 SLURM_STEP_NUM_NODES = Variable("SLURM_STEP_NUM_NODES", number, "how many nodes the step has")
 SLURM_STEP_NUM_TASKS = Variable("SLURM_STEP_NUM_TASKS", number, "how many tasks the step has")
 SLURM_NODEID = Variable("SLURM_NODEID", number, "which of the step's nodes this is")
-SLURMD_NODENAME = Variable("SLURMD_NODENAME", text, "this node's name in Slurm")
+SLURMD_NODENAME = Variable("SLURMD_NODENAME", name, "this node's name in Slurm")
 
 CUDA_VISIBLE_DEVICES = Variable("CUDA_VISIBLE_DEVICES", text, "the GPUs that may be used")
 OMP_NUM_THREADS = Variable("OMP_NUM_THREADS", threads, "threads that a process computes with on the CPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import stat
@@ -54,7 +55,7 @@ class HeldFolder:
 
 def remove_left(parent: Path, prefix: str) -> None:
     """Remove the folders of this user's processes on this node that live no more."""
-    for left in parent.glob(f"{prefix}{node_name()}-*"):
+    for left in parent.glob(glob.escape(f"{prefix}{node_name()}-") + "*"):
         if _is_own(left) and (lock := _lock(left)) is not None:
             shutil.rmtree(left, ignore_errors=True)  # another start may be at it
             os.close(lock)

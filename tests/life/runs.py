@@ -189,9 +189,9 @@ def running(
         run.kill_rest()
 
 
-def finish(way: tuple[str, ...], folder: Path, *overrides: str) -> Running:
+def finish(way: tuple[str, ...], folder: Path, *overrides: str, env: dict[str, str] | None = None) -> Running:
     """Run a command to its good end."""
-    with running(way, folder, *overrides) as run:
+    with running(way, folder, *overrides, env=env) as run:
         assert run.wait() == 0, run.output
         run.gone(within_s=0.0 if way == LAUNCH else 5.0)
         return run

@@ -79,8 +79,10 @@ def test_killed_launcher_takes_everything_along(
     attempts, committed = len(run.attempts()), run.committed()
     phase.shorten(tmp_path)
     last = run.step() + 2  # the killed attempt may have begun one step more than it noted
-    after = finish(LAUNCH, tmp_path, f"train.steps={last}")
+    assert len([*run.temporary.glob("muster-run-*")]) == 1
+    after = finish(LAUNCH, tmp_path, f"train.steps={last}", env={"TMPDIR": str(run.temporary)})
     assert f"taking over {run.folder.root}" in after.output
+    assert [path.name for path in run.temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
     clean_end(after)
     resumed = after.start_step(attempts)
     assert resumed == committed

@@ -111,6 +111,7 @@ def test_some_of_a_launchers_variables_alone_are_refused_and_the_advice_helps(mi
         ("MUSTER_LEASE", " ", "is empty"),
         ("SLURM_JOB_ID", "7_1", "SLURM_JOB_ID='7_1'"),
         ("SLURM_RESTART_COUNT", "-1", "SLURM_RESTART_COUNT='-1'"),
+        ("SLURMD_NODENAME", "../node", "SLURMD_NODENAME='../node' is no name of a node"),
     ],
 )
 def test_one_that_cannot_be_used_is_refused_by_name(name: str, value: str, words: str) -> None:

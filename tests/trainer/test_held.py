@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,22 +62,29 @@ def test_another_users_folder_and_a_link_stay(left: Path, tmp_path: Path, monkey
     assert [path.name for path in target.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("before", ["open", "flock"])
 def test_a_folder_that_was_removed_before_it_was_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another start may look just then, and find it unlocked."""
-    made: list[str] = []
-    make = held.tempfile.mkdtemp
+    place = held.os if before == "open" else held.fcntl
+    real, removed = getattr(place, before), []
 
-    def made_and_removed(**words: str) -> str:
-        made.append(make(**words))
-        if len(made) == 1:
-            shutil.rmtree(made[0])
-        return made[-1]
+    def too_late(*arguments: Any, **words: Any) -> Any:
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            shutil.rmtree(removed[0])
+        return real(*arguments, **words)
 
-    monkeypatch.setattr(held.tempfile, "mkdtemp", made_and_removed)
-    assert str(HeldFolder(tmp_path, PREFIX).path) == made[1]
-    assert {*tmp_path.iterdir()} == {Path(made[1])}
+    monkeypatch.setattr(place, before, too_late)
+    mine = HeldFolder(tmp_path, PREFIX)
+    monkeypatch.undo()
+    assert len(removed) == 1
+    assert {*tmp_path.iterdir()} == {mine.path} != {*removed}
+    other = HeldFolder(tmp_path, PREFIX)
+    remove_left(tmp_path, PREFIX)
+    assert mine.path.exists()
+    other.remove()
 
 
 def test_without_a_place_for_temporary_files_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.errors import UserError
-from tests.distributed import free_port
+from configs.schema import Config
+from tests.distributed import free_port, run_ranks, tiny
 from trainer import meeting
 from trainer.environment import Ranks
 from trainer.meeting import meet, where
+from trainer.start import start
 from trainer.stop import Cause, StopRequested, StopWish
 
 PATIENCE_S = 30.0
@@ -130,3 +133,19 @@ def test_one_node_never_meets_at_the_name_of_its_host(monkeypatch: pytest.Monkey
     assert where(replace(here, meeting=("pod-nowhere.cluster.local", 1))) == ("127.0.0.1", 1)
     assert where(replace(here, meeting=("pod-nowhere-2", 1))) == ("pod-nowhere-2", 1)  # whoever that is
     assert where(replace(here, local_size=1)) == ("pod-nowhere", 29500)  # several nodes: as they were told
+
+
+def _told_to_stop(config: dict[str, Any]) -> int:
+    wish = StopWish()
+    wish.wish(Cause.INTERRUPT)
+    return start(Config.model_validate(config), wish)
+
+
+@pytest.mark.parametrize(("more", "code"), [({}, 3), ({"TORCHELASTIC_RUN_ID": "x"}, 0)], ids=["by hand", "torchrun"])
+def test_a_run_that_is_stopped_while_ranks_wait_ends_as_stopped(
+    more: dict[str, str], code: int, tmp_path: Path
+) -> None:
+    two = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env = two | {"MASTER_PORT": str(free_port())} | more
+    assert run_ranks(1, _told_to_stop, tiny(tmp_path), env=env) == [code]
+    assert not (tmp_path / "run").exists()
