@@ -19,6 +19,7 @@ import torch
 
 from configs.schema import Config
 from models import IGNORE
+from trainer.data.enough import check_enough
 from trainer.data.order import base_key, permute
 from trainer.data.prepared import Prepared, Split
 
@@ -250,5 +251,5 @@ def validation_samples(prepared: Prepared, config: Config) -> list[tuple[Split, 
 
 def validation_batches(prepared: Prepared, config: Config, rank: int, world_size: int) -> ValidationBatches:
     """See `ValidationBatches`. UserError when validation is asked for and there is no sample for it."""
-    prepared.check(config)
+    check_enough(prepared, config)
     return ValidationBatches(prepared, config, rank, world_size)

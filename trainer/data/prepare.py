@@ -26,6 +26,7 @@ from trainer.data import files
 from trainer.data.cached import CUTS, FILES, FORMAT, META, check_largest_id, find_prepared, settings_of
 from trainer.data.content import check_content
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES, pieces
+from trainer.data.enough import check_enough
 from trainer.data.listing import FileStat, list_files, readable, refuse_unreadable
 from trainer.data.order import quotas
 from trainer.data.prepared import Prepared
@@ -85,7 +86,7 @@ def prepare(
         path = cache / f"run-{_digest(index)}.json"
         if not path.exists():
             files.write_json(path, index)
-    Prepared.open(path, patience_s=0.0).check(config)
+    check_enough(Prepared.open(path, patience_s=0.0), config)
     return path
 
 

@@ -96,26 +96,6 @@ class Prepared:
         sizes = [s.train.sample_count(config.data.seq_len) for s in self.sources]
         return Order(sizes, [s.weight for s in self.sources], config.run.seed, [s.name for s in self.sources])
 
-    def check(self, config: Config) -> None:
-        """UserError when a source has no training sample, or validation is asked for and has none."""
-        seq_len = config.data.seq_len
-        for s in self.sources:
-            if s.train.sample_count(seq_len) == 0:
-                raise UserError(
-                    f"data source {s.name!r} is shorter than one sample: {len(s.train.tokens):,} training tokens in "
-                    f"{len(s.train.starts):,} documents, a sample of data.seq_len {seq_len} needs {seq_len + 1:,}\n"
-                    "add documents, or lower data.seq_len or data.validation_fraction"
-                )
-        held_out = sum(s.validation.sample_count(seq_len) for s in self.sources)
-        if config.train.validate_every_steps and not held_out:
-            tokens = sum(len(s.validation.tokens) for s in self.sources)
-            raise UserError(
-                f"train.validate_every_steps is {config.train.validate_every_steps}, but the validation split has "
-                f"{tokens:,} tokens, less than one sample of data.seq_len {seq_len}\n"
-                f"raise data.validation_fraction ({config.data.validation_fraction:g}), add documents, or set "
-                "train.validate_every_steps=0"
-            )
-
     def describe(self, config: Config) -> list[str]:
         """A line per source for the start-up summary."""
         seq_len, lines = config.data.seq_len, []
