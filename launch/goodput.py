@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.run_folder import JOB_FILE
 from trainer import life
-from trainer.environment import MUSTER_LAUNCHED
+from trainer.environment import MUSTER_CLOCK, MUSTER_LAUNCHED
 from trainer.events import read_events, read_rows
 from trainer.folder import RunFolder
 from trainer.heartbeat import Phase
@@ -50,6 +50,7 @@ class Goodput:
     first_loss: float | None = None
     last_loss: float | None = None
     passed_over: str | None = None  # what cannot be read, in one line
+    clock_jumps: list[tuple[int, float]] = field(default_factory=list)  # (attempt, seconds) by which a clock was set
 
     @property
     def allocated_s(self) -> float:
@@ -100,6 +101,12 @@ class _Attempt:
     def failed(self) -> bool:
         return text(self.end, "reason") in (None, "failed")
 
+    @property
+    def clock_jumps(self) -> list[float]:
+        """Seconds by which a node's clock was set meanwhile."""
+        jumps = (amount(event, "seconds") for event in self.events if event["event"] == "clock_jumped")
+        return [seconds for seconds in jumps if seconds is not None]
+
     def counted(self) -> list[tuple[float, dict[str, float], int | None]]:
         """(Time, seconds by phase up to then, step) of every row that counts phases, oldest first."""
         found = [(r["time_s"], r["phases_s"], r.get("step")) for r in self.rows if r.get("phases_s")]
@@ -111,7 +118,8 @@ def goodput(folder: RunFolder) -> Goodput:
     """Count it. An attempt that still runs counts up to its last sign."""
     over = PassedOver()
     attempts = _attempts(folder, over)
-    total = Goodput(attempts=len(attempts))
+    jumps = [(attempt.number, seconds) for attempt in attempts for seconds in attempt.clock_jumps]
+    total = Goodput(attempts=len(attempts), clock_jumps=jumps)
     submitted_s = moment(facts_in(folder.root / JOB_FILE, over), "time_s")
     before: _Attempt | None = None
     for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
@@ -145,9 +153,18 @@ def _attempts(folder: RunFolder, over: PassedOver) -> list[_Attempt]:
             watched.get(number),
             *(r["time_s"] for r in mine[-1:] + told[-1:]),
         ]
+        if any(event["event"] == "clock_jumped" for event in told) and not _by_the_runs_clock(start):
+            # Stamped by the time of day, as before the run's clock: the order of the rows says what came last.
+            ended_s = moment(end, "time_s")
+            signs = [ended_s] if ended_s is not None else [row["time_s"] for row in mine[-1:]]
         last = max((sign for sign in signs if sign is not None), default=os.lstat(path).st_mtime)
         found.append(_Attempt(number, start, end, mine, told, last))
     return found
+
+
+def _by_the_runs_clock(start: Row) -> bool:
+    environment = start.get("environment")
+    return isinstance(environment, dict) and MUSTER_CLOCK.name in environment
 
 
 def _last_watched_s(folder: Path, over: PassedOver) -> dict[int, float]:
@@ -172,7 +189,7 @@ def _begin(attempt: _Attempt, before: _Attempt | None, submitted_s: float | None
         waited_since = submitted_s if attempt.job is not None else None
     else:
         waited_since = before.last_sign_s if attempt.job is not None and attempt.job == before.job else None
-    if waited_since is not None:
+    if waited_since is not None and not (before is not None and before.clock_jumps):  # else it cannot be known
         total.seconds["queued"] += max(began - waited_since, 0.0)
     return began
 
@@ -189,7 +206,9 @@ def _divide(attempt: _Attempt, began_s: float, after: _Attempt | None) -> dict[s
     for phase, value in phases.items():
         seconds[_CLASS.get(phase, "starting")] += value
     tail = max(attempt.last_sign_s - last_s, 0.0)
-    seconds["starting"] += whole - tail - sum(phases.values())
+    # What lies before the first row that counts, not what the rows leave of the whole: in a folder of an earlier
+    # version the time of day may have jumped between two rows.
+    seconds["starting"] += max(attempt.began_s - began_s, 0.0)
     _lost(seconds, attempt, after)
     if not attempt.failed:
         seconds["starting"] += tail  # leaving

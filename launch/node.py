@@ -25,7 +25,7 @@ from configs.schema import Config
 from launch.monitor.devices import count_visible
 from launch.monitor.keeper import Keeper
 from launch.processes import kill
-from trainer import environment, life, processors
+from trainer import clock, environment, life, processors
 from trainer.console import Console
 from trainer.environment import LOOPBACK, FromLauncher
 from trainer.events import Events, read_events, read_rows, tolerate_unwritable
@@ -131,13 +131,14 @@ class Supervisor:
         self._local = local
         self.heartbeats = Heartbeats.make(processes)
         self.told = FromLauncher(
-            launched=_began_s(),
+            launched=clock.began_s(),
             parent=os.getpid(),
             lease=lease.token,
             stop_request=local / "request",
             user_error=local / "user_error",
             failures=local / "failures",
             heartbeats=Path(self.heartbeats.path),
+            clock=clock.booted_s(),
         )
         self.events = Events(folder, node_name(), "launcher")
         self.monitor = Keeper(config, folder, self.heartbeats, local, console, self.events)
@@ -314,12 +315,6 @@ class Supervisor:
         path = self.folder.attempts / f"{attempt or 0:03d}"
         logs = f"\n  logs: {path}" if attempt is not None and path.is_dir() else ""
         self.console.say(f"rank {rank} failed: {why}{logs}")
-
-
-def _began_s() -> float:
-    """When this process began, to a hundredth of a second; psutil counts from a time of boot in whole seconds."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _first_to_fall(failures: list[dict[str, Any]], raised: list[dict[str, Any]]) -> tuple[int, str]:

@@ -41,6 +41,8 @@ def lines(found: Goodput) -> list[str]:
         share = seconds / whole if whole else 0.0
         bar = "#" * round(share * _BAR)
         told.append(f"  {name.replace('_', ' '):<17} {share:>6.1%}  {duration(seconds):>9}  {bar}")
+    for number, seconds in found.clock_jumps:
+        told.append(f"a clock was set by {seconds:+,.0f} s in attempt {number}; the times above are by another")
     if found.share is not None:
         told.append(f"goodput {found.share:.1%}: computing and communicating for steps that counted")
     if found.first_loss is not None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.errors import UserError, printable
-from launch.monitor.rows import OLD_S, OtherVersion, changed_s, newest_rows, phase_now
+from launch.monitor.rows import OLD_S, OtherVersion, age_s, changed_s, newest_rows, phase_now
 from launch.run_folder import holder_of, last_row, running
 from launch.screen import Picture, show, show_once
 from trainer import life
@@ -98,7 +98,7 @@ class Watcher:
             view = known or NodeView(path.stem, rows[-1], 0.0)
             if known is None or rows[-1]["time_s"] != known.row["time_s"]:
                 view.activity.extend(value for row in rows if (value := _activity(row)) is not None)
-            view.row, view.age_s = rows[-1], time.time() - rows[-1]["time_s"]
+            view.row, view.age_s = rows[-1], age_s(path)
             self._nodes[path.stem] = view
 
     def _head(self, state: str | None) -> list[Text]:
@@ -106,12 +106,12 @@ class Watcher:
         attempt = f"attempt {number}" if number is not None else "no attempt yet"
         head = [Text(f"{self.folder.root.name}  {attempt}  {state or self._state(number)}", style="bold", no_wrap=True)]
         if row := last_row(self.folder.metrics, "loss", number, self._over):
-            names = ("step", "loss", "tokens_per_s", "mfu", "time_s")
-            step, loss, speed, mfu, time_s = (amount(row, name) for name in names)
+            names = ("step", "loss", "tokens_per_s", "mfu")
+            step, loss, speed, mfu = (amount(row, name) for name in names)
             told = [f"step {step:,.0f}"] if step is not None else []
             told += [f"loss {loss:.4f}" if loss is not None else "loss nan"]
             told += [f"{si(speed)} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}"] if speed is not None else []
-            told += [f"{duration(max(time.time() - time_s, 0))} ago"] if time_s is not None else []
+            told.append(f"{duration(age_s(self.folder.metrics))} ago")
             head.append(Text("  ".join(told), no_wrap=True))
         return head
 

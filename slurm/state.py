@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
+from launch.monitor.rows import age_s
 from launch.run_folder import Outcome, RunView, running
 from launch.text import age_text
 from slurm.queue import Job, Life, Queue
@@ -72,7 +72,7 @@ def _running(view: RunView) -> str:
         return "restarting" if newest.reason == "failed" else "ending"
     if whole(row, "attempt") != newest.number:
         return running(view.phase, stepped=False)
-    silent_s = time.time() - (amount(row, "time_s") or time.time())
+    silent_s = age_s(view.folder.metrics)
     if silent_s > max(_SILENT_S, 10 * (amount(row, "step_s") or 0.0)):
         return f"no step for {age_text(silent_s)}" + (f" ({view.phase})" if view.phase is not None else "")
     return running(view.phase, stepped=True)

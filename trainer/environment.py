@@ -114,6 +114,7 @@ TORCHELASTIC_USE_AGENT_STORE = Variable("TORCHELASTIC_USE_AGENT_STORE", text, "w
 
 # Set by `launch run` for the agent, the ranks and the monitor that it starts: see FromLauncher.
 MUSTER_LAUNCHED = Variable("MUSTER_LAUNCHED", seconds, "when the launcher began, UNIX time")
+MUSTER_CLOCK = Variable("MUSTER_CLOCK", seconds, "when this machine was booted, UNIX time by the run's clock")
 MUSTER_PARENT = Variable("MUSTER_PARENT", number, "pid of the launcher or agent that started this process")
 MUSTER_LEASE = Variable("MUSTER_LEASE", word, "the token of the launcher's lease")
 MUSTER_STOP_REQUEST = Variable("MUSTER_STOP_REQUEST", path, "file in which the launcher passes on a stop")
@@ -228,9 +229,10 @@ class FromLauncher:
     user_error: Path  # file through which a rank says that a person erred: nothing is to be started again
     failures: Path  # file in which the agent names the ranks that failed
     heartbeats: Path  # the node's records, which its monitor reads
+    clock: float  # when this machine was booted, UNIX time by the run's clock
 
     def environment(self) -> dict[str, str]:
-        told = asdict(self) | {"launched": f"{self.launched:.3f}"}
+        told = asdict(self) | {"launched": f"{self.launched:.3f}", "clock": f"{self.clock:.6f}"}
         return {f"MUSTER_{name.upper()}": str(value) for name, value in told.items()}
 
     @classmethod

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.clock import now_s
 from trainer.folder import RunFolder
 from trainer.rows import PassedOver
 from trainer.rows import read_rows as read_rows  # beside the one that writes them
@@ -58,7 +58,7 @@ class Events:
             return
         with tolerate_unwritable():
             self.path.parent.mkdir(exist_ok=True)
-        append_row(self.path, {"time_s": round(time.time(), 6), "attempt": self.attempt, "event": event, **facts})
+        append_row(self.path, {"time_s": round(now_s(), 6), "attempt": self.attempt, "event": event, **facts})
 
 
 def read_events(folder: RunFolder, over: PassedOver | None = None) -> list[dict[str, Any]]:

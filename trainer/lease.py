@@ -21,6 +21,7 @@ import psutil
 
 from configs.errors import UserError
 from configs.files import NotAFile, read_regular
+from trainer.clock import now_s, started_ticks
 from trainer.environment import FromLauncher, Job
 from trainer.folder import RunFolder
 from trainer.inherited import without_job
@@ -38,13 +39,14 @@ def _self_description(node: str, attempt: int) -> dict[str, Any]:
         "node": node,
         "pid": process.pid,
         "started_s": process.create_time(),
+        "started_ticks": _started_ticks(process.pid),
         "boot_id": _boot_id(),
         "pid_namespace": _pid_namespace(),
         "job": job.id,
         "life": job.life,
         "step": job.step,
         "attempt": attempt,
-        "time_s": time.time(),
+        "time_s": now_s(),
     }
 
 
@@ -97,10 +99,21 @@ def alive_here(holder: dict[str, Any], node: str) -> bool | None:
         return None  # no lease of ours
     try:
         process = psutil.Process(pid)
-        # A zombie has ended; whoever started it (a container without an init, say) just never asked how.
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started_s) < 2
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False  # it has ended; whoever started it (a container without an init, say) just never asked how
+        # An hour later the pid may be someone else's. By ticks since the boot, which no clock that is set changes; a
+        # lease of an earlier version has none.
+        ticks = whole(holder, "started_ticks")
+        return abs(process.create_time() - started_s) < 2 if ticks is None else _started_ticks(pid) == ticks
     except psutil.NoSuchProcess:
-        return False  # and an hour later the pid may be someone else's, hence the time above
+        return False
+
+
+def _started_ticks(pid: int) -> int | None:
+    try:
+        return started_ticks(pid)
+    except OSError:
+        return None  # gone, or a system without /proc
 
 
 class Lease:

@@ -13,11 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.clock import now_s
 from trainer.folder import RunFolder, write_json
 from trainer.rows import facts_in, record, whole
 
@@ -71,7 +71,7 @@ class Attempt:
         """What this attempt runs on, and from which step."""
         told = {k: v for k, v in sorted(os.environ.items()) if k.startswith(TOLD_PREFIXES)}
         about = {
-            "time_s": time.time(),
+            "time_s": now_s(),
             "start_step": start_step,
             "command": sys.argv,
             "python": platform.python_version(),
@@ -85,7 +85,7 @@ class Attempt:
         """Decide this attempt. An end that stands already is kept: the first to know was nearer to the cause."""
         path = self.path / "end.json"
         if self.end is None:
-            write_json(path, asdict(end) | {"time_s": time.time()})
+            write_json(path, asdict(end) | {"time_s": now_s()})
         if not end.requeue:
             # Only now: a crash in between must not lose the request. At whatever end, so that it stops no later start;
             # but what is started again by itself still has to hear of it.

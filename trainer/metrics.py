@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import resource
-import time
 from typing import Any
 
 import torch
 
 from configs.schema import Config
+from trainer.clock import now_s
 from trainer.console import Console, duration, si
 from trainer.events import append_row
 from trainer.folder import RunFolder
@@ -86,7 +86,7 @@ class Meter:
         `phases_s` are rank 0's seconds in each phase since its process began, so that a lost row loses no time.
         """
         clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in row.items()}
-        head = {"time_s": round(time.time(), 3), "attempt": self.attempt}
+        head = {"time_s": round(now_s(), 3), "attempt": self.attempt}
         append_row(self.folder.metrics, {**head, **clean, "phases_s": self.world.heartbeat.seconds()})
         scalars = {k: float(v) for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
         readings = self._readings.new() if self._series else {}

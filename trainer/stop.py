@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from trainer.clock import now_s
 from trainer.environment import Job
 from trainer.folder import write_json
 from trainer.rows import facts_in, text
@@ -143,4 +144,4 @@ class StopWish:
 
 def write_request(path: Path, cause: Cause) -> None:
     """The launcher's side of the request file."""
-    write_json(path, {"cause": cause.name, "time_s": time.time()})
+    write_json(path, {"cause": cause.name, "time_s": now_s()})

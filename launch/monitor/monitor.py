@@ -22,6 +22,7 @@ from launch.monitor.others import Others
 from launch.monitor.prometheus import Endpoint
 from launch.monitor.rollup import Minute
 from launch.monitor.windows import Windows
+from trainer import clock
 from trainer.events import Events, tolerate_unwritable
 from trainer.folder import RunFolder, write_json
 from trainer.heartbeat import Beat, Heartbeat, Heartbeats, Phase
@@ -32,7 +33,6 @@ from trainer.terminal import say
 
 ROLLUP_S = 60.0
 ALERTS = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone"}  # of which the user's hooks are told
-_JUMP_S = 5.0  # by which the clock may differ from the time that passed before it is said
 _OTHERS_S = 30.0  # age of another node's newest row, at most, for it to say something
 _FIRST_NODE_S = 20.0  # that the first node may take to gather what all have found, and to tell the user's hooks
 _WAKE_S = 5.0  # that ranks which had been stopped may take to tell where they were
@@ -88,7 +88,7 @@ class Monitor:
     def _begin(self) -> None:
         """From here on rows are written. Before, a mistake in the config may still leave the folder as it was."""
         head = {
-            "time_s": round(time.time(), 3),
+            "time_s": round(clock.now_s(), 3),
             "node": node_name(),
             "interval_s": self.settings.interval_s,
             "cpus": self.host.cpus,
@@ -102,7 +102,7 @@ class Monitor:
 
     def run(self) -> None:
         began = last = time.monotonic()
-        clock = time.time() - last  # what the clock shows beyond the time that passed
+        watch = clock.Watch()
         rolled = began
         due = began
         while True:
@@ -110,10 +110,9 @@ class Monitor:
             if now - last > max(_PAUSE_S, 3 * self.settings.interval_s):
                 seconds = round(now - last, 1)
                 self.tell("monitor_paused", f"the monitor stood still for {seconds} s", seconds=seconds)
-            if abs(time.time() - now - clock) > _JUMP_S:
-                seconds = round(time.time() - now - clock, 1)
-                self.tell("clock_jumped", f"the clock of this node jumped by {seconds} s", seconds=seconds)
-                clock = time.time() - now
+            if (jumped_s := watch.jumped_s()) is not None:
+                line = f"the clock of this node jumped by {jumped_s:+,.1f} s; the run keeps its own"
+                self.tell("clock_jumped", line, seconds=round(jumped_s, 1), node=node_name())
             last = now
             if self.tick():
                 break
@@ -140,7 +139,7 @@ class Monitor:
         self.minute.add(values)
         self._write("second", values)
         if self.endpoint is not None:
-            self.endpoint.show({"time_s": round(time.time(), 3), "attempt": self.events.attempt, **values})
+            self.endpoint.show({"time_s": round(clock.now_s(), 3), "attempt": self.events.attempt, **values})
         beats = [beat for beat in beats if beat.attempt >= 0]
         if self.journal is not None:  # not before there is a folder to write to
             window = self.windows.add(beats, values, self.events.attempt)
@@ -197,7 +196,7 @@ class Monitor:
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self.journal is not None:
-            head = {"kind": kind, "time_s": round(time.time(), 3), "attempt": self.events.attempt}
+            head = {"kind": kind, "time_s": round(clock.now_s(), 3), "attempt": self.events.attempt}
             self.journal.write(head | values)
 
 

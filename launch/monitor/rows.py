@@ -56,9 +56,8 @@ def phase_now(folder: Path, attempt: int) -> str | None:
     """What most ranks of this attempt are at, by the rows of the nodes that were written to last; None where no row is
     new."""
     files = sorted(folder.glob("*.jsonl"), key=changed_s)[-_NODES_LOOKED_AT:]
-    rows = [row for path in files if (row := newest(path, "second")) is not None and row.get("attempt") == attempt]
-    fresh = [row for row in rows if abs(time.time() - row["time_s"]) < OLD_S]
-    phases = Counter(rank["phase"] for row in fresh for rank in row["ranks"])
+    fresh = [row for path in files if age_s(path) < OLD_S and (row := newest(path, "second")) is not None]
+    phases = Counter(rank["phase"] for row in fresh if row.get("attempt") == attempt for rank in row["ranks"])
     return phases.most_common(1)[0][0].replace("_", " ") if phases else None
 
 
@@ -68,6 +67,11 @@ def changed_s(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def age_s(path: Path) -> float:
+    """Seconds since then. Not by the stamps in it: they are of the run's clock."""
+    return max(time.time() - changed_s(path), 0.0)
 
 
 def _is_whole(row: Row, kind: str) -> bool:

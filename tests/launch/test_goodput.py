@@ -69,6 +69,25 @@ def steps(run: MadeUp, first: int, last: int) -> None:
         run.row(step)
 
 
+@pytest.mark.parametrize("jump_s", [1.6e8, -1.6e8])
+def test_a_clock_that_was_set_between_two_rows_takes_and_gives_no_time(jump_s: float, tmp_path: Path) -> None:
+    """In a folder whose stamps are the time of day, as earlier versions wrote them."""
+    run = MadeUp(tmp_path / "run")
+    run.attempt(run.clock_s, 0)
+    run.spend(Phase.STARTING, 3.0)
+    steps(run, 1, 5)
+    run.clock_s += jump_s
+    run.tell("clock_jumped", seconds=jump_s)
+    steps(run, 6, 10)
+    run.tell("ended", phases_s=run.phases)
+    run.end("finished")
+    found = goodput(run.folder)
+    assert found.allocated_s == pytest.approx(2.0 + 3.0 + 10 * 1.25)
+    assert found.seconds["starting"] == pytest.approx(2.0 + 3.0)
+    assert found.clock_jumps == [(0, jump_s)]
+    assert f"a clock was set by {jump_s:+,.0f} s in attempt 0; the times above are by another" in lines(found)
+
+
 def test_what_is_made_again_is_redone(tmp_path: Path) -> None:
     run = MadeUp(tmp_path / "run")
     began = run.clock_s

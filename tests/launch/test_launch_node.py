@@ -38,7 +38,7 @@ def test_the_first_to_fall(codes: tuple[int, ...], events: list[dict[str, Any]],
 
 
 def test_when_this_process_began() -> None:
-    code = "from launch.node import _began_s; print(_began_s())"
+    code = "from trainer.clock import began_s; print(began_s())"
     before = time.time()
     began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
     assert before - 0.02 <= began <= before + 0.5

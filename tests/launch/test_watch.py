@@ -40,6 +40,7 @@ def a_run(root: Path, nodes: int, gpus: int = 8, seconds: int = 20, age_s: float
         rows = [head, *(second(node, gpus, age_s + seconds - n, **changes) for n in range(seconds))]
         text = "".join(json.dumps(one) + "\n" for one in rows)
         (folder.gpu / f"node{node:03d}.jsonl").write_text(text)
+        os.utime(folder.gpu / f"node{node:03d}.jsonl", (time.time() - age_s,) * 2)
     return folder
 
 

@@ -22,7 +22,9 @@ RANK_1 = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500",
 }
-LAUNCHER = FromLauncher(1.5, 7, "token", Path("/t/request"), Path("/t/error"), Path("/t/failures"), Path("/t/beats"))
+LAUNCHER = FromLauncher(
+    1.5, 7, "token", Path("/t/request"), Path("/t/error"), Path("/t/failures"), Path("/t/beats"), 2.5
+)
 
 
 def test_what_torchrun_says_is_read() -> None:
@@ -83,7 +85,7 @@ def test_some_of_torchruns_variables_alone_are_refused_and_the_advice_helps(give
 
 def test_what_the_launcher_says_is_heard() -> None:
     environ = LAUNCHER.environment()
-    assert len(environ) == 7
+    assert len(environ) == 8
     assert set(environ) <= set(VARIABLES)
     assert FromLauncher.read(environ) == LAUNCHER
     assert FromLauncher.read({}) is None

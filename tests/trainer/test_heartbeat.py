@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def joined(heartbeats: Heartbeats, rank: int) -> Heartbeat:
     unused = Path("/unused")
-    launcher = FromLauncher(0.0, 1, "token", unused, unused, unused, Path(heartbeats.path))
+    launcher = FromLauncher(0.0, 1, "token", unused, unused, unused, Path(heartbeats.path), 0.0)
     return Heartbeat.of(Ranks(rank + 4, 8, rank, 4), launcher)
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from configs.errors import UserError
+from trainer.clock import started_ticks
 from trainer.folder import RunFolder
 from trainer.lease import Lease
 
@@ -20,9 +21,8 @@ def held_by(folder: RunFolder, pid: int, **changes: Any) -> None:
     """Make the lease look like that of another process on this node."""
     lease = Lease.take(folder, "here", 0, print)
     holder = json.loads(lease.path.read_text())
-    lease.path.write_text(
-        json.dumps(holder | {"pid": pid, "started_s": psutil.Process(pid).create_time(), "token": "theirs"} | changes)
-    )
+    its = {"pid": pid, "started_ticks": started_ticks(pid), "token": "theirs"}
+    lease.path.write_text(json.dumps(holder | its | changes))
 
 
 def test_a_living_holder_is_refused_and_a_dead_one_succeeded(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_living_holder_is_refused_and_a_dead_one_succeeded(tmp_path: Path) -> 
 
 def test_another_process_with_the_same_pid_is_no_holder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    held_by(folder, psutil.Process().pid, started_s=1.0)
+    held_by(folder, psutil.Process().pid, started_ticks=1)
     Lease.take(folder, "here", 1, print)
 
 

@@ -23,7 +23,7 @@ UNUSED = Path("/unused")
 
 
 def launched_by(pid: int) -> dict[str, str]:
-    return FromLauncher(0.0, pid, "token", UNUSED, UNUSED, UNUSED, UNUSED).environment()
+    return FromLauncher(0.0, pid, "token", UNUSED, UNUSED, UNUSED, UNUSED, 0.0).environment()
 
 
 @pytest.mark.parametrize(

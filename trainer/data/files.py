@@ -120,10 +120,11 @@ def publish(folder: Path, final: Path) -> bool:
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove temporary files and folders whose makers are dead: their lock is free, or they are a day old."""
+    """Remove temporary files and folders whose makers are dead: their lock is free, or they have none for a day."""
     for path in cache.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            if path.is_dir() and (_lock_is_free(path / _LOCK) or _age_s(path) > _STALE_S):
+            # A lock is believed alone: by its age a folder could be a year old because the clock was set.
+            if path.is_dir() and (_lock_is_free(lock) if (lock := path / _LOCK).exists() else _age_s(path) > _STALE_S):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_file() and _age_s(path) > _STALE_S:
                 path.unlink()
