@@ -73,7 +73,8 @@ def steps(run: MadeUp, first: int, last: int) -> None:
 def test_a_clock_that_was_set_between_two_rows_takes_and_gives_no_time(jump_s: float, tmp_path: Path) -> None:
     """In a folder whose stamps are the time of day, as earlier versions wrote them."""
     run = MadeUp(tmp_path / "run")
-    run.attempt(run.clock_s, 0)
+    run.clock_s = 1.7e9
+    run.attempt(run.clock_s + 0.5, 0, before_s=2.5)
     run.spend(Phase.STARTING, 3.0)
     steps(run, 1, 5)
     run.clock_s += jump_s
