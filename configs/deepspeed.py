@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from configs.paths import expanded
 
 if TYPE_CHECKING:
     from configs.schema import Config, ParallelSection
@@ -12,6 +15,7 @@ AUTO = "auto"  # other tools' files leave a setting to the caller so
 PARAMETERS = "zero_optimization.offload_param"
 SECONDARY = "zero_optimization.zero_hpz_partition_size"
 NEVER_PRINT = 1 << 62
+_MOST = 1e18  # of a number in DeepSpeed's settings; its own largest is 1e14
 
 # Top-level settings that DeepSpeed reads and that are a config's own business. (It ignores names it does not know.)
 FREE = {
@@ -167,6 +171,20 @@ def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def usable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with their paths by the rule of all paths. Raises ValueError for one, or a number, of no use."""
+    found = copy.deepcopy(settings)
+    for key, value in _leaves(settings):
+        try:
+            if isinstance(value, str) and key.endswith("_path"):
+                _put(found, key.split("."), expanded(value))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if isinstance(value, int | float) and not abs(value) <= _MOST:
+            raise ValueError(f"{key} must be a number of at most {_MOST:g}, not {value:g}")
+    return found
 
 
 def _prefixes(key: str) -> list[str]:

@@ -55,10 +55,10 @@ _WANTS = {
     "model_type": "a section of keys",
 }
 _LIMITS = {
-    "greater_than": "must be above {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
     "too_short": "needs at least {min_length} item(s)",
     "too_long": "takes at most {max_length} item(s)",
     "string_too_short": "must not be empty",
@@ -183,7 +183,7 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
                 f"{key} must be one of {found['ctx']['expected'].replace(chr(39), '')}, not {show(found['input'])}"
             )
         elif kind in _LIMITS:
-            message = f"{key} {_LIMITS[kind].format(**found['ctx'])}, not {show(found['input'])}"
+            message = f"{key} {_limit(kind, found['ctx'])}, not {show(found['input'])}"
         elif kind == "model_type" and found["input"] is None:
             message = f"{key} is empty: give its keys or remove the line"
         elif kind in _WANTS:
@@ -192,6 +192,12 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
         else:
             message = f"{key}: {found['msg'].removeprefix('Input ')}, not {show(found['input'])}"
         yield kind, Problem(at, message)
+
+
+def _limit(kind: str, context: dict[str, Any]) -> str:
+    limits = {name: context[name] for name in ("gt", "ge", "lt", "le") if name in context}
+    shown = {name: f"{n:,.0f}" if 1000 <= n < 1e16 else f"{n:g}" for name, n in limits.items()}
+    return _LIMITS[kind].format(**context | shown)
 
 
 def show(value: Any) -> str:

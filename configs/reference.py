@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.explain import section_of
 from configs.schema import Config, Section
+from configs.section import MOST_PORT
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = ROOT / "configs" / "schema.json"
@@ -22,7 +23,8 @@ _HEAD = """\
 
 Made from `configs/schema.py` by `make schema`. `result`: the key changes what is learned, so a run folder continues
 only under the same value (`run.accept_changes` admits exceptions). `speed`: it changes only speed, memory, or what is
-written where. A key without a default must be given; the preset `demo` gives them all.
+written where. A key without a default must be given; the preset `demo` gives them all. Every number has an upper
+bound as well, far above what is meant by anybody; `configs/schema.json` has them.
 
 How values are read, in a file, as `key=value` in a shell, and in the lists of `--array`:
 
@@ -31,6 +33,7 @@ How values are read, in a file, as `key=value` in a shell, and in the lists of `
 - At a key of text, the text is the value: `12`, `007`; in a shell also `Set #3` and `Q: what`. Only `null`, or nothing
   at all, is no value.
 - Quotes around a whole value are taken off; others belong to it.
+- In a path `~` is the home of whoever loads the config; what is written into the run folder has it expanded.
 """
 
 
@@ -98,6 +101,8 @@ def _kind(field: dict[str, Any]) -> str:
         return " or ".join(_kind(option) for option in field["anyOf"])
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum") or [field["const"]])
+    if field.get("format") == "path":
+        return "path"
     words = {
         "integer": "whole number",
         "number": "number",
@@ -111,8 +116,14 @@ def _kind(field: dict[str, Any]) -> str:
         kind = _kind(field["items"])
         return f"list of {inner.get(kind, kind)}" + (f" ({field['minItems']})" if "minItems" in field else "")
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = " and ".join(f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field)
+    named = {name: sign for name, sign in limits.items() if name in field and not _is_far(field[name])}
+    bounds = " and ".join(f"{sign} {field[name]:g}" for name, sign in named.items())
     return f"{words[field['type']]} {bounds}".strip()
+
+
+def _is_far(limit: float) -> bool:
+    """Whether a limit only keeps out what nobody means: schema.json has it, people need not read it."""
+    return limit >= 1000 and limit != MOST_PORT
 
 
 def contents() -> dict[Path, str]:

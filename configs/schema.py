@@ -13,81 +13,38 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from configs.deepspeed import contradictions
+from configs.deepspeed import contradictions, usable
+from configs.model_section import ModelSection as ModelSection
 from configs.monitor_section import MonitorSection
+from configs.paths import PathText, fitting
+from configs.section import MILLION, MOST_STEPS, MOST_TOKENS, YEAR_S, result, speed
 from configs.section import Section as Section
-from configs.section import result, speed
 from configs.slurm_section import SlurmSection
 
 
 class RunSection(Section):
     """The run itself: where it lives, what is written down."""
 
-    name: str = speed("run", "name of the run; the folder is `runs/<name>` unless `run.dir` is given", min_length=1)
-    dir: str | None = speed(None, "the run folder, on a filesystem that every node sees")
-    seed: int = result(0, "seed of initialisation, data order and dropout", ge=0)
+    name: Annotated[str, AfterValidator(fitting)] = speed(
+        "run", "name of the run; the folder is `runs/<name>` unless `run.dir` is given", min_length=1
+    )
+    dir: PathText | None = speed(None, "the run folder, on a filesystem that every node sees")
+    seed: int = result(0, "seed of initialisation, data order and dropout", ge=0, le=2**63 - 1)
     accept_changes: list[str] = speed(
         [], "keys that may differ from what this folder was begun with; `data.content`: what the sources hold"
     )
-    log_every_steps: int = speed(10, "steps between two rows of metrics.jsonl", ge=1)
+    log_every_steps: int = speed(10, "steps between two rows of metrics.jsonl", ge=1, le=MOST_STEPS)
     tensorboard: bool = speed(True, "also write the metrics for TensorBoard")
     wandb: str | None = speed(
         None, "project of Weights & Biases that gets the metrics, too; needs muster[wandb]", min_length=1
     )
-    stop_grace_s: float = speed(120.0, "how long a stopping run may take to save before it is ended by force", gt=0)
-    max_restarts: int = speed(3, "restarts in place after a failure, by `launch run`", ge=0)
-    give_up_after: int = speed(3, "attempts without a new checkpoint before the run is given up", ge=1)
-
-
-class RopeScaling(Section):
-    """Llama 3's stretching of rotary frequencies for long contexts."""
-
-    factor: float = result(8.0, "how far low frequencies are slowed", gt=0)
-    low_freq_factor: float = result(1.0, "wavelengths above original / this are slowed fully", gt=0)
-    high_freq_factor: float = result(4.0, "wavelengths below original / this are kept", gt=0)
-    original_seq_len: int = result(8192, "context length the frequencies were made for", ge=1)
-
-
-class ModelSection(Section):
-    """A decoder Transformer, wide enough for Llama 2/3, Mistral, Qwen 2/2.5/3 and GPT-2."""
-
-    name: Literal["decoder"] = result("decoder", "which builder of the registry makes the model")
-    vocab_size: int = result(..., "rows of the embedding; at least the tokenizer's size", ge=2)
-    dim: int = result(..., "width of the residual stream", ge=1)
-    layers: int = result(..., "number of blocks", ge=1)
-    heads: int = result(..., "query heads", ge=1)
-    kv_heads: int | None = result(None, "key and value heads (grouped-query attention); default: as `heads`", ge=1)
-    head_dim: int | None = result(None, "width of a head; default: dim / heads", ge=2)
-    mlp_dim: int = result(..., "width inside the MLP", ge=1)
-    mlp: Literal["swiglu", "gelu", "gelu_tanh"] = result("swiglu", "gated SwiGLU, or a plain MLP with GELU")
-    norm: Literal["rmsnorm", "layernorm"] = result("rmsnorm", "kind of normalisation (layernorm has a bias)")
-    norm_eps: float = result(1e-5, "added to the variance", gt=0)
-    position: Literal["rope", "learned"] = result("rope", "rotary or learned positions")
-    rope_theta: float = result(10000.0, "base of the rotary frequencies", gt=0)
-    rope_scaling: RopeScaling | None = result(None, "Llama 3's frequency scaling")
-    max_seq_len: int = result(..., "longest sequence; rows of the learned positions", ge=1)
-    qkv_bias: bool = result(False, "biases on the query, key and value projections")
-    out_bias: bool = result(False, "bias on the attention output projection")
-    mlp_bias: bool = result(False, "biases in the MLP")
-    qk_norm: bool = result(False, "RMSNorm on each head's queries and keys (Qwen 3)")
-    tie_embeddings: bool = result(False, "the head uses the embedding's weight")
-    sliding_window: int | None = result(None, "a token sees this many latest tokens, itself included", ge=1)
-    dropout: float = result(0.0, "dropout on embeddings, attention weights and residual branches", ge=0, lt=1)
-    init_std: float = result(0.02, "standard deviation of initial weights", gt=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> ModelSection:
-        if self.head_dim is None and self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; give head_dim")
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.position == "rope" and (self.head_dim or self.dim // self.heads) % 2:
-            raise ValueError("rotary positions need an even head_dim")
-        if self.position == "learned" and self.rope_scaling is not None:
-            raise ValueError("rope_scaling has no meaning with learned positions")
-        return self
+    stop_grace_s: float = speed(
+        120.0, "how long a stopping run may take to save before it is ended by force", gt=0, le=YEAR_S
+    )
+    max_restarts: int = speed(3, "restarts in place after a failure, by `launch run`", ge=0, le=MILLION)
+    give_up_after: int = speed(3, "attempts without a new checkpoint before the run is given up", ge=1, le=MILLION)
 
 
 class AllowSection(Section):
@@ -103,7 +60,7 @@ class AllowSection(Section):
 class StartSection(Section):
     """Where a new run begins; read only while the run folder holds no committed checkpoint."""
 
-    from_: str | None = result(None, "a run folder or a checkpoint to begin from", alias="from")
+    from_: PathText | None = result(None, "a run folder or a checkpoint to begin from", alias="from")
     take: Literal["weights", "everything"] = result(
         "weights", "`weights` starts at step 0; `everything` carries optimizer, step and data position on"
     )
@@ -120,23 +77,25 @@ class Source(Section):
     kind: Literal["text", "jsonl", "tokens"] = result(
         "text", "a folder (or file) of text; JSONL with one document a line; .npy files of token ids"
     )
-    path: str = result(..., "file or folder; `python:stdlib` is the source of Python's own standard library")
+    path: PathText = result(..., "file or folder; `python:stdlib` is the source of Python's own standard library")
     pattern: str = result("**/*", "which files of a folder, as a glob")
     field: str = result("text", "the key of a JSONL line that holds the document")
-    weight: float = result(1.0, "share of the samples, relative to the other sources", gt=0)
+    weight: float = result(1.0, "share of the samples, relative to the other sources", gt=0, le=1e12)
 
 
 class DataSection(Section):
     """What is read, and how it is cut into samples."""
 
-    seq_len: int = result(..., "tokens per sample", ge=2)
-    tokenizer: str = result("bytes", "`bytes`, the path of a tokenizer.json, or `none` where all sources are token ids")
+    seq_len: int = result(..., "tokens per sample", ge=2, le=MOST_TOKENS)
+    tokenizer: PathText = result(
+        "bytes", "`bytes`, the path of a tokenizer.json, or `none` where all sources are token ids"
+    )
     end_token: str | None = result(None, "token that ends a document, if it has no usual one; its number under `none`")
     sources: list[Source] = result(..., "where documents come from", min_length=1)
     validation_fraction: float = result(0.01, "share of documents held out, chosen by hash", ge=0, lt=1)
     document_mask: bool = result(True, "tokens see only their own document")
-    cache: str | None = speed(None, "folder of prepared samples; default: `.cache` beside the run folder")
-    prefetch_steps: int = speed(2, "batches made ahead by the background worker", ge=1)
+    cache: PathText | None = speed(None, "folder of prepared samples; default: `.cache` beside the run folder")
+    prefetch_steps: int = speed(2, "batches made ahead by the background worker", ge=1, le=MILLION)
     record_samples: bool = speed(False, "write the sample numbers of every step to the attempt's folder")
 
     @model_validator(mode="after")
@@ -153,24 +112,31 @@ class TaskSection(Section):
     """What is learned."""
 
     name: Literal["lm"] = result("lm", "language modelling: predict the next token")
-    z_loss: float = result(0.0, "weight of the squared log-partition penalty", ge=0)
-    loss_chunk_tokens: int = speed(1024, "tokens whose logits are held at once", ge=1)
+    z_loss: float = result(0.0, "weight of the squared log-partition penalty", ge=0, le=1000)
+    loss_chunk_tokens: int = speed(1024, "tokens whose logits are held at once", ge=1, le=MOST_TOKENS)
     sample_prompt: str = speed("def ", "begins the text that a finished run writes")
-    sample_tokens: int = speed(0, "length of that text; 0: none", ge=0)
+    sample_tokens: int = speed(0, "length of that text; 0: none", ge=0, le=MILLION)
 
 
 class TrainSection(Section):
     """How long and in what batches."""
 
-    steps: int = result(..., "the absolute last step", ge=0)
-    global_batch: int = result(..., "samples per update over all ranks", ge=1)
-    micro_batch: int = speed(1, "samples per rank and forward, at most", ge=1)
-    clip_norm: float | None = result(1.0, "largest global gradient norm", gt=0)
-    nonfinite_limit: int = result(5, "updates skipped in a row before the run fails", ge=1)
-    validate_every_steps: int = speed(0, "steps between validations; 0: never", ge=0)
-    validate_samples: int = result(256, "validation samples, at most", ge=1)
-    early_stop_patience: int = result(0, "validations without a better loss before the run ends; 0: never", ge=0)
-    time_limit_s: float | None = speed(None, "an attempt stops with a save after this long", gt=0)
+    steps: int = result(
+        ...,
+        "the absolute last step; may change later: the schedule then ends at the new one, and a line says the new rate",
+        ge=0,
+        le=MOST_STEPS,
+    )
+    global_batch: int = result(..., "samples per update over all ranks", ge=1, le=10**8)
+    micro_batch: int = speed(1, "samples per rank and forward, at most", ge=1, le=10**8)
+    clip_norm: float | None = result(1.0, "largest global gradient norm", gt=0, le=1e30)
+    nonfinite_limit: int = result(5, "updates skipped in a row before the run fails", ge=1, le=MOST_STEPS)
+    validate_every_steps: int = speed(0, "steps between validations; 0: never", ge=0, le=MOST_STEPS)
+    validate_samples: int = result(256, "validation samples, at most", ge=1, le=10**12)
+    early_stop_patience: int = result(
+        0, "validations without a better loss before the run ends; 0: never", ge=0, le=MOST_STEPS
+    )
+    time_limit_s: float | None = speed(None, "an attempt stops with a save after this long", gt=0, le=YEAR_S)
 
     @model_validator(mode="after")
     def _early_stop(self) -> TrainSection:
@@ -185,18 +151,32 @@ class OptimSection(Section):
     name: Literal["adamw", "adam", "sgd", "muon"] = result(
         "adamw", "muon: Muon on the blocks' matrices, AdamW elsewhere"
     )
-    lr: float = result(3e-4, "peak learning rate (of AdamW's part, under muon)", gt=0)
-    muon_lr: float = result(0.02, "peak learning rate of Muon's part", gt=0)
+    lr: float = result(3e-4, "peak learning rate (of AdamW's part, under muon)", gt=0, le=1000)
+    muon_lr: float = result(0.02, "peak learning rate of Muon's part", gt=0, le=1000)
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = result([0.9, 0.95], "Adam's decay rates")
-    eps: float = result(1e-8, "Adam's epsilon", gt=0)
+    eps: float = result(1e-8, "Adam's epsilon", gt=0, le=1)
     momentum: float = result(0.9, "of SGD and Muon", ge=0, lt=1)
-    weight_decay: float = result(0.1, "on matrices; never on norms and biases", ge=0)
+    weight_decay: float = result(
+        0.1,
+        "on matrices, never on norms and biases; under adam and sgd, where it is part of the gradient, 0 unless given",
+        ge=0,
+        le=1000,
+    )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = result(
         "cosine", "after warm-up; wsd: stable, then decay"
     )
-    warmup_steps: int = result(0, "linear warm-up from 0", ge=0)
-    decay_steps: int = result(0, "wsd: length of the final decay", ge=0)
+    warmup_steps: int = result(0, "linear warm-up from 0", ge=0, le=MOST_STEPS)
+    decay_steps: int = result(0, "wsd: length of the final decay", ge=0, le=MOST_STEPS)
     final_lr_ratio: float = result(0.1, "learning rate at the last step, relative to the peak", ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decay_is_meant(cls, given: Any) -> Any:
+        """AdamW's and Muon's decay does not pass through the gradient. That of adam and sgd does: it is L2, and asked
+        for by whoever wants it."""
+        if isinstance(given, dict) and given.get("name") in ("adam", "sgd"):
+            return {"weight_decay": 0.0, **given}
+        return given
 
     @model_validator(mode="after")
     def _rates(self) -> OptimSection:
@@ -222,12 +202,18 @@ class ParallelSection(Section):
     zero_stage: Literal[1, 2, 3] = speed(
         3, "zero shards the optimizer's state (1), gradients as well (2), parameters as well (3)"
     )
-    deepspeed: dict[str, Any] = speed({}, "zero: DeepSpeed's own settings; what contradicts this config is refused")
-    replicate: int = speed(1, "fsdp: groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1)
-    shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1)
-    tensor: int = speed(1, "fsdp: ranks that compute each sample together, every matrix split among them", ge=1)
+    deepspeed: Annotated[dict[str, Any], AfterValidator(usable)] = speed(
+        {}, "zero: DeepSpeed's own settings; what contradicts this config is refused"
+    )
+    replicate: int = speed(
+        1, "fsdp: groups that each hold the whole model; -1, with shard=1: every rank (DDP)", ge=-1, le=MILLION
+    )
+    shard: int = speed(-1, "ranks that share one copy of the model; -1: what is left", ge=-1, le=MILLION)
+    tensor: int = speed(
+        1, "fsdp: ranks that compute each sample together, every matrix split among them", ge=1, le=MILLION
+    )
     reshard: bool = speed(True, "fsdp: free a block's parameters again after its forward (less memory, more traffic)")
-    prefetch_blocks: int = speed(1, "fsdp: blocks gathered ahead of the one that computes", ge=1)
+    prefetch_blocks: int = speed(1, "fsdp: blocks gathered ahead of the one that computes", ge=1, le=MILLION)
     accumulate: Literal["sharded", "unsharded"] = speed(
         "sharded",
         "fsdp: gradients between micro batches: reduced each time, or kept whole until the last (faster, more memory)",
@@ -237,8 +223,8 @@ class ParallelSection(Section):
         "none", "recompute in backward: nothing, all but matrix products, or whole blocks"
     )
     compile: bool = speed(False, "torch.compile each block")
-    load_timeout_s: float = speed(1800.0, "longest wait for another rank until the first step is done", gt=0)
-    step_timeout_s: float = speed(300.0, "longest wait for another rank after that", gt=0)
+    load_timeout_s: float = speed(1800.0, "longest wait for another rank until the first step is done", gt=0, le=YEAR_S)
+    step_timeout_s: float = speed(300.0, "longest wait for another rank after that", gt=0, le=YEAR_S)
 
     @model_validator(mode="after")
     def _shard(self) -> ParallelSection:
@@ -252,7 +238,7 @@ class ParallelSection(Section):
 class FreezeChange(Section):
     """Which parameters train after a step: takes the place of all patterns before it."""
 
-    step: int = result(..., "the step after which this holds", ge=1)
+    step: int = result(..., "the step after which this holds", ge=1, le=MOST_STEPS)
     frozen: list[str] = result([], "parameters that stay as they are from then on")
     trainable: list[str] = result([], "exceptions from `frozen`")
 
@@ -275,17 +261,17 @@ class FreezeSection(Section):
 class KeepSection(Section):
     """Which checkpoints stay when newer ones are committed."""
 
-    last: int = speed(2, "the newest ones", ge=1)
-    every_steps: int = speed(0, "also every step that this divides; 0: none", ge=0)
+    last: int = speed(2, "the newest ones", ge=1, le=MILLION)
+    every_steps: int = speed(0, "also every step that this divides; 0: none", ge=0, le=MOST_STEPS)
     best: bool = speed(True, "also the one with the lowest validation loss")
 
 
 class CheckpointSection(Section):
     """When and how state is saved."""
 
-    every_steps: int = speed(500, "steps between saves; 0: only at the end", ge=0)
+    every_steps: int = speed(500, "steps between saves; 0: only at the end", ge=0, le=MOST_STEPS)
     asynchronous: bool = speed(True, "write while training goes on, from one copy in host memory")
-    failures_limit: int = speed(3, "failed saves in a row before the run fails", ge=1)
+    failures_limit: int = speed(3, "failed saves in a row before the run fails", ge=1, le=MILLION)
     frozen: Literal["stored", "reference"] = speed(
         "stored", "frozen parameters: in each checkpoint (by hard links), or left in that of `start.from` and named"
     )

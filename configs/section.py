@@ -7,6 +7,13 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+# Far above what anybody means. Beyond them clocks, C++ and memory give up, with words that name no key.
+MOST_STEPS = 10**9
+MOST_TOKENS = 10**9  # of one sequence
+MILLION = 10**6
+YEAR_S = 366 * 86400
+MOST_PORT = 65535
+
 
 def result(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
     """A field that changes the numbers a run produces; part of the fingerprint."""

@@ -34,8 +34,9 @@ from trainer.heartbeat import Heartbeats
 from trainer.held import HeldFolder
 from trainer.lease import Lease
 from trainer.life import End
+from trainer.memory import check_memory
 from trainer.names import node_name
-from trainer.preflight import check, check_numbers, refuse
+from trainer.preflight import check, check_numbers, problems_of, refuse
 from trainer.rows import text
 from trainer.shadow import apart, python
 from trainer.stop import Kind, StopWish, write_request
@@ -82,7 +83,8 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
     config = load(argument, overrides)
     processes = processes or default_processes()
     folder, ranks = RunFolder(Path(config.run_dir)), processes * nodes.count
-    refuse(check(config, ranks, folder) if nodes.is_first else check_numbers(config, ranks))
+    problems = check(config, ranks, folder) if nodes.is_first else check_numbers(config, ranks)
+    refuse(problems + problems_of(lambda: check_memory(config, processes, ranks)))
     wish = StopWish()
     wish.listen()
     console = Console(rank=0)

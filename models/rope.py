@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from configs.schema import RopeScaling
+from configs.model_section import RopeScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from typing import NoReturn
 
 from configs.errors import UserError
+from configs.explain import all_keys
 
 EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 user error, 3 stopped, 75 stopped and wants to be started again"
 
@@ -58,5 +60,7 @@ def _refuse_dashes(arguments: list[str]) -> None:
         value = value if equals else following
         if word.startswith("--") and "." in name:
             raise UserError(f"{word}: settings are written without dashes: {name}={value or 'VALUE'}")
+        if not equals and "." in word and re.sub(r"\.\d+\.", ".*.", word.removeprefix("-")) in all_keys():
+            raise UserError(f"{word}: a setting is one word: {name.removeprefix('-')}={value or 'VALUE'}")
         if word.startswith("--") and name == "config":
             raise UserError(f"{word}: the config is written alone: {value or 'CONFIG'}")

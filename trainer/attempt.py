@@ -23,6 +23,7 @@ from trainer.metrics import Meter
 from trainer.preflight import check_folder, write_config
 from trainer.run import Run
 from trainer.sample import write_sample
+from trainer.schedule import rate_change, remarks
 from trainer.step import RunFailed
 from trainer.stop import Cause, Kind, StopRequested, StopWish
 from trainer.summary import say_end, say_start
@@ -160,7 +161,17 @@ def _attempt(run: Run, changes: Changes) -> End:
         )
         run.events.write("started", step=run.progress.step, origin=str(run.origin), world_size=world.size)
         say_start(run)
+        _say_rates(run, changes)
     return live(run)
+
+
+def _say_rates(run: Run, changes: Changes) -> None:
+    """What this length of the run makes of the schedule: a jump of the learning rate is heard before it is seen."""
+    step, config = run.progress.step, run.config
+    lengths = [change["old"] for change in changes if change["event"] == "steps_changed"]
+    lines = [rate_change(config, old, step) for old in lengths if step < config.train.steps]
+    for line in [*lines, *remarks(config)]:
+        run.console.say(line)
 
 
 def _first_line(error: Exception) -> str:

@@ -37,12 +37,14 @@ def debug(config: Config, wish: StopWish) -> int:
     torch.autograd.set_detect_anomaly(True)
     try:
         code = start(cut_to_size(config, str(folder.path / "run")), wish, CheckedRun)
-    except UserError:
+    except UserError as error:
         folder.remove()
+        if str(folder.path) in str(error):
+            raise UserError(f"{error}\n({folder.path} was a folder of this trial, and is removed)") from error
         raise
     if code == FINISHED:
         folder.remove()  # else it is left to be looked at, until the next `--debug`
-        say("debug: every check held; the folder above was temporary")
+        say(f"debug: every check held; {folder.path}, named above, is removed again: nothing of it is left to look at")
     return code
 
 
@@ -62,6 +64,9 @@ def cut_to_size(config: Config, run_dir: str) -> Config:
         "validate_every_steps": min(config.train.validate_every_steps, STEPS),
         "validate_samples": min(config.train.validate_samples, 8),
     }
+    steps = data["train"]["steps"]
+    warmup = min(config.optim.warmup_steps, steps // 2)
+    data["optim"] |= {"warmup_steps": warmup, "decay_steps": min(config.optim.decay_steps, max(steps - warmup, 1))}
     data["run"] |= {"dir": run_dir, "log_every_steps": 1, "tensorboard": False}
     data["parallel"] |= {"replicate": 1, "shard": -1, "tensor": 1, "compile": False}
     data["precision"] |= {"deterministic": True}

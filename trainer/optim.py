@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups, and the learning rate as a pure function of the step."""
+"""Optimizers and their parameter groups."""
 
 from __future__ import annotations
 
@@ -11,25 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from configs.schema import OptimSection
 from trainer.engines.boxes import box_of
-
-
-def lr_factor(optim: OptimSection, step: int, last_step: int) -> float:
-    """Learning rate of the update that makes `step` (1-based), relative to the peak.
-
-    Linear warm-up to 1 at `warmup_steps`, then the schedule down to `final_lr_ratio` at `last_step`.
-    """
-    if step <= optim.warmup_steps:
-        return step / optim.warmup_steps
-    low = optim.final_lr_ratio
-    if optim.schedule == "constant":
-        return 1.0
-    if optim.schedule == "wsd":
-        progress = 1 - (last_step - step) / optim.decay_steps
-        return 1.0 - (1.0 - low) * min(max(progress, 0.0), 1.0)
-    progress = min((step - optim.warmup_steps) / max(last_step - optim.warmup_steps, 1), 1.0)
-    if optim.schedule == "linear":
-        return 1.0 - (1.0 - low) * progress
-    return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class Muon(torch.optim.Optimizer):

@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.load import dump, load
+from configs.paths import fitting
 from configs.schema import Config, differences, fields, fingerprint, result_fields
 from trainer.data.listing import check_source
 from trainer.engines import check_engine
@@ -21,13 +22,18 @@ from trainer.entries import refuse_to_pass_over
 from trainer.folder import RunFolder, write_text, wrong_kinds
 from trainer.freeze import check_schedule
 from trainer.layout import resolve
+from trainer.schedule import check_rates
 from trainer.series import check_series
 from trainer.start_from import checkpoint_named
 
 DATA_CONTENT = "data.content"  # what the sources hold: not a key, and admitted like one in `run.accept_changes`
 _SHOWN = 3
-_MOST_NAME_BYTES = 255  # of Linux, for one name in a path
-_MOST_PATH_BYTES = 4095 - 200  # of Linux, less what is made below a run folder or a cache, rounded up
+# Keys that decide which tensors there are, and of which shape.
+_TENSORS = {
+    *(f"model.{key}" for key in ("name", "vocab_size", "dim", "layers", "kv_heads", "head_dim", "mlp_dim", "mlp")),
+    *(f"model.{key}" for key in ("norm", "position", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tie_embeddings")),
+    "optim.name",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ def check_numbers(config: Config, processes: int) -> list[Problem]:
         lambda: resolve(config.parallel, processes),
         lambda: check_engine(config.parallel, processes),
         lambda: check_series(config.run),
+        lambda: check_rates(config),
     )
 
 
@@ -110,11 +117,10 @@ def refuse(problems: Iterable[Problem], advice: str = "") -> None:
 def check_place(key: str, folder: Path) -> None:
     """Raise UserError unless this is a folder that we may write to, or can be made."""
     existing = folder = folder.absolute()
-    longest, length = max(len(os.fsencode(part)) for part in folder.parts), len(os.fsencode(folder))
-    if longest > _MOST_NAME_BYTES:
-        raise UserError(f"{key}: a name in {folder} has {longest} bytes, {_MOST_NAME_BYTES} are the most: shorten it")
-    if length > _MOST_PATH_BYTES:
-        raise UserError(f"{key}: {folder} has {length} bytes, {_MOST_PATH_BYTES} are the most: shorten it")
+    try:
+        fitting(str(folder))
+    except ValueError as error:
+        raise UserError(f"{key}: {folder}: {error}") from None
     try:
         while not existing.exists():
             if os.path.lexists(existing):
@@ -165,11 +171,7 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
     refused = [c for c in changes if c not in moved and c["key"] not in config.run.accept_changes]
     if refused:
         named = ", ".join(f"{c['key']} {c['old']!r} -> {c['new']!r}" for c in refused)
-        keys = ",".join(c["key"] for c in refused)
-        raise UserError(
-            f"{folder.root} was begun with another config: {named}\n"
-            f"use another run.dir, or admit it with run.accept_changes=[{keys}]"
-        )
+        raise UserError(f"{folder.root} was begun with another config: {named}\n{_advice(refused, folder)}")
     events = [{"event": "data_moved" if c in moved else "config_changed", **c} for c in changes]
     if old.train.steps != config.train.steps:
         events.append(_steps_changed(old, config))
@@ -184,6 +186,15 @@ def _is_settled_by_content(change: dict[str, Any], config: Config) -> bool:
     # Ids are there already: these two only tell where documents end, and the content is compared for that too.
     only_ids = all(source.kind == "tokens" for source in config.data.sources)
     return only_ids and change["key"] in ("data.tokenizer", "data.end_token")
+
+
+def _advice(refused: list[dict[str, Any]], folder: RunFolder) -> str:
+    """What helps. Other tensors than those that are stored would be refused again once they are read."""
+    keys = [change["key"] for change in refused]
+    other = [key for key in keys if key in _TENSORS]
+    if other and folder.newest_checkpoint()[1] is not None:
+        return f"use another run.dir: the checkpoints in this one hold other tensors ({', '.join(other)})"
+    return f"use another run.dir, or admit it with run.accept_changes=[{','.join(keys)}]"
 
 
 def _steps_changed(old: Config, new: Config) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from trainer import life
 from trainer.environment import FromLauncher, Ranks
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeat
-from trainer.preflight import check, check_numbers, refuse
+from trainer.memory import check_memory
+from trainer.preflight import check, check_numbers, problems_of, refuse
 from trainer.stacks import answer_monitor
 from trainer.stop import Kind, StopRequested, StopWish
 from trainer.terminal import say
@@ -29,6 +30,8 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     ranks, launcher = Ranks.read(os.environ), FromLauncher.read(os.environ)
     numbers = check_numbers(config, ranks.size)
     problems = numbers if ranks.rank else check(config, ranks.size, RunFolder(Path(config.run_dir)))
+    if ranks.rank == 0:
+        problems += problems_of(lambda: check_memory(config, ranks.local_size, ranks.size))
     if numbers or ranks.size == 1:  # all ranks know it; what rank 0 alone looked for is told below
         refuse(problems)
     if launcher is not None:

@@ -11,7 +11,7 @@ from trainer.agreement import Agreement
 from trainer.data.loader import StepBatch
 from trainer.engines.base import Engine
 from trainer.heartbeat import Phase
-from trainer.optim import lr_factor
+from trainer.schedule import lr_factor
 from trainer.seeds import seed_micro_batch
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.load import dump, load, presets
@@ -203,6 +203,8 @@ def values(annotation: Any, limits: list[Any]) -> st.SearchStrategy[Any]:
         )
     if annotation is str:
         pattern = next((m.pattern for m in limits if getattr(m, "pattern", None)), None)
+        if any(isinstance(m, AfterValidator) for m in limits):  # a path
+            return st.from_regex(r"[^\0~/\ud800-\udfff][^\0\ud800-\udfff]{0,60}", fullmatch=True)
         return st.from_regex(pattern, fullmatch=True) if pattern else TEXT(min_size=sizes["min"]) | TRICKY
     assert issubclass(annotation, Section), annotation
     return st.fixed_dictionaries({i.alias or n: strategy(i) for n, i in annotation.model_fields.items()})
@@ -217,7 +219,7 @@ BLANKS = ["a: b", "a #b", " a", "a ", "a\nb", "\n", "\t", "\x01", "\x85", "\u202
 TRICKY = st.sampled_from([*PLAIN.split(), *BLANKS])
 # What keeps the rules between keys, so that few of the drawn configs are thrown away.
 RULES: dict[str, dict[str, Any]] = {
-    "model": {"heads": 6, "kv_heads": 2, "head_dim": 8, "rope_scaling": None, "max_seq_len": 2**40},
+    "model": {"heads": 6, "kv_heads": 2, "head_dim": 8, "rope_scaling": None, "max_seq_len": 10**9},
     "optim": {"betas": [0.5, 0.25], "decay_steps": 1},
     "train": {"validate_every_steps": 1},
     "parallel": {"engine": "fsdp", "shard": -1, "replicate": 1, "tensor": 1},

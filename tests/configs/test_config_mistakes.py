@@ -124,6 +124,11 @@ def test_in_a_file(file: Callable[[str], str], text: str, line: str) -> None:
             "unknown key qqqq.zzzz; valid here: run, model, start, data, task, train, optim, precision, parallel, "
             "freeze, checkpoint, monitor, slurm",
         ),
+        (
+            "peft.type=lora",
+            "unknown key peft.type; valid here: run, model, start, data, task, train, optim, precision, parallel, "
+            "freeze, checkpoint, monitor, slurm",
+        ),
         ("train.steps", "expected key=value, for example train.steps=100"),
         ("=3", "expected key=value, for example train.steps=100"),
         ("train..steps=3", "expected key=value, for example train.steps=100"),

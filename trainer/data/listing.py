@@ -60,7 +60,7 @@ def source_root(source: Source) -> Path:
         if source.kind != "text":
             raise UserError(f"data source {source.name!r}: path {STDLIB} is text; set its kind to text")
         return Path(sysconfig.get_path("stdlib")).resolve()
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     with readable(source, path):
         root = Path(os.path.realpath(path))
         known = root.is_file() or root.is_dir()

@@ -142,7 +142,7 @@ def load_tokenizer(data: DataSection, vocab_size: int) -> Tokenizer:
             raise UserError(f"data.end_token {end_token} is beyond the vocabulary: model.vocab_size is {vocab_size}")
         return NoTokenizer(end_token)
     else:
-        tokenizer = JsonTokenizer(Path(data.tokenizer).expanduser(), data.end_token)
+        tokenizer = JsonTokenizer(Path(data.tokenizer), data.end_token)
     if tokenizer.size > vocab_size:
         raise UserError(
             f"token ids beyond the vocabulary: data.tokenizer={data.tokenizer} has ids up to {tokenizer.size - 1}, "
