@@ -12,7 +12,8 @@ from configs.errors import UserError
 from launch.run_folder import JOB_FILE
 from slurm.ask import ask, facts_of
 from trainer.environment import SLURM_ARRAY_TASK_ID, SLURM_JOB_NUM_NODES, SLURM_RESTART_COUNT
-from trainer.folder import RunFolder, read_json, write_json
+from trainer.folder import RunFolder, write_json
+from trainer.rows import facts_in
 
 _CONTROLLER_PATIENCE_S = 600.0  # it may just be started again
 _NOBODY_ANSWERS = ("Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes")
@@ -114,8 +115,8 @@ def by_chain(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[st
     words = ["sbatch", "--parsable", f"--dependency=afterany:{job.number}", *flags]
     told = patiently(*words, script=script)
     place = folder.root / JOB_FILE
-    holder = read_json(place)
-    if holder is not None:
+    holder = facts_in(place)
+    if holder:
         number = told.strip().partition(";")[0]
         write_json(place, holder | {"job": number if task is None else f"{number}_{task}"})
 

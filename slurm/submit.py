@@ -28,8 +28,9 @@ from slurm.request import add_flags, minutes, not_heard, request_of
 from trainer import life
 from trainer.arguments import config_parser, take, typed
 from trainer.events import read_events
-from trainer.folder import RunFolder, read_json, write_json
+from trainer.folder import RunFolder, write_json
 from trainer.preflight import Problem, check, problems_of, refuse
+from trainer.rows import amount, facts_in, text
 from trainer.terminal import say, say_exactly
 
 _ELSEWHERE = "where only the nodes see such a path: --no-check-data, and the job looks"
@@ -145,7 +146,7 @@ class Submission:
 
     def _check_saves(self) -> None:
         """The warning has to leave time for a save as slow as the slowest that this folder has seen."""
-        saved = [e.get("seconds", 0.0) for e in read_events(self.folder) if e["event"] == "saved"]
+        saved = [amount(e, "seconds") or 0.0 for e in read_events(self.folder) if e["event"] == "saved"]
         if saved and max(saved) > self.request.warning_s:
             raise UserError(
                 f"a save into {self.folder.root} took {max(saved):.0f} s, and the warning comes "
@@ -233,8 +234,7 @@ class Submission:
 
     def holder(self) -> str | None:
         """The job that was given the run folder last. With slurm.requeue=chain each life has a number of its own."""
-        told = read_json(self.folder.root / JOB_FILE)
-        return None if told is None else str(told["job"])
+        return text(facts_in(self.folder.root / JOB_FILE), "job")
 
     def note(self, number: str) -> None:
         """Write down which job has the run folder."""

@@ -16,7 +16,6 @@ from trainer.checkpoint.load import Checkpoint, read_manifest
 from trainer.checkpoint.loading import Loading
 from trainer.checkpoint.plan import Plan, Target, frozen_in, plan, some
 from trainer.data.prepared import check_unchanged
-from trainer.entries import name_fault
 from trainer.freeze import check_schedule, choose_trainable
 from trainer.loop import Progress
 from trainer.optim import counts_steps, state_keys
@@ -144,13 +143,9 @@ def check_freezing(run: Run, checkpoint: Checkpoint) -> None:
 def named_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that `start.from` names: the folder itself, or the newest one of a run folder."""
     try:
-        checkpoint = Checkpoint(checkpoint_named(path))
-        fault = name_fault(checkpoint.path, checkpoint.step)
-        if fault is not None:
-            raise BadCheckpoint(checkpoint.path, fault)
+        return Checkpoint(checkpoint_named(path))
     except BadCheckpoint as error:
         raise UserError(f"start.from: {error}\nname another checkpoint") from error
-    return checkpoint
 
 
 def begin(run: Run) -> Origin:

@@ -19,7 +19,7 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.pieces import GROUPS
-from trainer.entries import Entry, Kind, entries, name_fault
+from trainer.entries import Entry, Kind, entries
 from trainer.folder import RunFolder
 from trainer.terminal import say
 
@@ -99,8 +99,7 @@ def _row(entry: Entry) -> Row:
     except (BadCheckpoint, UserError) as error:
         verdict = _VERDICTS.get(entry.kind) or "bad: " + _short(str(error), path)
         return Row(*about, False, verdict, total, shared)
-    fault = name_fault(path, manifest.step)
-    verdict = _VERDICTS.get(entry.kind) or (f"bad: {fault}" if fault else "good")
+    verdict = _VERDICTS.get(entry.kind, "good")
     age_s = round(max(time.time() - manifest.saved_s, 0.0), 1)
     share = trained_share(manifest)
     return Row(*about, verdict == "good", verdict, total, shared, age_s, manifest.layout, share)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from configs.errors import UserError
+from configs.files import TEXT_BYTES, read_regular
 from configs.schema import KeepSection
 from launch.text import size_text
 from trainer.checkpoint import disk
@@ -83,7 +84,7 @@ def _delete(aside: Path) -> None:
 def _keep(run: RunFolder, last: int | None, every_steps: int | None) -> KeepSection:
     """The run's own setting, but for what was said."""
     try:
-        told = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        told = yaml.safe_load(read_regular(run.config, TEXT_BYTES))
         keep = KeepSection.model_validate(told["checkpoint"]["keep"])
     except FileNotFoundError:
         keep = KeepSection()

@@ -14,7 +14,6 @@ from trainer.arguments import typed
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.convert.convert import find_kind, open_checkpoint
-from trainer.entries import name_fault
 from trainer.terminal import say
 
 _LOG_EVERY_S = 5.0
@@ -36,11 +35,7 @@ def open_named(path: Path) -> Checkpoint:
     if kind != "muster":
         raise UserError(f"{path}: not a Muster checkpoint; convert it first: {typed('launch checkpoint convert')}")
     try:
-        checkpoint = open_checkpoint(found)
-        fault = name_fault(found, checkpoint.step)
-        if fault is not None:
-            raise BadCheckpoint(found, fault)
-        return checkpoint
+        return open_checkpoint(found)
     except BadCheckpoint as error:
         raise UserError(f"{error}\nlook further with: {typed('launch checkpoint verify', found)}") from None
 

@@ -19,7 +19,7 @@ from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.threads import in_threads
 from trainer.convert.convert import open_checkpoint
-from trainer.entries import Kind, entries, entry_at, name_fault
+from trainer.entries import Kind, entries, entry_at
 from trainer.processors import allowed
 from trainer.terminal import say
 
@@ -88,9 +88,6 @@ def _open(path: Path, files: dict[tuple[int, int, str], _File]) -> _Checkpoint:
     except BadCheckpoint as error:
         opened.faults.append(str(error))
         return opened
-    fault = name_fault(path, manifest.step)
-    if fault is not None:
-        opened.faults.append(f"{path}: {fault}")
     opened.size = manifest.size_bytes
     for stored in manifest.files:
         place, wanted = file_path(path, manifest, stored), hashes[stored.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from trainer.events import tolerate_unwritable
 from trainer.heartbeat import Beat
+from trainer.rows import parsed, whole
 from trainer.stacks import FLIGHT, FLIGHT_SIGNAL, STACKS, STACKS_SIGNAL
 
 STOPPED = "T"
@@ -144,12 +144,14 @@ def where(stacks: str) -> tuple[str | None, bool | None]:
 
 def collectives(flight: bytes) -> int | None:
     """How many collectives a rank has begun in all its groups."""
-    try:
-        entries = json.loads(flight)["entries"]
-    except (ValueError, KeyError):
+    told = parsed(flight)
+    entries = told.get("entries") if isinstance(told, dict) else None
+    if not isinstance(entries, list):
         return None
     last: dict[str, int] = {}
     for entry in entries:
-        group = str(entry["process_group"])
-        last[group] = max(last.get(group, 0), entry["collective_seq_id"])
+        number = whole(entry, "collective_seq_id") if isinstance(entry, dict) else None
+        if number is not None:
+            group = str(entry.get("process_group"))
+            last[group] = max(last.get(group, 0), number)
     return sum(last.values())

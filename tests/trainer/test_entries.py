@@ -150,14 +150,15 @@ def test_a_checkpoint_behind_a_link_is_read_and_nothing_there_changes(tmp_path: 
     save(root, 4, last=1)
     assert committed_steps(root) == [3, 4]  # a link is not deleted, as its bytes may be another run's
     # What is bad there is set aside by name alone, and not written to.
+    shutil.copytree(there, root / "step-00000003.bad-7")  # a good copy, from which it could be mended
     (there / "model/rank-00000.safetensors").rename(tmp_path / "hidden")
-    with pytest.raises(BadCheckpoint):
+    with pytest.raises(BadCheckpoint, match="not this run's, so it is left as it is"):
         recover(root / "step-00000003", root, (), said.append)
     shutil.rmtree(root / "step-00000004")
     save(root, 2)
     assert shelf_of(root, said).newest_good() is not None
-    assert [e.path.name for e in entries(root)] == ["step-00000002", "step-00000003.bad-0"]
-    assert shelf_of(root).set_aside() == ["step-00000003.bad-0"]
+    assert [e.path.name for e in entries(root)] == ["step-00000002", *(f"step-00000003.bad-{k}" for k in "07")]
+    assert (root / "step-00000003.bad-0").is_symlink()
     (tmp_path / "hidden").rename(there / "model/rank-00000.safetensors")
     assert content(tmp_path / "large disk") == before
 
@@ -175,6 +176,14 @@ def test_prune_names_the_links_that_stay(tmp_path: Path, capsys: pytest.CaptureF
     assert "step-00000002.bad-0 stays: it is a link" in told
     assert content(tmp_path / "disk") == before
     assert sorted(os.listdir(root)) == ["step-00000001", "step-00000002.bad-0", "step-00000003"]
+
+
+def test_prune_waits_for_no_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "checkpoints", 1)
+    os.mkfifo(tmp_path / "config.yaml")
+    assert main(["checkpoint", "prune", str(tmp_path), "--dry-run"]) == 2
+    assert "say --last N" in capsys.readouterr().err
+    assert main(["checkpoint", "prune", str(tmp_path), "--dry-run", "--last", "1"]) == 0
 
 
 def test_nothing_is_deleted_while_a_newer_one_cannot_be_used(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from configs.errors import UserError
 from launch import report
 from launch.goodput import goodput
+from launch.monitor.ask import collectives
 from launch.monitor.rows import newest_rows
 from launch.run_folder import view
 from launch.watch import Watcher
@@ -259,6 +260,14 @@ def test_a_record_has_every_field_of_its_type() -> None:
     assert record(Left, {"node": "a", "code": 1, "before": -1, "more": 2}) == Left("a", 1, -1)
     for bad in (None, [], {}, {"node": "a", "code": True, "before": -1}, {"node": 1, "code": 1, "before": -1}):
         assert record(Left, bad) is None
+
+
+def test_what_a_hung_rank_answered_may_be_anything() -> None:
+    for bad in (b"", b"[]", b'{"entries": 7}', b"\xff", b"[" * 10_000):
+        assert collectives(bad) is None
+    one = {"process_group": ["0"], "collective_seq_id": 3}
+    told = json.dumps({"entries": [7, {}, one, {"collective_seq_id": "4"}]})
+    assert collectives(told.encode()) == 3
 
 
 def test_what_was_passed_over_is_one_line_that_moves_no_cursor(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.pieces import Box, Ints, boxes_of_range
 from trainer.checkpoint.reading import READING_THREADS, Destination, Span, read_spans, spans_of, verify_files
+from trainer.entries import name_fault
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str, dict[str, str]]:
     two files that hold them is damaged, UserError when it may not be read."""
     text = read_small(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
     manifest = decode(folder / MANIFEST, text)
+    fault = name_fault(folder, manifest.step)
+    if fault is not None:
+        raise BadCheckpoint(folder, fault)
     table = folder / CHECKSUMS
     hashes = decode_checksums(table, read_small(table, MANIFEST_LIMIT_BYTES), manifest, BLOCK_BYTES)
     return manifest, digest_in(text), hashes

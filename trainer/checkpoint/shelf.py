@@ -20,7 +20,6 @@ from trainer.entries import (
     checkpoint_name,
     committed_steps,
     entries,
-    name_fault,
     passed_over,
     refuse_to_pass_over,
 )
@@ -109,11 +108,7 @@ class Shelf:
         return None
 
     def _open(self, step: int) -> Checkpoint:
-        checkpoint = Checkpoint(self.path(step))
-        fault = name_fault(checkpoint.path, checkpoint.step)
-        if fault is not None:
-            raise BadCheckpoint(checkpoint.path, fault)
-        return checkpoint
+        return Checkpoint(self.path(step))
 
     def _open_or_recover(self, step: int) -> Checkpoint:
         try:
