@@ -12,6 +12,7 @@ from trainer.arguments import Parser, be_muster, typed
 from trainer.shadow import OURS
 from trainer.terminal import say
 
+_DESCRIPTION = "Train Transformers on clusters: stop anywhere, resume exactly. `muster --version` says which this is."
 _OF_A_JOB = ("job", "after")  # what batch scripts run, not people
 
 VERBS = {
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         say(about_this())
         return 0
-    return run_verb("muster", "Train Transformers on clusters: stop anywhere, resume exactly.", VERBS, arguments)
+    return run_verb("muster", _DESCRIPTION, VERBS, arguments)
 
 
 def about_this() -> str:

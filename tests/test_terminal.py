@@ -163,7 +163,7 @@ def test_a_table_of_rich_shows_markup(capfd: pytest.CaptureFixture[str]) -> None
     assert "[bold]gpu[/] :tada:" in capfd.readouterr().out
 
 
-DOORS = {"trainer/terminal.py", "trainer/console.py", "configs/errors.py"}
+DOORS = {"trainer/terminal.py", "trainer/console.py", "configs/errors.py", "trainer/shadow.py"}
 WRITES = {  # what is not for a person to read as it is, or makes a line that moves
     "launch/checkpoint/text.py": ["sys.stderr.write(text)"],
     "slurm/logs.py": ["sys.stdout.buffer.write(chunk)"],

@@ -33,6 +33,14 @@ def stand_apart() -> None:
     """
     sys.path[:] = [place for place in sys.path if not _is_here(place)]
     sys.meta_path.insert(0, _Ours)
+    try:
+        import configs.errors  # noqa: F401
+    except ImportError as error:  # pip lets two packages write the same file
+        sys.stderr.write(
+            f"error: {OURS}/configs is not Muster's alone ({error}): another installed package has that name.\n"
+            "Install Muster in an environment of its own: python -m venv NAME, then NAME/bin/pip install what it was\n"
+        )
+        raise SystemExit(2) from None
 
 
 def python() -> list[str]:

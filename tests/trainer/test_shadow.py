@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,17 @@ def test_in_our_own_folder_the_path_stays(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(ROOT)
     assert shadow.apart() == {}
     assert shadow.python() == [sys.executable]
+
+
+def test_an_installed_package_that_wrote_over_ours_is_named(tmp_path: Path) -> None:
+    for package in shadow.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package)
+    (tmp_path / "configs/errors.py").unlink()
+    (tmp_path / "configs/__init__.py").write_text("theirs = 1\n")
+    # -S: an editable install would find what is missing.
+    command, env = [sys.executable, "-S", "-P", "-m", "launch", "--help"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 2
+    assert f"{tmp_path}/configs is not Muster's alone" in done.stderr
+    assert "environment of its own" in done.stderr
