@@ -92,6 +92,11 @@ def test_missing_corpus(tmp_path: Path) -> None:
     refused(tmp_path, with_source(tmp_path, path=str(tmp_path / "gone")), "words", "gone")
 
 
+def test_debug_tells_a_mistake_in_as_few_lines(tmp_path: Path) -> None:
+    refused(tmp_path, [*with_source(tmp_path, path=str(tmp_path / "gone")), "--debug"], "words", "gone")
+    refused(tmp_path, ["--debug", "--train.steps", "3"], "train.steps=3")
+
+
 def test_corpus_shorter_than_one_sample(tmp_path: Path) -> None:
     (tmp_path / "short").mkdir()
     (tmp_path / "short/a.txt").write_text("too short")
