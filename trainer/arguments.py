@@ -8,7 +8,6 @@ import shlex
 from typing import NoReturn
 
 from configs.errors import UserError
-from configs.explain import all_keys
 
 EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 user error, 3 stopped, 75 stopped and wants to be started again"
 
@@ -60,7 +59,13 @@ def _refuse_dashes(arguments: list[str]) -> None:
         value = value if equals else following
         if word.startswith("--") and "." in name:
             raise UserError(f"{word}: settings are written without dashes: {name}={value or 'VALUE'}")
-        if not equals and "." in word and re.sub(r"\.\d+\.", ".*.", word.removeprefix("-")) in all_keys():
+        if not equals and "." in word and _is_key(word.removeprefix("-")):
             raise UserError(f"{word}: a setting is one word: {name.removeprefix('-')}={value or 'VALUE'}")
         if word.startswith("--") and name == "config":
             raise UserError(f"{word}: the config is written alone: {value or 'CONFIG'}")
+
+
+def _is_key(word: str) -> bool:
+    from configs.explain import all_keys  # here, as the schema takes a while: a shell that completes words does without
+
+    return re.sub(r"\.\d+\.", ".*.", word) in all_keys()
