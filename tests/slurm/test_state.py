@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def seen(run: Path, phase: str, age_s: float = 1.0, attempt: int = 0) -> None:
     row = made_up.second(1, 2, age_s) | {"attempt": attempt}
     row["ranks"] = [rank | {"phase": phase} for rank in row["ranks"]]
     append_row(run / "gpu/node1.jsonl", row)
+    os.utime(run / "gpu/node1.jsonl", (time.time() - age_s,) * 2)
 
 
 @pytest.mark.parametrize(
