@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import os
 import shlex
@@ -29,6 +28,7 @@ from trainer import life
 from trainer.arguments import config_parser, take, typed
 from trainer.events import read_events
 from trainer.folder import RunFolder, write_json
+from trainer.locks import lock
 from trainer.preflight import Problem, check, problems_of, refuse
 from trainer.rows import amount, facts_in, text
 from trainer.terminal import say, say_exactly
@@ -300,8 +300,7 @@ def _only_one(place: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {place.parent}: {error.strerror or error}") from error
     try:
-        with contextlib.suppress(OSError):  # a filesystem without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from configs.errors import UserError
+from trainer.locks import lock
 from trainer.names import node_name
 
 
@@ -23,11 +23,11 @@ class HeldFolder:
     """
 
     def __init__(self, parent: Path, prefix: str) -> None:
-        lock = None
-        while lock is None:  # a start beside this one may take it for left, before it is locked
+        held = None
+        while held is None:  # a start beside this one may take it for left, before it is locked
             self.path = Path(tempfile.mkdtemp(prefix=f"{prefix}{node_name()}-", dir=parent))
-            lock = _lock(self.path)
-        self._lock = lock
+            held = _lock(self.path, own=True)
+        self._lock = held
 
     @classmethod
     def temporary(cls, prefix: str) -> HeldFolder:
@@ -56,9 +56,9 @@ class HeldFolder:
 def remove_left(parent: Path, prefix: str) -> None:
     """Remove the folders of this user's processes on this node that live no more."""
     for left in parent.glob(glob.escape(f"{prefix}{node_name()}-") + "*"):
-        if _is_own(left) and (lock := _lock(left)) is not None:
+        if _is_own(left) and (held := _lock(left, own=False)) is not None:
             shutil.rmtree(left, ignore_errors=True)  # another start may be at it
-            os.close(lock)
+            os.close(held)
 
 
 def _is_own(folder: Path) -> bool:
@@ -70,17 +70,17 @@ def _is_own(folder: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
-def _lock(folder: Path) -> int | None:
-    """The lock of a folder, unless somebody holds it or has removed it."""
+def _lock(folder: Path, own: bool) -> int | None:
+    """The lock of a folder, unless somebody holds it or has removed it. Where the filesystem has no locks nothing
+    tells whether another's process lives."""
     try:
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except (FileNotFoundError, PermissionError):
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_nlink:
-            return lock
+        if (lock(descriptor) or own) and os.fstat(descriptor).st_nlink:
+            return descriptor
     except BlockingIOError:
         pass
-    os.close(lock)
+    os.close(descriptor)
     return None

@@ -6,7 +6,6 @@ outlives restarts in place. A second start is refused while the holder lives; th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from trainer.clock import now_s, started_ticks
 from trainer.environment import FromLauncher, Job
 from trainer.folder import RunFolder
 from trainer.inherited import without_job
+from trainer.locks import lock
 from trainer.rows import facts_in, moment, parsed, text, whole
 
 _JOB_LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
@@ -132,7 +132,7 @@ class Lease:
                 _refuse_living(folder, holder, node)
                 if holder:
                     say(f"taking over {folder.root}: pid {holder.get('pid')} on {holder.get('node')} is gone")
-                folder.lease.unlink()
+                _clear_away(folder, text(holder, "token"), mine["token"])
             descriptor = os.open(folder.lease, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(mine, file)
@@ -221,12 +221,30 @@ def writable(folder: Path) -> Iterator[None]:
         raise UserError(f"run.dir: cannot write to {folder}: {error.strerror or error}") from error
 
 
+def _clear_away(folder: RunFolder, dead: str | None, mine: str) -> None:
+    """Remove a dead holder's lease, and no other: where locks do not hold, another start may have replaced it since it
+    was read. A rename is whole on every filesystem."""
+    taken = folder.lease.with_name(f"LEASE.dead-{mine}")
+    try:
+        os.rename(folder.lease, taken)
+    except FileNotFoundError:
+        raise UserError(f"{folder.root}: another start takes it over at this moment") from None
+    holder = facts_in(taken)
+    theirs = text(holder, "token") != dead
+    if theirs:
+        with suppress(FileExistsError):
+            os.link(taken, folder.lease)
+    taken.unlink()
+    if theirs:
+        raise UserError(f"{folder.root}: already running (pid {holder.get('pid')} on {holder.get('node')})")
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Between looking at a dead lease and replacing it no second start may do the same."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, wait=True)  # where it holds: not on every filesystem, nor always between two nodes
         yield
     finally:
         os.close(descriptor)

@@ -6,13 +6,13 @@ with every rollup and the newest seconds, and takes the old one's place by a ren
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from trainer.events import tolerate_unwritable
+from trainer.locks import lock
 
 VERSION = 1
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ class Journal:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         new = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(new, fcntl.LOCK_EX)
+            lock(new, wait=True)
             os.write(new, head + b"".join(kept))
             os.replace(temporary, self.path)
         except OSError:
@@ -87,7 +87,7 @@ def _open_locked(path: Path) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError as error:
             os.close(file)
             raise Taken(str(path)) from error

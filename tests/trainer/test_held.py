@@ -62,12 +62,12 @@ def test_another_users_folder_and_a_link_stay(left: Path, tmp_path: Path, monkey
     assert [path.name for path in target.iterdir()] == ["precious"]
 
 
-@pytest.mark.parametrize("before", ["open", "flock"])
+@pytest.mark.parametrize("before", ["open", "lock"])
 def test_a_folder_that_was_removed_before_it_was_locked_is_made_again(
     before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another start may look just then, and find it unlocked."""
-    place = held.os if before == "open" else held.fcntl
+    place = held.os if before == "open" else held
     real, removed = getattr(place, before), []
 
     def too_late(*arguments: Any, **words: Any) -> Any:

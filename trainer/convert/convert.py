@@ -8,7 +8,6 @@ target is written under a partial name, fsynced and renamed: it is whole or it i
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -30,6 +29,7 @@ from trainer.convert.state import Kind, State, Target, state_of
 from trainer.convert.torch_file import ZIP_MAGIC, read_torch, write_torch
 from trainer.entries import newest_checkpoint
 from trainer.folder import RunFolder
+from trainer.locks import lock
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,14 @@ def _partial(target: Path, is_file: bool) -> Iterator[tuple[Path, disk.NewFile |
     """The partial name, made and locked; what a crash left there before goes. Removed unless it was renamed."""
     partial = target.with_name(f"{target.name}.partial-convert")
     file: disk.NewFile | None = None
-    lock = -1
+    descriptor = -1
     try:
         _clear(partial, target)
         if is_file:
             file = disk.NewFile(str(partial))
         else:
             disk.mkdir(str(partial))
-        lock = _lock(partial, target)
+        descriptor, _ = _lock(partial, target)
         yield partial, file
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
@@ -196,27 +196,30 @@ def _partial(target: Path, is_file: bool) -> Iterator[tuple[Path, disk.NewFile |
     finally:
         if file is not None:
             file.close()
-        if lock >= 0:
+        if descriptor >= 0:
             _discard(partial)
-            os.close(lock)
+            os.close(descriptor)
 
 
 def _clear(partial: Path, target: Path) -> None:
     """Remove what a conversion that was killed left; one that is under way holds its lock."""
     if os.path.lexists(partial):
-        lock = _lock(partial, target)
+        descriptor, locked = _lock(partial, target)
+        if not locked:
+            os.close(descriptor)
+            raise UserError(f"{partial} is of another conversion; if you know that it has ended, remove it")
         _discard(partial)
-        os.close(lock)
+        os.close(descriptor)
 
 
-def _lock(partial: Path, target: Path) -> int:
+def _lock(partial: Path, target: Path) -> tuple[int, bool]:
+    """(Its descriptor, whether the filesystem has locks.)"""
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor, lock(descriptor)
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(f"{target} is being written by another conversion") from None
-    return descriptor
 
 
 def _discard(partial: Path) -> None:

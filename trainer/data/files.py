@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from trainer.locks import lock
 
 _HEADER_BYTES = 128
 _TEMPORARY = ".tmp-"
@@ -96,8 +97,8 @@ def temporary_folder(cache: Path) -> Iterator[Path]:
     fd = os.open(folder / "new-lock", os.O_CREAT | os.O_RDWR, 0o600)
     try:
         with contextlib.suppress(OSError):  # a filesystem without locks: `remove_leftovers` goes by age there
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(folder / "new-lock", folder / _LOCK)
+            if lock(fd):
+                os.rename(folder / "new-lock", folder / _LOCK)
         yield folder
     finally:
         os.close(fd)
@@ -106,8 +107,8 @@ def temporary_folder(cache: Path) -> Iterator[Path]:
 
 def publish(folder: Path, final: Path) -> bool:
     """Rename a finished temporary folder to its name. False if that name is taken, by an equal folder: it stays."""
-    for lock in (_LOCK, "new-lock"):
-        (folder / lock).unlink(missing_ok=True)
+    for name in (_LOCK, "new-lock"):
+        (folder / name).unlink(missing_ok=True)
     sync_folder(folder)
     try:
         os.rename(folder, final)
@@ -124,24 +125,23 @@ def remove_leftovers(cache: Path) -> None:
     for path in cache.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
             # A lock is believed alone: by its age a folder could be a year old because the clock was set.
-            if path.is_dir() and (_lock_is_free(lock) if (lock := path / _LOCK).exists() else _age_s(path) > _STALE_S):
+            if path.is_dir() and (_lock_is_free(path / _LOCK) if (path / _LOCK).exists() else _age_s(path) > _STALE_S):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_file() and _age_s(path) > _STALE_S:
                 path.unlink()
 
 
-def _lock_is_free(lock: Path) -> bool:
+def _lock_is_free(path: Path) -> bool:
     try:
-        fd = os.open(lock, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR)
     except OSError:
         return False  # not taken yet, or not ours to open
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(fd)
     except OSError:
         return False
     finally:
         os.close(fd)
-    return True
 
 
 def _age_s(path: Path) -> float:

@@ -6,7 +6,6 @@ wrote, and `flush` what was written here.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from configs.errors import UserError
 from trainer.console import gib
 from trainer.environment import Ranks
 from trainer.held import HeldFolder, remove_left
+from trainer.locks import lock
 from trainer.names import node_name
 from trainer.world import World
 
@@ -183,7 +183,7 @@ def _building(folders: Sequence[Path]) -> Iterator[None]:
     """Alone among this user's processes. torch has a lock of its own in each folder, on which every start would wait
     for ever if its owner is killed while it compiles: that of one which was killed in here is removed."""
     with (folders[0].parent / "muster-building").open("a+") as mark:
-        fcntl.flock(mark, fcntl.LOCK_EX)
+        lock(mark.fileno(), wait=True)
         mark.seek(0)
         if mark.read():
             for folder in folders:

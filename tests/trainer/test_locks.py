@@ -1,0 +1,87 @@
+"""Filesystems without locks: nothing fails for it, and what only a lock could tell is not guessed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import UserError
+from launch.monitor.journal import Journal
+from trainer import lease as module
+from trainer.convert.convert import _clear
+from trainer.data import files
+from trainer.folder import RunFolder
+from trainer.held import HeldFolder, remove_left
+from trainer.lease import Lease
+from trainer.locks import lock
+
+
+@pytest.fixture(params=["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: Any, how: int) -> None:
+        raise OSError(getattr(errno, request.param), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_a_lock_is_held_waited_for_or_refused(tmp_path: Path) -> None:
+    one, other = (os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT) for _ in range(2))
+    assert lock(one)
+    with pytest.raises(BlockingIOError):
+        lock(other)
+    os.close(one)
+    assert lock(other, wait=True)
+    os.close(other)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_all_goes_on_without_locks(tmp_path: Path) -> None:
+    Journal(tmp_path / "a.jsonl", {}, 20_000).write({"kind": "second"})
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
+    with files.temporary_folder(tmp_path) as folder:
+        files.remove_leftovers(tmp_path)
+        assert folder.is_dir()  # whether its maker lives cannot be known
+    with HeldFolder(tmp_path, "left-") as own, HeldFolder(tmp_path, "left-"):
+        remove_left(tmp_path, "left-")
+        assert own.is_dir()
+    held = Lease.take(RunFolder(tmp_path / "run"), "here", 0, print)
+    with pytest.raises(UserError, match="already running"):
+        Lease.take(RunFolder(tmp_path / "run"), "here", 1, print)
+    held.release()
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_another_conversion_is_not_taken_for_dead(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial-convert"
+    partial.mkdir()
+    with pytest.raises(UserError, match="if you know that it has ended, remove it"):
+        _clear(partial, tmp_path / "out")
+    assert partial.is_dir()
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_two_starts_do_not_both_take_over_a_dead_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has looked at the dead lease when the first has already put its own there."""
+    folder = RunFolder(tmp_path)
+    dead = Lease.take(folder, "here", 0, print)
+    content = json.loads(folder.lease.read_text())
+    folder.lease.write_text(json.dumps(content | {"boot_id": "an earlier one"}))
+    real, first = module._refuse_living, list[Lease]()
+
+    def first_comes_between(*arguments: Any) -> None:
+        real(*arguments)
+        if not first:
+            first.append(dead)  # only once
+            first[0] = Lease.take(folder, "here", 1, print)
+
+    monkeypatch.setattr(module, "_refuse_living", first_comes_between)
+    with pytest.raises(UserError, match="already running"):
+        Lease.take(folder, "here", 2, print)
+    assert first[0].is_held()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LEASE"]
