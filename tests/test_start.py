@@ -33,7 +33,7 @@ def second(folder: Path, first: dict[str, Any], lr: float = 1e-30, **changes: An
     return config
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full), 3])
 def test_a_grown_vocabulary_keeps_old_rows_and_their_moments(size: int, first: dict[str, Any], tmp_path: Path) -> None:
     grown = {"start__allow": {"reshaped": ["embed.weight", "head.weight"]}}
     config = second(tmp_path, first, model__vocab_size=267, optim__betas=[1 - 2**-24, 1 - 2**-24], **grown)

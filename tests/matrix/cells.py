@@ -106,15 +106,13 @@ def _besides(variant: str, k: int) -> list[Cell]:
 
 MATRIX = [Cell(writer, reader, pattern) for writer in LAYOUTS for pattern in PATTERNS for reader in LAYOUTS]
 BESIDES = [cell for k, variant in enumerate(VARIANTS) for cell in _besides(variant, k)]
-# In the normal run: each layout reads and writes twice, each pattern is there; and each variant once.
+# In `make test`: each layout reads and writes once, each pattern is there; and each variant once.
 BESIDES_ONCE = [
     [cell for cell in BESIDES if cell.variant == variant][number]
     for variant, number in zip(VARIANTS, (9, 14, 28, 47), strict=True)
 ]
 DIAGONAL = [
-    Cell(writer, _NAMES[(i + 3 + k) % len(_NAMES)], list(PATTERNS)[(i + 3 * k) % len(PATTERNS)])
-    for k in range(2)
-    for i, writer in enumerate(_NAMES)
+    Cell(writer, _NAMES[(i + 3) % len(_NAMES)], list(PATTERNS)[i % len(PATTERNS)]) for i, writer in enumerate(_NAMES)
 ]
 
 ZERO_MATRIX = [
@@ -133,7 +131,7 @@ ZERO_BESIDES = [  # each ZeRO layout with each pattern and variant, writing and 
     for other in [_EVERY[(i + 5 * v + 3 * p) % len(_EVERY)]]
     for cell in (Cell(zero, other, pattern, variant), Cell(other, zero, pattern, variant))
 ]
-# In the normal run: each stage writes and reads, each pattern is there; two ranks suffice but for one cell.
+# In `make test`: each stage writes and reads, each pattern is there; two ranks suffice but for one cell.
 ZERO_DIAGONAL = [
     Cell("ZeRO-1 2", "FSDP 2", "nothing frozen"),
     Cell("FSDP 2", "ZeRO-1 2", "another set frozen than before"),

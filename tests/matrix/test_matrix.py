@@ -36,9 +36,9 @@ def test_no_cell_was_left_out(outcomes: dict[Cell, Outcome]) -> None:
     assert {*MATRIX, *BESIDES} == outcomes.keys()
 
 
-def test_the_normal_run_has_each_layout_and_pattern() -> None:
+def test_make_test_has_each_layout_and_pattern() -> None:
     for count in (lambda c: c.writer, lambda c: c.reader):
-        assert sorted(map(count, DIAGONAL)) == sorted([*LAYOUTS] * 2)
+        assert sorted(map(count, DIAGONAL)) == sorted(LAYOUTS)
     assert {cell.pattern for cell in DIAGONAL} == set(PATTERNS)
     assert set(DIAGONAL) < set(MATRIX)
     assert [cell.variant for cell in BESIDES_ONCE] == [*VARIANTS]

@@ -59,7 +59,7 @@ def test_cell(
     held.add(cell, outcome)
 
 
-def test_the_normal_run_has_each_stage_and_pattern() -> None:
+def test_make_test_has_each_stage_and_pattern() -> None:
     stages = [name.split()[0] for name in ZERO]
     for end in (lambda c: c.writer, lambda c: c.reader):
         assert {end(cell).split()[0] for cell in ZERO_DIAGONAL} == {*stages, "FSDP"}

@@ -145,9 +145,12 @@ def test_checkpointing_changes_no_bit(kind: str, documents: bool, build: Callabl
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
 
 
-@pytest.mark.parametrize(("documents", "backend"), [(False, "aot_eager"), (True, "inductor")])
+@pytest.mark.parametrize(
+    ("documents", "backend"),
+    [(False, "aot_eager"), (True, "aot_eager"), pytest.param(True, "inductor", marks=pytest.mark.full)],
+)
 def test_blocks_compile_whole(documents: bool, backend: str, build: Callable[..., Decoder]) -> None:
-    """fullgraph: any graph break is an error. Loss and gradients to 1e-5 of their size. (inductor once: it is slow.)"""
+    """fullgraph: any graph break is an error. Loss and gradients to 1e-5 of their size. (inductor takes 30 s.)"""
     torch._dynamo.reset()
     model, inputs = build(qk_norm=True), batch()
     if not documents:
