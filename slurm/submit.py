@@ -86,10 +86,8 @@ class Submission:
 
     def __init__(self, config: Config, request: SlurmSection) -> None:
         run_dir = str(Path(config.run_dir).absolute())  # a job may begin elsewhere
-        kept = request.model_dump(exclude_unset=True)
-        plain = config.model_dump(by_alias=True)
-        plain["run"]["dir"], plain["slurm"] = run_dir, kept
-        self.config = Config.model_validate(plain)
+        run = config.run.model_copy(update={"dir": run_dir})  # what is wrong with it is a problem, told with the others
+        self.config = config.model_copy(update={"run": run, "slurm": request})
         self.request, self.folder = request, RunFolder(Path(run_dir))
         self.place = self.folder.root / "slurm"
         self.configs = {"config.yaml": dump(self.config)}

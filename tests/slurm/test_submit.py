@@ -284,6 +284,7 @@ def test_a_mistake_is_told_before_anything_is_asked(words: tuple[str, ...], told
 
 def test_the_warning_must_leave_time_for_a_save(tmp_path: Path) -> None:
     config = write_config(tmp_path)
+    (tmp_path / "run").mkdir()
     Events(RunFolder(tmp_path / "run"), "node1", "rank00000").write("saved", seconds=150.0)
     done = submit(config, *SMALL, "--dry-run")
     assert done.returncode == 2
