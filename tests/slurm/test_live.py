@@ -44,7 +44,8 @@ def test_watch_of_one_run_is_the_picture_of_launch_watch(tmp_path: Path) -> None
         path = tmp_path / f"runs/r/gpu/node{number + 1}.jsonl"
         path.parent.mkdir(exist_ok=True)
         append_row(path, made_up.second(number, 2, age_s=0.5))
-    made_up.write(tmp_path / "runs/r/attempts/000/end.json", {"reason": "finished", "step": 1000})
+    end = {"reason": "finished", "step": 1000, "checkpoint": None, "requeue": False, "cause": None}
+    made_up.write(tmp_path / "runs/r/attempts/000/end.json", end)
     there = verb(tmp_path, "watch", "runs/r", **SLURM | {"squeue": ""}).stdout.splitlines()
     command = [sys.executable, "-m", "launch", "watch", "--once", "runs/r"]
     env = {"PYTHONPATH": str(ROOT)}
