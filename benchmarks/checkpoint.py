@@ -50,12 +50,13 @@ from benchmarks.plain import PAGE, Layout, cut, forget, read_directly, read_plai
 from benchmarks.table import show
 from configs.schema import KeepSection
 from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.files import bytes_of
-from trainer.checkpoint.load import Checkpoint, Wanted
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.boxes import Group, Wanted
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.writing import bytes_of
 from trainer.convert.convert import convert
-from trainer.convert.state import Kind
+from trainer.convert.kinds import Kind
 from trainer.entries import checkpoint_name
 
 KINDS = ("saving", "loading", "cold", "dcp", "converting", "frozen")

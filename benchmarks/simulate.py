@@ -29,11 +29,12 @@ from benchmarks.table import show
 from configs.load import load
 from models import PLANS, build_model
 from trainer.checkpoint.assemble import RunState, assemble
+from trainer.checkpoint.boxes import Group, Ints, Wanted
 from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
-from trainer.checkpoint.load import Wanted, spans_for
 from trainer.checkpoint.manifest import Manifest, decode
-from trainer.checkpoint.pieces import Group, Ints, Piece
+from trainer.checkpoint.pieces import Piece
+from trainer.checkpoint.reading import spans_for
 from trainer.checkpoint.share import WrittenFile, plan_files, report_of
 
 STATES = ("", ".exp_avg", ".exp_avg_sq")

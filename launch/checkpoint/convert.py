@@ -9,7 +9,8 @@ from launch.checkpoint.text import Progress
 from launch.text import size_text
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.convert.convert import convert
-from trainer.convert.state import Kind, State, Target
+from trainer.convert.kinds import Kind, Target
+from trainer.convert.state import State
 from trainer.terminal import say
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from configs.errors import UserError
 from launch.checkpoint.text import layout_text
 from launch.text import age_text, size_text, table
+from trainer.checkpoint.boxes import GROUPS
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.pieces import GROUPS
 from trainer.entries import Entry, Kind, entries
 from trainer.folder import RunFolder
 from trainer.terminal import say

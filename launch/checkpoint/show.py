@@ -13,9 +13,9 @@ from configs.errors import UserError
 from launch.checkpoint.list import trained_share
 from launch.checkpoint.text import layout_text, open_named
 from launch.text import age_text, size_text, table
+from trainer.checkpoint.boxes import WIDTHS
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.pieces import DTYPES
 from trainer.terminal import say
 
 
@@ -48,7 +48,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         count = prod(manifest.shape_of(key))
         groups[tensor.group]["tensors"] += 1
         groups[tensor.group]["elements"] += count
-        groups[tensor.group]["bytes"] += count * DTYPES[tensor.dtype].itemsize
+        groups[tensor.group]["bytes"] += count * WIDTHS[tensor.dtype]
     return {
         "path": str(checkpoint.path),
         "format": manifest.format,

@@ -13,7 +13,7 @@ from launch.text import size_text
 from trainer.arguments import typed
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
-from trainer.convert.convert import find_kind, open_checkpoint
+from trainer.convert.kinds import find_kind, open_checkpoint
 from trainer.terminal import say
 
 _LOG_EVERY_S = 5.0

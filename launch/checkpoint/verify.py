@@ -18,7 +18,7 @@ from trainer.checkpoint.inside import check_file
 from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.threads import in_threads
-from trainer.convert.convert import open_checkpoint
+from trainer.convert.kinds import open_checkpoint
 from trainer.entries import Kind, entries, entry_at
 from trainer.processors import allowed
 from trainer.terminal import say

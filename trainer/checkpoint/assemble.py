@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainer.checkpoint.boxes import Ints
 from trainer.checkpoint.collector import no_collection
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.files import BLOCK_BYTES
 from trainer.checkpoint.manifest import Manifest, Source, StoredFile, digest, encode_checksums
-from trainer.checkpoint.pieces import DTYPE_NAMES, Ints, Piece
+from trainer.checkpoint.pieces import DTYPE_NAMES, Piece
 from trainer.checkpoint.share import WrittenFile
 
 # How a shape is cut: the shape, and per piece its file, start (None: a box), elements, offsets and sizes.

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.checkpoint import disk
-from trainer.checkpoint.files import BLOCK_BYTES, FileLayout, FileReader, write_file
+from trainer.checkpoint.boxes import GROUPS, Group
+from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import BoxPiece, FlatPiece, Manifest, Source, StoredFile
-from trainer.checkpoint.pieces import DTYPES, GROUPS, Group, Piece
+from trainer.checkpoint.pieces import DTYPES, Piece
 from trainer.checkpoint.share import WRITING_THREADS, WrittenFile, WrittenPiece
 from trainer.checkpoint.threads import in_threads
+from trainer.checkpoint.writing import FileLayout, write_file
 
 _CARRIED = re.compile(r"^carried-\d{8,}-")
 

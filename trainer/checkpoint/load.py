@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from trainer.checkpoint.collector import no_collection
+from trainer.checkpoint.boxes import Ints, Wanted, boxes_of_range
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_files, read_small
@@ -24,21 +22,10 @@ from trainer.checkpoint.manifest import (
     decode_checksums,
     digest_in,
 )
-from trainer.checkpoint.pieces import Box, Ints, boxes_of_range
-from trainer.checkpoint.reading import READING_THREADS, Destination, Span, read_spans, spans_of, verify_files
 from trainer.entries import name_fault
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """A box of tensor `key` and the tensor that takes it: prod(sizes) elements, on any device. Another dtype than the
-    stored one is refused unless `cast`."""
-
-    key: str
-    out: torch.Tensor
-    offsets: Ints
-    sizes: Ints
-    cast: bool = False
+if TYPE_CHECKING:
+    import torch
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str, dict[str, str]]:
@@ -78,6 +65,8 @@ class Checkpoint:
         """Fill the tensors of all `wanted`, bit for bit, in the order of the files and by several threads.
 
         Every touched block is read once and checked. Raises BadCheckpoint when one is bad."""
+        from trainer.checkpoint.reading import read_spans, spans_for  # torch comes when a tensor is read, not before
+
         for one in wanted:
             self._check(one)
         read_spans(self._readers, spans_for(self.manifest, wanted))
@@ -100,17 +89,23 @@ class Checkpoint:
 
     def read(self, key: str) -> torch.Tensor:
         """A whole tensor, in host memory."""
+        import torch
+
+        from trainer.checkpoint.pieces import DTYPES
+
         shape = self.manifest.shape_of(key)
-        out = torch.empty(shape, dtype=self.manifest.dtype_of(key))
+        out = torch.empty(shape, dtype=DTYPES[self.manifest.dtype_of(key)])
         self.read_into(key, (0,) * len(shape), shape, out)
         return out
 
-    def verify(self, progress: Callable[[int], None] | None = None, threads: int = READING_THREADS) -> None:
+    def verify(self, progress: Callable[[int], None] | None = None, threads: int | None = None) -> None:
         """Check every block of every file, and that the headers say what the manifest says. Raises BadCheckpoint.
 
         `progress` is told, by the calling thread, how many bytes more were found good."""
+        from trainer.checkpoint.reading import READING_THREADS, verify_files
+
         self.verify_headers()
-        with closing(verify_files(self._readers, threads)) as checked:
+        with closing(verify_files(self._readers, threads or READING_THREADS)) as checked:
             for found_good in checked:
                 if progress is not None:
                     progress(found_good)
@@ -137,10 +132,12 @@ class Checkpoint:
                 raise BadCheckpoint(reader.path, f"its header and manifest.json disagree about {odd[0]}")
 
     def _check(self, wanted: Wanted) -> None:
+        from trainer.checkpoint.pieces import DTYPES
+
         key, offsets, sizes, out = wanted.key, wanted.offsets, wanted.sizes, wanted.out
         if self.manifest.name_of(key) not in self.manifest.tensors:
             raise KeyError(f"{self.path} holds no tensor {key!r}")
-        shape, dtype = self.manifest.shape_of(key), self.manifest.dtype_of(key)
+        shape, dtype = self.manifest.shape_of(key), DTYPES[self.manifest.dtype_of(key)]
         if not len(offsets) == len(sizes) == len(shape) or any(
             o < 0 or n < 0 or o + n > s for o, n, s in zip(offsets, sizes, shape, strict=True)
         ):
@@ -149,17 +146,3 @@ class Checkpoint:
             raise ValueError(f"{key}: {out.numel()} elements to fill with a box of {prod(sizes)}")
         if out.dtype != dtype and not wanted.cast:
             raise ValueError(f"{key}: stored as {dtype}, wanted as {out.dtype}")
-
-
-@no_collection()
-def spans_for(manifest: Manifest, wanted: Iterable[Wanted]) -> dict[int, list[Span]]:
-    """By file, the parts of it that must be read to fill all `wanted`."""
-    spans: dict[int, list[Span]] = {}
-    for one in wanted:
-        if one.out.numel() == 0:
-            continue
-        box = Box(tuple(one.offsets), tuple(one.sizes))
-        destination = Destination.of(box, one.out, manifest.dtype_of(one.key))
-        for place in manifest.places(one.key, box.offsets, box.sizes):
-            spans.setdefault(place.file, []).extend(spans_of(place, destination))
-    return spans

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trainer.checkpoint.load import Checkpoint, Wanted
-from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect
+from trainer.checkpoint.boxes import Box, Ints, Wanted, boxes_of_range, intersect
+from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.plan import Plan
 
 

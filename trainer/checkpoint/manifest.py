@@ -26,15 +26,11 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trainer.checkpoint.collector import no_collection
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.facts import Config, Hex, Loop, Plain, Position, Size, Time, Word, contradiction
-from trainer.checkpoint.pieces import (
-    DTYPES,
+from trainer.checkpoint.boxes import (
+    WIDTHS,
     Box,
     Group,
     Ints,
@@ -44,6 +40,9 @@ from trainer.checkpoint.pieces import (
     ranges_fault,
     tiling_fault,
 )
+from trainer.checkpoint.collector import no_collection
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.facts import Config, Hex, Loop, Plain, Position, Size, Time, Word, contradiction
 from trainer.checkpoint.strict import parse
 
 FORMAT = 1
@@ -186,7 +185,7 @@ class StoredTensor(_Part):
 
     @model_validator(mode="after")
     def _known(self) -> StoredTensor:
-        if self.dtype not in DTYPES:
+        if self.dtype not in WIDTHS:
             raise ValueError(f"unknown dtype {self.dtype!r}")
         return self
 
@@ -271,7 +270,7 @@ class Manifest(_Part):
             starts = [tensor.bytes] if isinstance(tensor.bytes, int) else tensor.bytes
             if not isinstance(tensor.bytes, int) and len(starts) != len(pieces):
                 raise ValueError(f"{key}: {len(starts)} places for {len(pieces)} pieces")
-            width = DTYPES[tensor.dtype].itemsize
+            width = WIDTHS[tensor.dtype]
             if any(start % width for start in starts):
                 raise ValueError(f"{key}: begins at a byte where {tensor.dtype} cannot")
             if (tensor.trained_step is None) != (tensor.group == "optim") or (tensor.trained_step or 0) > self.step:
@@ -292,7 +291,7 @@ class Manifest(_Part):
     def ranges(self, key: str) -> Iterator[tuple[int, int, int]]:
         """(file, first byte, end) of each piece of a tensor."""
         tensor = self.tensors[key]
-        partition, width = self.partitions[tensor.partition], DTYPES[tensor.dtype].itemsize
+        partition, width = self.partitions[tensor.partition], WIDTHS[tensor.dtype]
         starts = _spread(tensor.bytes, len(partition.pieces))
         for piece, start, numel in zip(partition.pieces, starts, partition.numels, strict=True):
             yield piece.file, start, start + numel * width
@@ -304,14 +303,15 @@ class Manifest(_Part):
     def shape_of(self, key: str) -> Ints:
         return tuple(self.partitions[self.tensors[self.name_of(key)].partition].shape)
 
-    def dtype_of(self, key: str) -> torch.dtype:
-        return DTYPES[self.tensors[self.name_of(key)].dtype]
+    def dtype_of(self, key: str) -> str:
+        """The name of a tensor's number format."""
+        return self.tensors[self.name_of(key)].dtype
 
     def places(self, key: str, offsets: Ints | None = None, sizes: Ints | None = None) -> list[Place]:
         """Where a tensor's content lies: boxes that cover it exactly once, or those that share elements with a box of
         it that is not empty."""
         tensor = self.tensors[self.name_of(key)]
-        partition, width = self.partitions[tensor.partition], DTYPES[tensor.dtype].itemsize
+        partition, width = self.partitions[tensor.partition], WIDTHS[tensor.dtype]
         starts = _spread(tensor.bytes, len(partition.pieces))
         whole = offsets is None or sizes is None
         boxes = partition.flat_boxes if whole else partition.touching(offsets, sizes)  # type: ignore[arg-type]

@@ -14,8 +14,9 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import AllowSection, StartSection
+from trainer.checkpoint.boxes import Ints
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.pieces import DTYPE_NAMES, Ints
+from trainer.checkpoint.pieces import DTYPE_NAMES, DTYPES
 from trainer.checkpoint.rename import rename_all
 
 _NAMED_AT_MOST = 3
@@ -211,7 +212,7 @@ class _Planner:
 
     def _check_dtype(self, name: str, key: str, stored: str, wanted: torch.dtype) -> None:
         """A wider format holds every number of a narrower one; the other way numbers are rounded."""
-        dtype = self.manifest.dtype_of(stored)
+        dtype = DTYPES[self.manifest.dtype_of(stored)]
         words = f"{DTYPE_NAMES[dtype]} there, {DTYPE_NAMES[wanted]} here"
         if dtype == wanted:
             return

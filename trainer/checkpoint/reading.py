@@ -15,10 +15,13 @@ from math import prod
 import numpy as np
 import torch
 
-from trainer.checkpoint.files import BLOCK_BYTES, FileReader, bytes_of
-from trainer.checkpoint.manifest import Place
-from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect
+from trainer.checkpoint.boxes import Box, Ints, Wanted, boxes_of_range, intersect
+from trainer.checkpoint.collector import no_collection
+from trainer.checkpoint.files import BLOCK_BYTES, FileReader
+from trainer.checkpoint.manifest import Manifest, Place
+from trainer.checkpoint.pieces import DTYPES
 from trainer.checkpoint.threads import in_threads
+from trainer.checkpoint.writing import bytes_of
 
 READING_THREADS = 4  # on fewer cores too: a disk is fastest when it has much to do at once
 TASK_BLOCKS = 8  # that one thread takes at a time
@@ -209,3 +212,17 @@ def _is_run(part: Sequence[int], whole: Sequence[int]) -> bool:
     while dims and part[dims - 1] == whole[dims - 1]:
         dims -= 1
     return all(n == 1 for n in part[: max(0, dims - 1)])
+
+
+@no_collection()
+def spans_for(manifest: Manifest, wanted: Iterable[Wanted]) -> dict[int, list[Span]]:
+    """By file, the parts of it that must be read to fill all `wanted`."""
+    spans: dict[int, list[Span]] = {}
+    for one in wanted:
+        if one.out.numel() == 0:
+            continue
+        box = Box(tuple(one.offsets), tuple(one.sizes))
+        destination = Destination.of(box, one.out, DTYPES[manifest.dtype_of(one.key)])
+        for place in manifest.places(one.key, box.offsets, box.sizes):
+            spans.setdefault(place.file, []).extend(spans_of(place, destination))
+    return spans

@@ -19,12 +19,12 @@ import xxhash
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
+from trainer.checkpoint.boxes import GROUPS
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
 from trainer.checkpoint.inside import check_file, read_small
 from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST_LIMIT_BYTES, Manifest, parse_checksums
-from trainer.checkpoint.pieces import GROUPS
 from trainer.entries import Kind, entries
 
 _FILE = re.compile(r"(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")

@@ -13,10 +13,11 @@ from sys import intern
 from typing import Any, NamedTuple
 
 from trainer.checkpoint import disk
+from trainer.checkpoint.boxes import GROUPS, Group, Ints
 from trainer.checkpoint.collector import no_collection
-from trainer.checkpoint.files import FileLayout, host_blocks, in_file_order, write_file
-from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Ints, Piece
+from trainer.checkpoint.pieces import DTYPE_NAMES, Piece
 from trainer.checkpoint.threads import in_threads
+from trainer.checkpoint.writing import FileLayout, host_blocks, in_file_order, write_file
 
 FILE_BYTES = 2 << 30  # of tensors in one file, at most (a single element aside)
 WRITING_THREADS = 4  # files that a rank writes at a time

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trainer.checkpoint.files import DATA_ALIGNMENT, FileLayout, bytes_of
+from trainer.checkpoint.writing import DATA_ALIGNMENT, FileLayout, bytes_of
 
 
 class HostCopy:

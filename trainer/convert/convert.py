@@ -18,17 +18,13 @@ from pathlib import Path
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import FORMAT, MANIFEST
 from trainer.console import gib
-from trainer.convert.dcp import METADATA, read_dcp, write_dcp
-from trainer.convert.deepspeed import find_deepspeed, read_deepspeed
+from trainer.convert.dcp import read_dcp, write_dcp
+from trainer.convert.deepspeed import read_deepspeed
+from trainer.convert.kinds import Kind, Target, find_kind, open_checkpoint
 from trainer.convert.muster import write_muster
-from trainer.convert.state import Kind, State, Target, state_of
-from trainer.convert.torch_file import ZIP_MAGIC, read_torch, write_torch
-from trainer.entries import newest_checkpoint
-from trainer.folder import RunFolder
+from trainer.convert.state import State, state_of
+from trainer.convert.torch_file import read_torch, write_torch
 from trainer.locks import lock
 
 
@@ -96,61 +92,6 @@ def open_state(path: Path, kind: Kind | None = None, weights_only: bool = False)
     if kind == "deepspeed":
         return read_deepspeed(path, weights_only)
     return state_of(open_checkpoint(path), weights_only)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A Muster checkpoint. One of a later format is a user's error, not a damaged one."""
-    try:
-        return Checkpoint(path)
-    except BadCheckpoint as error:
-        if error.reason.startswith("format:"):
-            raise UserError(f"{path}: not of format {FORMAT}, the only one that this version of Muster reads") from None
-        raise
-
-
-def find_kind(path: Path, kind: Kind | None = None) -> tuple[Kind, Path]:
-    """What lies at `path`, and where exactly: of a run folder it is the newest checkpoint. Raises UserError."""
-    try:
-        found = _look(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if found is None:
-        what = "a folder without a checkpoint" if path.is_dir() else "a file of another kind"
-        raise UserError(
-            f"{path}: {what}; wanted: a Muster checkpoint or run folder, a file of torch.save, or a folder of "
-            "torch.distributed.checkpoint or of DeepSpeed's ZeRO"
-        )
-    if kind is not None and found[0] != kind:
-        raise UserError(f"{path}: --from {kind} was said, but this is {_KIND_WORDS[found[0]]}")
-    return found
-
-
-_KIND_WORDS: dict[Kind, str] = {
-    "muster": "a Muster checkpoint",
-    "torch": "a file of torch.save",
-    "dcp": "a DCP folder",
-    "deepspeed": "a folder of DeepSpeed's",
-}
-
-
-def _look(path: Path) -> tuple[Kind, Path] | None:
-    path.stat()
-    if path.is_file():
-        with open(path, "rb") as file:
-            return ("torch", path) if file.read(4) == ZIP_MAGIC else None
-    names = set(os.listdir(path))
-    if MANIFEST in names:
-        return "muster", path
-    if METADATA in names:
-        return "dcp", path
-    for folder in (RunFolder(path).checkpoints, path):
-        newest = newest_checkpoint(folder)
-        if newest is not None:
-            return "muster", newest
-    found = find_deepspeed(path, names)
-    if found is not None:
-        return "deepspeed", found
-    return None
 
 
 def _check_target(source: Path, target: Path) -> None:

@@ -22,14 +22,14 @@ import torch
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
-from trainer.checkpoint.files import bytes_of
-from trainer.checkpoint.pieces import Box, Ints, boxes_of_range, intersect, tiling_fault
+from trainer.checkpoint.boxes import Box, Ints, boxes_of_range, intersect, tiling_fault
+from trainer.checkpoint.writing import bytes_of
 from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
+from trainer.convert.kinds import METADATA
 from trainer.convert.names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
 from trainer.convert.state import PART_BYTES, Content, Range, State, stream, take
 from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, ArchivedTensor, Names, Record, record_type, unpickle
 
-METADATA = ".metadata"
 FILE_LIMIT_BYTES = 4 << 30  # a new file begins beyond this
 CHUNK_LIMIT_BYTES = 1 << 30  # DCP loads a chunk whole before it takes a rank's part of it
 

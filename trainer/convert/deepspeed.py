@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.pieces import Ints
+from trainer.checkpoint.boxes import Ints
 from trainer.convert.archive import Archive, ArchivedContent, Files
+from trainer.convert.kinds import deepspeed_states
 from trainer.convert.names import add_value, is_content, leaves_of, whole_number
 from trainer.convert.state import Content, State, StateTensor
 from trainer.convert.torch_file import with_contents
 from trainer.convert.unpickle import Names, record_type, stand_in
 
-LATEST = "latest"
 MODEL = "mp_rank_00_model_states.pt"
 _FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 _ELSEWHERE = {  # what says that a model was cut in ways that are not ZeRO's
@@ -52,24 +52,6 @@ def _names() -> Names:
     names[fragment, "fragment_address"] = record_type("fragment_address")
     names["argparse", "Namespace"] = record_type("Namespace")  # Megatron's arguments
     return names
-
-
-def find_deepspeed(path: Path, names: set[str]) -> Path | None:
-    """Where the checkpoint lies when a folder of these names is one of DeepSpeed's, or holds some: the latest."""
-    if _states(names):
-        return path
-    if LATEST not in names or not (path / LATEST).is_file():
-        return None
-    tag = (path / LATEST).read_bytes()[:1000].decode(errors="replace").strip()
-    if not re.fullmatch(r"[\w.@=-]+", tag) or tag in (".", ".."):
-        raise UserError(f"{path / LATEST}: {tag[:80]!r} is not the name of a folder")
-    if not (path / tag).is_dir():
-        raise UserError(f"{path / LATEST} names {tag}, and there is no such folder")
-    return path / tag if _states(set(os.listdir(path / tag))) else None
-
-
-def _states(names: set[str]) -> list[str]:
-    return [name for name in names if name.endswith(("model_states.pt", "optim_states.pt"))]
 
 
 @dataclass(frozen=True)
@@ -148,7 +130,7 @@ class _Folder:
         self.found: dict[tuple[str, int], str] = {}
         names = sorted(os.listdir(path))
         for what, pattern in _ELSEWHERE.items():
-            other = next((name for name in _states(set(names)) if pattern.search(name)), None)
+            other = next((name for name in deepspeed_states(set(names)) if pattern.search(name)), None)
             if other:
                 raise UserError(f"{path / other}: cut in another way as well ({what}); only ZeRO's parts are read")
         for name in names:

@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from configs.errors import UserError
 from trainer.checkpoint import disk
-from trainer.checkpoint.files import BLOCK_BYTES, FileLayout, write_bytes, write_file
+from trainer.checkpoint.boxes import GROUPS, Group, Ints
+from trainer.checkpoint.files import BLOCK_BYTES
 from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest, digest, encode_checksums
-from trainer.checkpoint.pieces import DTYPE_NAMES, GROUPS, Group, Ints, Piece
+from trainer.checkpoint.pieces import DTYPE_NAMES, Piece
+from trainer.checkpoint.writing import FileLayout, write_bytes, write_file
 from trainer.convert.state import STORAGE_FIELDS, Range, State, StateTensor, stream, take
 
 FILE_LIMIT_BYTES = 4 << 30

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.pieces import Group
+from trainer.checkpoint.boxes import Group
 from trainer.checkpoint.strict import parse
 from trainer.convert.state import Content, State, StateTensor
 

@@ -15,17 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from trainer.checkpoint.files import bytes_of
+from trainer.checkpoint.boxes import Group, Ints
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Group, Ints
-
-Target = Literal["muster", "torch", "dcp"]
-Kind = Target | Literal["deepspeed"]
-TARGETS: tuple[Target, ...] = ("muster", "torch", "dcp")
+from trainer.checkpoint.pieces import DTYPES
+from trainer.checkpoint.writing import bytes_of
+from trainer.convert.kinds import Kind
 
 PART_BYTES = 8 << 20
 _PARTS_AHEAD = 4
@@ -123,7 +121,9 @@ def state_of(checkpoint: Checkpoint, weights_only: bool = False) -> State:
     """The state in a Muster checkpoint."""
     manifest = checkpoint.manifest
     tensors = {
-        key: StateTensor(tensor.group, _StoredContent(checkpoint, key, manifest.shape_of(key), manifest.dtype_of(key)))
+        key: StateTensor(
+            tensor.group, _StoredContent(checkpoint, key, manifest.shape_of(key), DTYPES[manifest.dtype_of(key)])
+        )
         for key, tensor in manifest.tensors.items()
         if not (weights_only and tensor.group == "optim")
     }

@@ -21,8 +21,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from configs.schema import Config, ParallelSection
 from models import Decoder, build_model
 from models.flops import flops_per_token
+from trainer.checkpoint.boxes import Group
 from trainer.checkpoint.loading import Loading
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.pieces import Piece
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.boxes import box_of, local_part, replica_of

@@ -14,7 +14,7 @@ from trainer.checkpoint.assemble import RunState
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
 from trainer.convert.convert import convert
-from trainer.convert.state import TARGETS, Kind
+from trainer.convert.kinds import TARGETS, Kind
 
 
 def peak_bytes() -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.boxes import Group
+from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
 
 

@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from configs.errors import UserError
 from trainer.checkpoint import disk
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.boxes import Group
 from trainer.checkpoint.files import FileReader
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
 from trainer.convert import dcp as convert_dcp
 from trainer.convert import muster as convert_muster

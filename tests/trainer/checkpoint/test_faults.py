@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.schema import KeepSection
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.boxes import Group
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, parse_header
 from trainer.checkpoint.load import Checkpoint
 from trainer.checkpoint.manifest import Manifest, decode, decode_checksums, digest
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
 
 MODEL, OPTIM = "model/rank-00000.safetensors", "optim/rank-00000.safetensors"

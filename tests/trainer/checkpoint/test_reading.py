@@ -14,9 +14,10 @@ import torch
 
 from trainer.checkpoint import files, reading
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.boxes import WIDTHS, Wanted
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES
-from trainer.checkpoint.load import Checkpoint, Wanted, file_path
+from trainer.checkpoint.load import Checkpoint, file_path
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.store import CheckpointStore
 
@@ -129,7 +130,7 @@ def blocks_touched(checkpoint: Checkpoint, boxes: list[Wanted]) -> Counter[tuple
     """Each block that holds an element of one of the boxes, and its size; by looking at every element."""
     found: Counter[tuple[int, int]] = Counter()
     for one in boxes:
-        width = checkpoint.manifest.dtype_of(one.key).itemsize
+        width = WIDTHS[checkpoint.manifest.dtype_of(one.key)]
         inside = tuple(slice(o, o + n) for o, n in zip(one.offsets, one.sizes, strict=True))
         marked = torch.zeros(checkpoint.manifest.shape_of(one.key), dtype=torch.bool)
         marked[inside] = True

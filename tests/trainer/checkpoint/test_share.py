@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from trainer.checkpoint import disk, share
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.boxes import Group
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.share import plan_files
 from trainer.checkpoint.store import CheckpointStore
 

@@ -20,9 +20,10 @@ from configs.errors import UserError
 from configs.schema import KeepSection
 from trainer.checkpoint import disk
 from trainer.checkpoint.assemble import RunState
+from trainer.checkpoint.boxes import Group
 from trainer.checkpoint.errors import Superseded
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Group, Piece
+from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.store import CheckpointStore, SaveResult
 

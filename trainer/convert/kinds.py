@@ -1,0 +1,97 @@
+"""Which kind of checkpoint lies somewhere, by what is there. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from configs.errors import UserError
+from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.manifest import FORMAT, MANIFEST
+from trainer.entries import newest_checkpoint
+from trainer.folder import RunFolder
+
+Target = Literal["muster", "torch", "dcp"]
+Kind = Target | Literal["deepspeed"]
+TARGETS: tuple[Target, ...] = ("muster", "torch", "dcp")
+
+METADATA = ".metadata"  # of torch.distributed.checkpoint
+ZIP_MAGIC = b"PK\x03\x04"
+LATEST = "latest"
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A Muster checkpoint. One of a later format is a user's error, not a damaged one."""
+    try:
+        return Checkpoint(path)
+    except BadCheckpoint as error:
+        if error.reason.startswith("format:"):
+            raise UserError(f"{path}: not of format {FORMAT}, the only one that this version of Muster reads") from None
+        raise
+
+
+def find_kind(path: Path, kind: Kind | None = None) -> tuple[Kind, Path]:
+    """What lies at `path`, and where exactly: of a run folder it is the newest checkpoint. Raises UserError."""
+    try:
+        found = _look(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if found is None:
+        what = "a folder without a checkpoint" if path.is_dir() else "a file of another kind"
+        raise UserError(
+            f"{path}: {what}; wanted: a Muster checkpoint or run folder, a file of torch.save, or a folder of "
+            "torch.distributed.checkpoint or of DeepSpeed's ZeRO"
+        )
+    if kind is not None and found[0] != kind:
+        raise UserError(f"{path}: --from {kind} was said, but this is {_KIND_WORDS[found[0]]}")
+    return found
+
+
+_KIND_WORDS: dict[Kind, str] = {
+    "muster": "a Muster checkpoint",
+    "torch": "a file of torch.save",
+    "dcp": "a DCP folder",
+    "deepspeed": "a folder of DeepSpeed's",
+}
+
+
+def _look(path: Path) -> tuple[Kind, Path] | None:
+    path.stat()
+    if path.is_file():
+        with open(path, "rb") as file:
+            return ("torch", path) if file.read(4) == ZIP_MAGIC else None
+    names = set(os.listdir(path))
+    if MANIFEST in names:
+        return "muster", path
+    if METADATA in names:
+        return "dcp", path
+    for folder in (RunFolder(path).checkpoints, path):
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            return "muster", newest
+    found = find_deepspeed(path, names)
+    if found is not None:
+        return "deepspeed", found
+    return None
+
+
+def find_deepspeed(path: Path, names: set[str]) -> Path | None:
+    """Where the checkpoint lies when a folder of these names is one of DeepSpeed's, or holds some: the latest."""
+    if deepspeed_states(names):
+        return path
+    if LATEST not in names or not (path / LATEST).is_file():
+        return None
+    tag = (path / LATEST).read_bytes()[:1000].decode(errors="replace").strip()
+    if not re.fullmatch(r"[\w.@=-]+", tag) or tag in (".", ".."):
+        raise UserError(f"{path / LATEST}: {tag[:80]!r} is not the name of a folder")
+    if not (path / tag).is_dir():
+        raise UserError(f"{path / LATEST} names {tag}, and there is no such folder")
+    return path / tag if deepspeed_states(set(os.listdir(path / tag))) else None
+
+
+def deepspeed_states(names: set[str]) -> list[str]:
+    """Those of the names that are files of DeepSpeed's."""
+    return [name for name in names if name.endswith(("model_states.pt", "optim_states.pt"))]
