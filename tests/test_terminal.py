@@ -152,6 +152,12 @@ def test_no_door_lets_a_name_give_orders(capfd: pytest.CaptureFixture[str], tmp_
     assert all(c.isprintable() or c == "\n" for c in told)
 
 
+def test_columns_are_as_wide_as_what_is_shown() -> None:
+    header, row = table(("a", "b"), [(HOSTILE, 1)])
+    assert (row + header).isprintable()
+    assert header.index("b") == row.index(" 1") + 1
+
+
 def test_a_table_of_rich_shows_markup(capfd: pytest.CaptureFixture[str]) -> None:
     from rich.table import Table
 
