@@ -151,7 +151,7 @@ WHOLE: dict[str, tuple[Callable[[Path, Path], object], str, str]] = {
     "a step's name on another's": (
         lambda f, _: (shutil.rmtree(f), shutil.copytree(f.with_name(checkpoint_name(1)), f)),
         FALLS_BACK,
-        LOADS,  # a checkpoint may be called anything: this one is whole, and of step 1
+        REFUSED,  # a copy may be called anything else, but not as another step is
     ),
     "another model": (lambda f, foreign: (shutil.rmtree(f), shutil.copytree(foreign, f)), REFUSED, REFUSED),
     "signed again, another step in its loop": (
@@ -326,7 +326,7 @@ def test_fault(table: list[dict[str, Any]], cell: Cell) -> None:
                 assert "\n" not in found[1].strip().replace("\n", "", 1), "two lines at most"
                 assert cell.place == "whole" or place_in(cell) in found[1], found[1]
                 continue
-            step = 1 if expected == FALLS_BACK or (cell.kind == "a step's name on another's") else 2
+            step = 1 if expected == FALLS_BACK else 2
             assert found[2:] == right[step], (way, found)
             assert found[0] == checkpoint_name(2 if way else step)
             if rank == 0:
