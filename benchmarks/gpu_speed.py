@@ -30,8 +30,9 @@ from benchmarks.table import about, line, show, write_rows
 from configs.load import load
 from configs.schema import Config
 from tests.distributed import RanksFailed, run_ranks
-from trainer.events import read_events, read_rows
+from trainer.events import read_events
 from trainer.folder import RunFolder
+from trainer.rows import read_rows
 
 TITLE = "Muster on one device"
 SHAPES: dict[str, tuple[str, list[str]]] = {

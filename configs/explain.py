@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.parse import Node, Place, Problem, index_of
-from configs.schema import Config, Section
-from configs.section import is_section, keys
+from configs.schema import Config
+from configs.section import Section, is_section, keys
 from configs.typed import options_of
 
 UNITS = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.explain import section_of
-from configs.schema import Config, Section
-from configs.section import MOST_PORT
+from configs.schema import Config
+from configs.section import MOST_PORT, Section
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = ROOT / "configs" / "schema.json"

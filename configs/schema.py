@@ -16,11 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from configs.deepspeed import contradictions, usable
-from configs.model_section import ModelSection as ModelSection
+from configs.model_section import ModelSection
 from configs.monitor_section import MonitorSection
 from configs.paths import PathText, fitting
-from configs.section import MILLION, MOST_STEPS, MOST_TOKENS, YEAR_S, result, speed
-from configs.section import Section as Section
+from configs.section import MILLION, MOST_STEPS, MOST_TOKENS, YEAR_S, Section, result, speed
 from configs.slurm_section import SlurmSection
 
 

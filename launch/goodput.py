@@ -16,10 +16,10 @@ from typing import Any
 from launch.run_folder import JOB_FILE
 from trainer import life
 from trainer.environment import MUSTER_CLOCK, MUSTER_LAUNCHED
-from trainer.events import read_events, read_rows
+from trainer.events import read_events
 from trainer.folder import RunFolder
 from trainer.heartbeat import Phase
-from trainer.rows import PassedOver, amount, facts_in, moment, parsed, text, whole
+from trainer.rows import PassedOver, amount, facts_in, moment, parsed, read_rows, text, whole
 
 Row = dict[str, Any]
 CLASSES = (

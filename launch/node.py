@@ -28,7 +28,7 @@ from launch.processes import kill
 from trainer import clock, environment, life, processors
 from trainer.console import Console
 from trainer.environment import LOOPBACK, FromLauncher
-from trainer.events import Events, read_events, read_rows, tolerate_unwritable
+from trainer.events import Events, read_events, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeats
 from trainer.held import HeldFolder
@@ -37,7 +37,7 @@ from trainer.life import End
 from trainer.memory import check_memory
 from trainer.names import node_name
 from trainer.preflight import check, check_numbers, problems_of, refuse
-from trainer.rows import text
+from trainer.rows import read_rows, text
 from trainer.shadow import apart, python
 from trainer.stop import Kind, StopWish, write_request
 

@@ -22,10 +22,11 @@ from slurm.lives import Life, Outcome, end_of_life, failures_without_progress
 from trainer import life as lives
 from trainer.arguments import config_parser, take
 from trainer.environment import SLURM_JOB_NODELIST
-from trainer.events import Events, read_rows
+from trainer.events import Events
 from trainer.folder import RunFolder
 from trainer.life import End
 from trainer.names import node_name
+from trainer.rows import read_rows
 from trainer.terminal import go_on_unheard, say
 
 _PATIENCE_S = 10.0  # for the last words of nodes after srun has ended, on a filesystem that caches

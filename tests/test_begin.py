@@ -15,8 +15,9 @@ from tests.engines import under_both
 from tests.test_mistakes import flip_a_bit
 from tests.test_train import losses, tensors
 from trainer.checkpoint.load import Checkpoint
-from trainer.events import read_events, read_rows
-from trainer.folder import RunFolder, read_json
+from trainer.events import read_events
+from trainer.folder import RunFolder
+from trainer.rows import read_json, read_rows
 
 
 def manifest(run: Path, step: int) -> dict:

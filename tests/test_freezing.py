@@ -13,7 +13,8 @@ from tests.distributed import RanksFailed, run_ranks, tiny, train
 from tests.stored import Stored
 from tests.test_train import losses
 from trainer.events import read_events
-from trainer.folder import RunFolder, read_json
+from trainer.folder import RunFolder
+from trainer.rows import read_json
 
 BOTTOM = ["embed.*", "blocks.0.*"]
 

@@ -42,7 +42,7 @@ def test_test_files_have_names_of_their_own() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def files_of_tests_are_short() -> None:
+def test_files_are_short() -> None:
     lengths = {path.relative_to(ROOT): len(path.read_text("utf-8").splitlines()) for path in python_files()}
     assert len(lengths) > 10
     assert {path: n for path, n in lengths.items() if n > MAX_FILE_LINES} == {}

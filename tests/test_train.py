@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from tests.distributed import run_ranks, tiny, train
 from tests.engines import ENGINES, rows, under_both
-from trainer.events import read_rows
-from trainer.folder import RunFolder, read_json
+from trainer.folder import RunFolder
+from trainer.rows import read_json, read_rows
 
 # The order in which fp32 terms are added differs between layouts. Over 50 steps of this model the losses part by about
 # 1e-6 (measured); a lost sample, a wrong divisor or a doubled gradient parts them by more than 1e-2, in step 2 already.

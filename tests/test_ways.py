@@ -16,8 +16,9 @@ import pytest
 from tests.distributed import free_port, tiny, train, write_config
 from tests.engines import under_both
 from tests.traps import fill
-from trainer.events import read_events, read_rows
-from trainer.folder import RunFolder, read_json
+from trainer.events import read_events
+from trainer.folder import RunFolder
+from trainer.rows import read_json, read_rows
 
 ROOT = Path(__file__).parent.parent
 MUSTER = str(Path(sys.executable).with_name("muster"))

@@ -12,8 +12,7 @@ from typing import Any
 
 from trainer.clock import now_s
 from trainer.folder import RunFolder
-from trainer.rows import PassedOver
-from trainer.rows import read_rows as read_rows  # beside the one that writes them
+from trainer.rows import PassedOver, read_rows
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 

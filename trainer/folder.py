@@ -10,7 +10,6 @@ from typing import Any
 
 from configs.files import kind_fault
 from trainer.entries import checkpoint_name, committed_steps
-from trainer.rows import read_json as read_json  # beside the one that writes it
 
 
 @dataclass(frozen=True)

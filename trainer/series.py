@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from configs.errors import UserError
 from configs.schema import Config, RunSection, to_dict
-from trainer.events import read_rows, tolerate_unwritable
+from trainer.events import tolerate_unwritable
 from trainer.folder import RunFolder, write_json
-from trainer.rows import amount, facts_in, text
+from trainer.rows import amount, facts_in, read_rows, text
 
 Row = dict[str, Any]
 _PATIENCE_S = 30  # for a server that does not answer, at the start and at the end

@@ -12,9 +12,9 @@ from typing import Any
 
 from launch.monitor.ask import STOPPED, Standstill
 from trainer.events import tolerate_unwritable
-from trainer.folder import read_json, write_json
+from trainer.folder import write_json
 from trainer.heartbeat import Beat, Phase
-from trainer.rows import facts_in, record
+from trainer.rows import facts_in, read_json, record
 
 _NODES_S = 10.0  # that the other nodes' findings may take to be seen
 

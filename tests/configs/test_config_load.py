@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 
 from configs.load import dump, load, presets
 from configs.parse import Node, Place, Problem, parse
-from configs.schema import Config, Section, fingerprint
+from configs.schema import Config, fingerprint
+from configs.section import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[..., str]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from configs.load import FOLDER, load, presets
+from configs.model_section import ModelSection
 from configs.reference import SCHEMA_FILE, contents, json_schema
-from configs.schema import Config, ModelSection, fields
+from configs.schema import Config, fields
 
 
 def parameters(m: ModelSection) -> int:

@@ -18,8 +18,9 @@ from slurm.cluster import Cluster
 from slurm.lives import Outcome, lives_of, outcomes
 from tests.distributed import tiny
 from tests.slurm.jobs import ROOT, call, environment, job_state, wait_for
-from trainer.events import read_events, read_rows
-from trainer.folder import RunFolder, read_json, write_text
+from trainer.events import read_events
+from trainer.folder import RunFolder, write_text
+from trainer.rows import read_json, read_rows
 
 STEPS = 20
 EVERY = 5  # steps between checkpoints

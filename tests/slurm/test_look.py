@@ -10,8 +10,8 @@ from slurm.cluster import Cluster
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, environment, wait_for
 from tests.slurm.stand_ins import commands
-from trainer.events import read_rows
-from trainer.folder import RunFolder, read_json
+from trainer.folder import RunFolder
+from trainer.rows import read_json, read_rows
 
 
 def slurm(cluster: Cluster, cwd: Path, *words: str, **own: str) -> str:

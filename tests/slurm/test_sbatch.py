@@ -23,8 +23,9 @@ from slurm.request import not_heard, of_environment
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import commands, in_queue, verb
-from trainer.folder import RunFolder, read_json
+from trainer.folder import RunFolder
 from trainer.inherited import without_job
+from trainer.rows import read_json
 
 SMALL = ("--nodes=2", "--gpus-per-node=2")
 # What Slurm sets in a job, and what an outer `SBATCH_TIMELIMIT=10 sbatch ...` leaves there.

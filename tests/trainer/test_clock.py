@@ -15,9 +15,10 @@ from launch.goodput import goodput
 from tests.distributed import run_ranks, tiny
 from trainer import clock
 from trainer.data import files
-from trainer.events import read_events, read_rows
+from trainer.events import read_events
 from trainer.folder import RunFolder
 from trainer.lease import _self_description, alive_here
+from trainer.rows import read_rows
 from trainer.run import Run
 from trainer.start import start
 from trainer.stop import StopWish

@@ -26,8 +26,8 @@ from trainer.checkpoint.recover import recover
 from trainer.checkpoint.shelf import Shelf
 from trainer.checkpoint.store import CheckpointStore
 from trainer.entries import Kind, committed_steps, entries, newest_checkpoint
-from trainer.events import read_rows
 from trainer.folder import RunFolder
+from trainer.rows import read_rows
 
 
 def save(root: Path, *steps: int, **keep: int) -> list[str]:

@@ -16,9 +16,10 @@ import pytest
 from tests.distributed import tiny, train
 from tests.engines import under_both
 from trainer.environment import FromLauncher, Ranks
-from trainer.events import read_events, read_rows
+from trainer.events import read_events
 from trainer.folder import RunFolder
 from trainer.heartbeat import RECORD_BYTES, Heartbeat, Heartbeats, Phase
+from trainer.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

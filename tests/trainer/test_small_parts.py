@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.console import duration, gib, si
-from trainer.events import Events, append_row, read_events, read_rows
-from trainer.folder import RunFolder, read_json, write_json
+from trainer.events import Events, append_row, read_events
+from trainer.folder import RunFolder, write_json
 from trainer.life import Attempt, End
 from trainer.peaks import peak_of_name
+from trainer.rows import read_json, read_rows
 from trainer.seeds import derive, generator
 
 

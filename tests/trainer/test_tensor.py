@@ -16,8 +16,8 @@ from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, train, write_config
-from trainer.events import read_rows
 from trainer.folder import RunFolder
+from trainer.rows import read_rows
 
 ORDER_OF_SUMMATION = 2e-5  # of losses; see tests/test_train.py
 BF16 = 5e-4

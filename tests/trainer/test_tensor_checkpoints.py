@@ -13,8 +13,8 @@ from torch import nn
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, train
 from tests.stored import Stored
-from trainer.events import read_rows
 from trainer.folder import RunFolder
+from trainer.rows import read_rows
 
 ORDER_OF_SUMMATION = 2e-5  # of losses; see tests/test_train.py
 STEP = 3

@@ -28,8 +28,8 @@ from tests.pool import Pool
 from tests.stored import Stored
 from trainer.engines import swapped
 from trainer.engines.swapped import Mappings, Swapping, _building, _check_extension
-from trainer.events import read_rows
 from trainer.folder import RunFolder
+from trainer.rows import read_rows
 from trainer.world import World
 
 BUILD_TIME_S = 600.0  # of the extension, at its first start on a machine; here 210 s

@@ -13,10 +13,11 @@ from configs.schema import Config
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
 from trainer.console import Console
-from trainer.events import Events, read_rows
+from trainer.events import Events
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeat, Heartbeats, Phase
 from trainer.names import node_name
+from trainer.rows import read_rows
 
 
 class Node:

@@ -20,8 +20,8 @@ from tests.distributed import tiny
 from tests.launch.monitor.node import Node
 from trainer.console import Console
 from trainer.events import append_row
-from trainer.folder import read_json
 from trainer.names import node_name
+from trainer.rows import read_json
 
 
 def test_rows_rollups_and_ranks(node: Callable[..., Node]) -> None:

@@ -121,7 +121,7 @@ def test_what_was_written_in_2023(stage: int, tmp_path: Path) -> None:
 
 
 def decoder() -> nn.Module:
-    from configs.schema import ModelSection
+    from configs.model_section import ModelSection
     from models import build_model
 
     register()
