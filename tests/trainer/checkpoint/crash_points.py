@@ -1,7 +1,6 @@
-"""Actions on a folder of checkpoints beside saving, each of whose file operations is a crash point.
+"""Actions on a folder of checkpoints beside saving; each file operation is a crash point. Prints JSON by action.
 
-Run as a program of its own (`python crash_points.py names|kill|kill-all|record FOLDER`, JSON by action on stdout), as a
-process may only be forked when it has no other threads.
+A program of its own (`python crash_points.py names|kill|kill-all|record FOLDER`): a process with threads may not fork.
 """
 
 from __future__ import annotations
