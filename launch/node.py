@@ -272,6 +272,10 @@ class Supervisor:
         if status < 0 or (status and self.nodes.is_first):
             return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
         if status == 0 and max(life.numbers(self.folder), default=-1) <= before:
+            if cause := StopWish(self.told.stop_request).poll():  # rank 0's node may have heard it first
+                self.wish.wish(cause)
+            if self.wish.cause is not None:
+                return self._unwritten_end(status).exit_code  # they left while they waited for each other
             return life.USER_ERROR  # at once: rank 0 was on another node and has said it, and its end kills this one
         end = self._hear(before)
         if end is not None:

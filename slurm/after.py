@@ -107,11 +107,12 @@ class After:
         end = end_of_life(self.folder, left)
         if end is not None and (end.reason != "failed" or not end.requeue):
             return end, end.exit_code
+        codes = {word.code for word in left.values()}
         mistake = self.code == lives.USER_ERROR and not left
-        if mistake or any(word.code == lives.USER_ERROR for word in left.values()):
+        if mistake or lives.USER_ERROR in codes:
             return End("failed", step, name, requeue=False, cause="mistake"), lives.USER_ERROR
-        if end is None and any(word.code == lives.REQUEUE for word in left.values()):
-            end = End("stopped", step, name, requeue=True, cause="before_an_attempt")
+        if end is None and codes & {lives.REQUEUE, lives.STOPPED}:  # a person's stop counts more than a preemption
+            end = End("stopped", step, name, requeue=lives.STOPPED not in codes, cause="before_an_attempt")
         if end is None:
             began = self.folder.root.exists()  # else there is nothing to go on with, and nothing that counts lives
             end = End("failed", step, name, requeue=began, cause="start_failed")

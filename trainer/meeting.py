@@ -40,14 +40,14 @@ def meet(ranks: Ranks, node: str, agents_store: bool, timeout_s: float, wish: St
     if ranks.rank == 0:
         try:
             waiting.until(lambda: here.check(names), lambda: [int(name) for name in names if not here.check([name])])
-        except StopRequested:
-            here.set("left", "")
+        except StopRequested as stop:
+            here.set("left", stop.cause.name)
             time.sleep(_HEARD_S)
             raise
         here.set("all", "")
     else:
         # Rank 0 alone decides: a rank that left by itself now could leave while rank 0 goes on.
-        waiting.hears = lambda: here.check(["left"])
+        waiting.hears = lambda: Cause[here.get("left").decode()] if here.check(["left"]) else None
         waiting.until(lambda: here.check(["all"]), lambda: [] if here.check(["0"]) else [0])
     return store
 
@@ -75,16 +75,16 @@ class _Waiting:
     """Waits in small steps, and says for whom."""
 
     def __init__(self, ranks: Ranks, place: str, timeout_s: float, wish: StopWish, say: Say) -> None:
-        self._ranks, self._place, self._timeout_s, self._wish, self._say = ranks, place, timeout_s, wish, say
+        self._ranks, self._place, self._timeout_s, self._say = ranks, place, timeout_s, say
         self._began = time.monotonic()
         self._next_s = _FIRST_S
-        self.hears: Callable[[], bool] = lambda: self._wish.poll() is not None  # whether this rank is to leave
+        self.hears: Callable[[], Cause | None] = wish.poll  # why this rank is to leave
 
     def until(self, done: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
         while not done():
             waited_s = time.monotonic() - self._began
-            if self.hears():
-                raise StopRequested(self._wish.poll() or Cause.OTHER_RANK)
+            if (cause := self.hears()) is not None:
+                raise StopRequested(cause)
             if waited_s > self._timeout_s:
                 self._give_up(missing())
             if waited_s > self._next_s:

@@ -15,7 +15,7 @@ from trainer.heartbeat import Heartbeat
 from trainer.memory import check_memory
 from trainer.preflight import check, check_numbers, problems_of, refuse
 from trainer.stacks import answer_monitor
-from trainer.stop import Kind, StopRequested, StopWish
+from trainer.stop import Kind, StopRequested, StopWish, write_request
 from trainer.terminal import say
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
             worlds.leave()
         raise
     except StopRequested as request:  # while the ranks waited for each other: there is no attempt yet
-        say(f"stopped ({request.cause.word}) while rank {ranks.rank} waited for others")
+        if ranks.local_rank == 0 or not ranks.by_torchrun:  # by hand each rank has a terminal of its own
+            say(f"stopped ({request.cause.word}) while rank {ranks.rank} waited for others")
+        if launcher is not None:
+            write_request(launcher.stop_request, request.cause)  # perhaps only rank 0's launcher has heard of it
         end = life.End("stopped", 0, None, request.cause.kind is Kind.REQUEUE, request.cause.word)
         return exit_code(end, ranks, launcher)
     except Recorded:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.node import _first_to_fall, default_processes
+from configs.schema import Config
+from launch.node import Nodes, Supervisor, _first_to_fall, default_processes
+from tests.distributed import tiny
+from trainer.console import Console
+from trainer.folder import RunFolder
+from trainer.lease import Lease
+from trainer.life import REQUEUE, STOPPED, USER_ERROR
+from trainer.stop import Cause, StopWish, write_request
 
 KILLED, RAISED, ENDED = -9, 1, -15  # by somebody's SIGKILL, by an exception, by torchrun's SIGTERM
 
@@ -64,3 +72,30 @@ def test_a_process_per_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_processes() == 3
     monkeypatch.setenv("MUSTER_PRETEND_GPUS", "0")
     assert default_processes() == 2
+
+
+@pytest.fixture
+def second_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    """The supervisor of a node that is not the first, before an attempt."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it takes a moment to look what is idle
+    monkeypatch.setattr("launch.node._adopt_orphans", lambda: None)  # this process is none
+    config, local = Config.model_validate(tiny(tmp_path)), tmp_path / "local"
+    folder = RunFolder(Path(config.run_dir))
+    local.mkdir()
+    lease, console = Lease(folder.lease, "first's"), Console(rank=0)
+    return Supervisor(config, folder, [], 2, StopWish(), console, lease, local, Nodes(count=2, index=1))
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [(None, USER_ERROR), (Cause.TERMINATE, REQUEUE), (Cause.WARNING, REQUEUE), (Cause.HANGUP, STOPPED)],
+)
+@pytest.mark.parametrize("heard", ["here", "by rank 0's node alone"])
+def test_a_stop_while_the_ranks_of_several_nodes_meet_is_no_mistake(
+    cause: Cause | None, code: int, heard: str, second_of_two: Supervisor
+) -> None:
+    if cause is not None and heard == "here":
+        second_of_two.wish.wish(cause)
+    elif cause is not None:
+        write_request(second_of_two.told.stop_request, cause)  # as its ranks do, who heard it of rank 0
+    assert second_of_two._outcome_of_many(-1, 0) == code

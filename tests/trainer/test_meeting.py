@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import socket
 import threading
 import time
@@ -16,7 +18,8 @@ from configs.errors import UserError
 from configs.schema import Config
 from tests.distributed import free_port, run_ranks, tiny
 from trainer import meeting
-from trainer.environment import Ranks
+from trainer.environment import FromLauncher, Ranks
+from trainer.heartbeat import Heartbeats
 from trainer.meeting import meet, where
 from trainer.start import start
 from trainer.stop import Cause, StopRequested, StopWish
@@ -113,9 +116,9 @@ def test_a_stop_is_heard_by_all_that_are_there() -> None:
     one.wishes[1].wish(Cause.INTERRUPT)  # alone this rank does not decide
     time.sleep(0.5)
     assert one.ended == {}
-    one.wishes[0].wish(Cause.INTERRUPT)
+    one.wishes[0].wish(Cause.WARNING)
     one.wait_for(lambda: len(one.ended) == 2)
-    assert all(isinstance(end, StopRequested) and end.cause is Cause.INTERRUPT for end in one.ended.values())
+    assert all(isinstance(end, StopRequested) and end.cause is Cause.WARNING for end in one.ended.values())
 
 
 def test_one_that_waits_for_rank_0_hears_its_own_stop() -> None:
@@ -135,17 +138,30 @@ def test_one_node_never_meets_at_the_name_of_its_host(monkeypatch: pytest.Monkey
     assert where(replace(here, local_size=1)) == ("pod-nowhere", 29500)  # several nodes: as they were told
 
 
-def _told_to_stop(config: dict[str, Any]) -> int:
-    wish = StopWish()
+def _told_to_stop(config: dict[str, Any]) -> tuple[int, str]:
+    """(Exit code, what was said)."""
+    wish, said = StopWish(), io.StringIO()
     wish.wish(Cause.INTERRUPT)
-    return start(Config.model_validate(config), wish)
+    with contextlib.redirect_stdout(said):
+        return start(Config.model_validate(config), wish), said.getvalue()
 
 
-@pytest.mark.parametrize(("more", "code"), [({}, 3), ({"TORCHELASTIC_RUN_ID": "x"}, 0)], ids=["by hand", "torchrun"])
-def test_a_run_that_is_stopped_while_ranks_wait_ends_as_stopped(
-    more: dict[str, str], code: int, tmp_path: Path
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("by", ["hand", "torchrun", "launch run"])
+def test_a_run_that_is_stopped_while_ranks_wait_ends_as_stopped_and_says_it_once(
+    by: str, rank: str, tmp_path: Path
 ) -> None:
-    two = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    env = two | {"MASTER_PORT": str(free_port())} | more
-    assert run_ranks(1, _told_to_stop, tiny(tmp_path), env=env) == [code]
+    env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port())}
+    request, heartbeats = tmp_path / "request", Heartbeats.make(2)
+    if by != "hand":
+        env |= {"TORCHELASTIC_RUN_ID": "x"}
+    if by == "launch run":
+        there = FromLauncher(1.0, 1, "token", request, tmp_path / "e", tmp_path / "f", Path(heartbeats.path), 1.0)
+        env |= there.environment()
+    ((code, said),) = run_ranks(1, _told_to_stop, tiny(tmp_path), env=env)
+    assert code == (3 if by == "hand" else 0)
+    heard = by == "hand" or rank == "0"
+    assert said == f"stopped (interrupt) while rank {rank} waited for others\n" * heard
+    assert request.exists() == (by == "launch run")  # so this node's launcher knows why they left
     assert not (tmp_path / "run").exists()
