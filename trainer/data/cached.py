@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +64,14 @@ def find_prepared(
 
 
 def _alike(cache: Path, source: Source, settings: dict[str, Any]) -> list[Path]:
-    """Folders prepared under these settings, wherever the files lay then: those of this path first."""
-    found = []
+    """Folders prepared under these settings, wherever the files lay then: those that know this path first."""
+    path, found = settings["source"]["path"], []
     for folder in sorted(cache.glob(f"{source.name}-*")):
         try:
             meta = files.read_json(folder / META)
             then, now = ({**m["source"], "path": "", "pattern": ""} for m in (meta, settings))
             if then == now and all(meta[key] == settings[key] for key in settings if key != "source"):
-                found.append((meta["source"] != settings["source"], folder))
+                found.append((not (folder / _noted(path, meta["source"]["path"])).exists(), folder))
         except (OSError, ValueError, LookupError, TypeError):
             continue  # another start removes it, or it is none of ours
     return [folder for _, folder in sorted(found)]
@@ -87,24 +89,43 @@ def _is_cut_as_now(folder: Path, source: Source, places: re.Pattern[bytes], stat
 
 
 def _still_holds(folder: Path, source: Source, found: dict[str, Path], stats: dict[str, FileStat], poll: Poll) -> bool:
-    """Whether a prepared folder holds these files. Files whose size or time differ are read and compared by content."""
+    """Whether a prepared folder holds these files. Sizes and times are trusted only where they were noted for this very
+    path: files elsewhere may have the same and hold something else. All others are read and compared by content."""
+    path = str(source_root(source))
     try:
         known: dict[str, list[Any]] = files.read_json(folder / FILES)
-        files.read_json(folder / META)
-    except (OSError, ValueError):
+        noted = folder / _noted(path, files.read_json(folder / META)["source"]["path"])
+        seen: dict[str, list[Any]] = files.read_json(noted) if noted.exists() else {}
+    except (OSError, ValueError, LookupError):
         return False
-    if known.keys() != stats.keys():
+    if known.keys() != stats.keys() or any(stat.size_bytes != known[name][0] for name, stat in stats.items()):
         return False
-    touched = [name for name, stat in stats.items() if [stat.size_bytes, stat.mtime_ns] != known[name][:2]]
-    if any(stats[name].size_bytes != known[name][0] for name in touched):
-        return False
+    now = {name: [stat.size_bytes, stat.mtime_ns, known[name][2]] for name, stat in stats.items()}
+    touched = [name for name in now if now[name] != seen.get(name)]
     if any(hash_file(source, found[name], poll) != known[name][2] for name in touched):
         return False
     if touched:
-        known |= {name: [stats[name].size_bytes, stats[name].mtime_ns, known[name][2]] for name in touched}
-        with contextlib.suppress(PermissionError):  # someone else's cache: compared by content again next time
-            files.write_json(folder / FILES, known)
+        with _as_far_as_writable():
+            files.write_json(noted, now)
     return True
+
+
+def _noted(path: str, prepared_from: str) -> str:
+    """The file with the sizes and times of a source at `path`. A file for each path: two people with copies of one
+    source would overwrite each other's times, and read everything again at each start."""
+    if path == prepared_from:
+        return FILES
+    return f"files-{hashlib.blake2b(path.encode(errors='surrogateescape'), digest_size=8).hexdigest()}.json"
+
+
+@contextlib.contextmanager
+def _as_far_as_writable() -> Iterator[None]:
+    """Someone else's cache may be closed to us, or mounted read-only: what is not written is looked for again."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def check_largest_id(folder: Path, source: Source, vocab_size: int, poll: Poll) -> None:
@@ -118,7 +139,7 @@ def check_largest_id(folder: Path, source: Source, vocab_size: int, poll: Poll) 
         for chunk in chunks:
             meta["largest_id"] = max(meta["largest_id"], int(chunk.max()))
             poll(chunk.nbytes)
-        with contextlib.suppress(PermissionError):  # someone else's cache: looked for again next time
+        with _as_far_as_writable():
             files.write_json(folder / META, meta)
     if meta["largest_id"] >= vocab_size:
         raise UserError(
