@@ -19,6 +19,7 @@ from trainer.environment import MUSTER_CLOCK, MUSTER_LAUNCHED
 from trainer.events import read_events
 from trainer.folder import RunFolder
 from trainer.heartbeat import Phase
+from trainer.life import Attempt, End
 from trainer.rows import PassedOver, amount, facts_in, moment, parsed, read_rows, text, whole
 
 Row = dict[str, Any]
@@ -65,11 +66,11 @@ class Goodput:
 
 @dataclass
 class _Attempt:
-    """What the folder says of one attempt. Rows and events have a time; `start` and `end` may say nothing."""
+    """What the folder says of one attempt. Rows and events have a time; `start` may say nothing."""
 
     number: int
     start: Row
-    end: Row
+    end: End | None
     rows: list[Row]  # of metrics.jsonl
     events: list[Row]
     last_sign_s: float
@@ -99,7 +100,7 @@ class _Attempt:
 
     @property
     def failed(self) -> bool:
-        return text(self.end, "reason") in (None, "failed")
+        return self.end is None or self.end.reason == "failed"
 
     @property
     def clock_jumps(self) -> list[float]:
@@ -143,21 +144,21 @@ def _attempts(folder: RunFolder, over: PassedOver) -> list[_Attempt]:
     )
     found = []
     for number in life.numbers(folder):
-        path = folder.attempts / f"{number:03d}"
-        start, end = facts_in(path / "start.json", over), facts_in(path / "end.json", over)
+        attempt = Attempt(folder, number)
+        start, end = facts_in(attempt.path / "start.json", over), attempt.read_end(over)
+        ended_s = end.time_s if end is not None else None
         mine = [row for row in rows if row.get("attempt") == number and row.get("time_s") is not None]
         told = [event for event in events if event.get("attempt") == number]
         signs = [
             moment(start, "time_s"),
-            moment(end, "time_s"),
+            ended_s,
             watched.get(number),
             *(r["time_s"] for r in mine[-1:] + told[-1:]),
         ]
         if any(event["event"] == "clock_jumped" for event in told) and not _by_the_runs_clock(start):
             # Stamped by the time of day, as before the run's clock: the order of the rows says what came last.
-            ended_s = moment(end, "time_s")
             signs = [ended_s] if ended_s is not None else [row["time_s"] for row in mine[-1:]]
-        last = max((sign for sign in signs if sign is not None), default=os.lstat(path).st_mtime)
+        last = max((sign for sign in signs if sign is not None), default=os.lstat(attempt.path).st_mtime)
         found.append(_Attempt(number, start, end, mine, told, last))
     return found
 

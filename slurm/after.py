@@ -16,9 +16,10 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
+from launch.run_folder import Outcome
 from slurm import again, hooks
 from slurm.hooks import Happened
-from slurm.lives import Life, Outcome, end_of_life, failures_without_progress
+from slurm.lives import Life, end_of_life, failures_without_progress
 from trainer import life as lives
 from trainer.arguments import config_parser, take
 from trainer.environment import SLURM_JOB_NODELIST

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.run_folder import LIVES
+from launch.run_folder import LIVES, Outcome, outcomes
 from trainer.environment import SLURM_JOB_ID, SLURM_RESTART_COUNT
 from trainer.folder import RunFolder, write_json
 from trainer.life import USER_ERROR, End, newest
-from trainer.rows import facts_in, record
+from trainer.rows import record_in
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,6 @@ class Left:
     node: str
     code: int
     before: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a life came to. `exit_code` is the run's; `again` how it was to be started again, if at all: "slurm" when
-    Slurm itself does so."""
-
-    job: str
-    life: int
-    reason: str
-    cause: str | None
-    step: int
-    exit_code: int
-    again: str | None
-    failed_nodes: list[str]
-    time_s: float
 
 
 class Life:
@@ -63,7 +47,7 @@ class Life:
 
     def left(self) -> dict[str, Left]:
         """By node."""
-        words = [record(Left, facts_in(path)) for path in sorted(self.path.glob("node-*.json"))]
+        words = [record_in(Left, path) for path in sorted(self.path.glob("node-*.json"))]
         return {word.node: word for word in words if word is not None}
 
     def end(self, outcome: Outcome) -> None:
@@ -74,13 +58,6 @@ class Life:
 
 def lives_of(folder: RunFolder) -> Path:
     return folder.root / LIVES
-
-
-def outcomes(folder: RunFolder, job: str | None = None) -> list[Outcome]:
-    """What the lives that have ended came to, of one job or of all, the latest last."""
-    paths = lives_of(folder).glob(f"{job or '*'}-*/outcome.json")
-    found = [outcome for path in paths if (outcome := record(Outcome, facts_in(path))) is not None]
-    return sorted(found, key=lambda outcome: outcome.time_s)
 
 
 def failures_without_progress(folder: RunFolder, step: int) -> int:

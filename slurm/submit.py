@@ -19,10 +19,9 @@ from configs.load import dump, load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from launch.hooks import refuse_written_down
-from launch.run_folder import JOB_FILE
+from launch.run_folder import JOB_FILE, outcomes
 from slurm import limits, queue, snapshot
 from slurm.ask import ask
-from slurm.lives import outcomes
 from slurm.request import add_flags, minutes, not_heard, request_of
 from trainer import life
 from trainer.arguments import config_parser, take, typed

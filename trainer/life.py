@@ -13,13 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.clock import now_s
 from trainer.folder import RunFolder, write_json
-from trainer.rows import facts_in, record, whole
+from trainer.rows import PassedOver, facts_in, record_in, whole
 
 FINISHED, FAILED, USER_ERROR, STOPPED, REQUEUE = 0, 1, 2, 3, 75
 
@@ -33,13 +33,15 @@ _NUMBER = re.compile(r"\d{3,18}", re.ASCII)
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended. `checkpoint`: the newest committed one's name, None when there is none."""
+    """How an attempt ended. `checkpoint`: the newest committed one's name, None when there is none. `time_s`: when this
+    was written down."""
 
     reason: Literal["finished", "stopped", "failed"]
     step: int
     checkpoint: str | None
     requeue: bool
     cause: str | None = None
+    time_s: float | None = field(default=None, compare=False)
 
     @property
     def exit_code(self) -> int:
@@ -96,7 +98,11 @@ class Attempt:
     @property
     def end(self) -> End | None:
         """None without one, and where what lies there is no end: then it failed."""
-        return record(End, facts_in(self.path / "end.json"))
+        return self.read_end()
+
+    def read_end(self, over: PassedOver | None = None) -> End | None:
+        """`end`; `over` notes what lies there and is none."""
+        return record_in(End, self.path / "end.json", over)
 
     @property
     def start_step(self) -> int | None:

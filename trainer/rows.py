@@ -26,6 +26,7 @@ _LONGEST_ROW_BYTES = 1 << 20
 _LARGEST_FILE_BYTES = 64 << 20  # of a file that is read whole
 _END_OF_TIME_S = 2.0**33  # the year 2242: no clock of a run shows more, and every calendar can print it
 _SHOWN = 3
+_FOREIGN = "not what we write there"
 
 
 class PassedOver:
@@ -79,7 +80,7 @@ def facts_in(path: Path, over: PassedOver | None = None) -> Row:
     if isinstance(found, dict):
         return found
     if found is not None and over is not None:
-        over.files[path] = "not what we write there"
+        over.files[path] = _FOREIGN
     return {}
 
 
@@ -205,6 +206,15 @@ _MEANINGS: dict[str, Callable[[Row, str], Any | None]] = {
 }
 
 
+def record_in(kind: type[T], path: Path, over: PassedOver | None = None) -> T | None:
+    """The dataclass in a file; None when there is none, or something else."""
+    facts = facts_in(path, over)
+    found = record(kind, facts)
+    if found is None and facts and over is not None:
+        over.files[path] = _FOREIGN
+    return found
+
+
 @cache
 def _checked(kind: Any) -> Any:
     from pydantic import TypeAdapter  # late: most readers need none
@@ -214,6 +224,8 @@ def _checked(kind: Any) -> Any:
 
 def record(kind: type[T], facts: Any) -> T | None:
     """The dataclass that these facts are; None unless each of its fields is there, of its type."""
+    if not isinstance(facts, dict) or not is_row(facts):
+        return None
     try:
         # As text: of values that are given it pydantic takes no dict for a dataclass where types are strict.
         return cast("T", _checked(cast("Any", kind)).validate_json(json.dumps(facts), strict=True))

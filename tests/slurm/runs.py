@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import yaml
 
+from launch.run_folder import Outcome, outcomes
 from slurm.cluster import Cluster
-from slurm.lives import Outcome, lives_of, outcomes
+from slurm.lives import lives_of
 from tests.distributed import tiny
 from tests.slurm.jobs import ROOT, call, environment, job_state, wait_for
 from trainer.events import read_events
@@ -136,7 +137,7 @@ class Rehearsed:
     # ---- what came of it --------------------------------------------------------------------------------------------
 
     def lives(self) -> list[Outcome]:
-        return outcomes(self.folder)
+        return list(outcomes(self.folder))
 
     def finish(self, timeout_s: float = 240.0) -> list[Outcome]:
         """Wait until it has come to an end, no longer slowed once it trains again; what its lives came to."""

@@ -20,10 +20,10 @@ from launch import report
 from launch.goodput import goodput
 from launch.monitor.ask import collectives
 from launch.monitor.rows import newest_rows
-from launch.run_folder import view
+from launch.run_folder import outcomes, view
 from launch.watch import Watcher
 from slurm import status
-from slurm.lives import Left, Life, outcomes
+from slurm.lives import Left, Life
 from tests import made_up
 from trainer import life
 from trainer.events import append_row, read_events
@@ -185,10 +185,15 @@ def test_an_end_that_is_none_is_a_failure_and_may_be_written_anew(tmp_path: Path
     attempt = Attempt(RunFolder(tmp_path), 0)
     made_up.attempt(tmp_path, 0, END)
     assert attempt.end == END
-    for bad in ([], {"reason": "won"}, {"reason": "failed", "step": "4", "checkpoint": None, "requeue": True}):
+    whole = {"reason": "failed", "step": 4, "checkpoint": None, "requeue": False}
+    for bad in ([], {"reason": "won"}, whole | {"step": "4"}, whole | {"reason": "won"}, whole | {"time_s": 1e300}):
         (attempt.path / "end.json").write_text(json.dumps(bad))
         assert attempt.end is None
         assert life.attempts_without_progress(RunFolder(tmp_path)) == 1
+        found = view(tmp_path)  # who looks and who decides say the same
+        assert found.newest is not None
+        assert (found.newest.reason, found.newest.requeue) == (None, False)
+        assert found.passed_over.files == {attempt.path / "end.json": "not what we write there"}
     attempt.write_end(END)
     assert attempt.end == END
 
@@ -230,8 +235,9 @@ def test_words_of_nodes_that_are_none(tmp_path: Path) -> None:
     for number, bad in enumerate(([1], {"node": "node2"}, {"node": "node2", "code": "1", "before": 0})):
         (one.path / f"node-{number}.json").write_text(json.dumps(bad))
     assert one.left() == {"node1": Left("node1", 1, -1)}
-    (one.path / "outcome.json").write_text('{"job": "7"}')
-    assert outcomes(folder) == []
+    (one.path / "outcome.json").write_text('{"job": "7", "reason": "failed", "cause": null, "time_s": 1.0}')
+    assert outcomes(folder) == view(tmp_path).outcomes == ()
+    assert list(view(tmp_path).passed_over.files) == [one.path / "outcome.json"]
 
 
 def test_an_event_without_a_time_or_a_name_is_none(tmp_path: Path) -> None:
