@@ -27,7 +27,7 @@ from launch.monitor.keeper import Keeper
 from launch.processes import kill
 from trainer import clock, environment, life, processors
 from trainer.console import Console
-from trainer.environment import LOOPBACK, FromLauncher
+from trainer.environment import LOOPBACK, FromLauncher, Job
 from trainer.events import Events, read_events, tolerate_unwritable
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeats
@@ -239,9 +239,14 @@ class Supervisor:
         cause = self.wish.cause
         assert cause is not None
         write_request(self.told.stop_request, cause)
-        self.events.write("stop_passed_on", cause=cause.word)
+        self._note("stop_passed_on", cause=cause.word)
         below = "\n" if sys.stdout.isatty() else ""  # rank 0's live line
         self.console.say(f"{below}stopping ({cause.word}): saving after this step")
+
+    def _note(self, event: str, **facts: Any) -> None:
+        """What counts for this life of a Slurm job, and no other: no clock can tell which, as it may be set."""
+        job = Job.read(os.environ)
+        self.events.write(event, job=job.id, life=int(job.life), **facts)
 
     def _decide(self, before: int, status: int) -> End:
         """The newest attempt's end. One that nobody wrote is written here: failed."""
@@ -256,7 +261,7 @@ class Supervisor:
             return End("failed", 0, None, requeue=True, cause="start_failed")
         if self._agent_died:
             self.events.attempt = attempt.number
-            self.events.write("agent_died", status=status)
+            self._note("agent_died", status=status)
             self.console.say(f"the agent died ({_cause(status)})")
         if attempt.end is None:
             end = self._unwritten_end(status)
@@ -268,7 +273,7 @@ class Supervisor:
     def _outcome_of_many(self, before: int, status: int) -> int:
         """This node's exit code when there are others, who have lost its agent and cannot meet a new one."""
         if self._agent_died and not self.nodes.is_first:
-            self.events.write("agent_died", status=status)
+            self._note("agent_died", status=status)
         if status < 0 or (status and self.nodes.is_first):
             return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
         if status == 0 and max(life.numbers(self.folder), default=-1) <= before:

@@ -5,7 +5,6 @@ A file that is missing, half-written or of another version says nothing: what it
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,11 +61,13 @@ class Holder:
 class Outcome:
     """What a life of a job came to, said by what follows srun: it outlives the launcher and its node.
 
-    `exit_code` is the run's; `again` how it was to be started again, if at all: "slurm" when Slurm itself does so.
+    `attempt`: the newest one then, -1 without one. `exit_code` is the run's; `again` how it was to be started again, if
+    at all: "slurm" when Slurm itself does so.
     """
 
     job: str
     life: int
+    attempt: int
     reason: str
     cause: str | None
     step: int
@@ -103,8 +104,7 @@ class RunView:
 
     def outcome_of(self, attempt: AttemptView) -> Outcome | None:
         """What the life came to in which this attempt began, once that is over."""
-        began_s = attempt.began_s if attempt.began_s is not None else math.inf
-        return next((outcome for outcome in self.outcomes if outcome.time_s >= began_s), None)
+        return next((outcome for outcome in self.outcomes if outcome.attempt >= attempt.number), None)
 
 
 def is_run(folder: Path) -> bool:

@@ -126,7 +126,8 @@ class After:
         told, died = set(), set()
         for path in self.folder.events.glob("*-launcher.jsonl"):
             node = path.name.removesuffix("-launcher.jsonl")
-            rows = [row.get("event") for row in read_rows(path) if (row.get("time_s") or 0.0) >= self.job.start_s]
+            # By the life that a row names: its time is of the run's clock, which no other clock can be held against.
+            rows = [row["event"] for row in read_rows(path) if "event" in row and self.life.wrote(row)]
             told |= {node} if "stop_passed_on" in rows else set()
             died |= {node} if "agent_died" in rows else set()
         silent = set(self.nodes) - self.life.left().keys() - told
@@ -143,8 +144,12 @@ class After:
 
     def _record(self, end: End, code: int, method: str | None, failed: list[str]) -> None:
         job, number = self.life.job, self.life.number
+        attempt = max(lives.numbers(self.folder), default=-1)
+        outcome = Outcome(
+            job, number, attempt, end.reason, end.cause, end.step, code, method, failed, time_s=time.time()
+        )
         with contextlib.suppress(OSError):  # a folder that cannot be written to must not keep the run from going on
-            self.life.end(Outcome(job, number, end.reason, end.cause, end.step, code, method, failed, time.time()))
+            self.life.end(outcome)
         told = f"{end.reason} at step {end.step}" + (f" ({end.cause})" if end.cause else "")
         self._write("life_ended", reason=end.reason, cause=end.cause, step=end.step, again=method)
         self._say(f"life {number} of job {job}: {told}" + (f"; again by {method}" if method else ""))

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 
 from configs.errors import UserError
 from launch.run_folder import JOB_FILE
@@ -29,7 +28,6 @@ class Job:
     runs: bool
     requeued: bool
     timed_out: bool
-    start_s: float
     partition: str
     nodes: int
     excluded: list[str]
@@ -60,7 +58,6 @@ def ask_job(number: str) -> Job:
         facts["JobState"] == "RUNNING",
         int(facts["Restarts"]) > (SLURM_RESTART_COUNT.read(os.environ) or 0),
         facts["JobState"] == "TIMEOUT" or facts.get("Reason") == "TimeLimit",
-        datetime.fromisoformat(facts["StartTime"]).timestamp(),
         facts["Partition"],
         SLURM_JOB_NUM_NODES.read(os.environ) or 1,
         names(facts.get("ExcNodeList", "")),

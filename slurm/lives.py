@@ -7,14 +7,15 @@ the highest of all tasks, and those that are ended because another one left have
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launch.run_folder import LIVES, Outcome, outcomes
 from trainer.environment import SLURM_JOB_ID, SLURM_RESTART_COUNT
 from trainer.folder import RunFolder, write_json
 from trainer.life import USER_ERROR, End, newest
-from trainer.rows import record_in
+from trainer.rows import record_in, text, whole
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,20 @@ class Life:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / f"node-{left.node}.json", asdict(left))
 
+    def wrote(self, event: dict[str, Any]) -> bool:
+        """Whether a launcher of this life did."""
+        return text(event, "job") == self.job and whole(event, "life") == self.number
+
     def left(self) -> dict[str, Left]:
         """By node."""
         words = [record_in(Left, path) for path in sorted(self.path.glob("node-*.json"))]
         return {word.node: word for word in words if word is not None}
 
     def end(self, outcome: Outcome) -> None:
+        """Write it down as the latest, also where the time of day was set back since the one before."""
         if self.folder.root.exists():
+            latest_s = max((known.time_s for known in outcomes(self.folder)), default=0.0)
+            outcome = replace(outcome, time_s=max(outcome.time_s, latest_s + 0.001))
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "outcome.json", asdict(outcome))
 

@@ -32,8 +32,8 @@ def unexplained(view: RunView, answer: Queue) -> str | None:
 
 def _last_outcome(view: RunView) -> Outcome | None:
     """What the last life came to, if the newest attempt was not begun in a later one."""
-    began_s = view.newest.began_s if view.newest is not None else None
-    return next((outcome for outcome in view.outcomes[-1:] if outcome.time_s >= (began_s or 0.0)), None)
+    newest = view.newest.number if view.newest is not None else -1
+    return next((outcome for outcome in view.outcomes[-1:] if outcome.attempt >= newest), None)
 
 
 def lives(view: RunView, answer: Queue) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.entries import checkpoint_name
 from trainer.folder import RunFolder
-from trainer.life import End
+from trainer.life import End, numbers
 
 
 def write(path: Path, data: Any) -> None:
@@ -63,11 +63,23 @@ def submitted(root: Path, job: str) -> None:
     write(root / "slurm/job.json", {"job": job, "time_s": time.time(), "user": "me"})
 
 
-def outcome(root: Path, job: str, life: int, reason: str, cause: str | None, age_s: float = 0.0) -> None:
-    """What `slurm after` wrote about a life of a job."""
+def outcome(
+    root: Path, job: str, life: int, reason: str, cause: str | None, age_s: float = 0.0, attempt: int | None = None
+) -> None:
+    """What `slurm after` wrote about a life of a job. `attempt`: the newest then; the newest now."""
     place = root / f"slurm/lives/{job}-{life}"
     place.mkdir(parents=True)
-    told = {"job": job, "life": life, "reason": reason, "cause": cause, "step": 40, "exit_code": 1, "again": None}
+    newest = max(numbers(RunFolder(root)), default=-1) if attempt is None else attempt
+    told = {
+        "job": job,
+        "life": life,
+        "attempt": newest,
+        "reason": reason,
+        "cause": cause,
+        "step": 40,
+        "exit_code": 1,
+        "again": None,
+    }
     write(place / "outcome.json", told | {"failed_nodes": [], "time_s": time.time() - age_s})
 
 

@@ -12,11 +12,13 @@ import pytest
 
 from configs.schema import Config
 from launch.node import Nodes, Supervisor, _first_to_fall, default_processes
+from slurm.lives import Life
 from tests.distributed import tiny
 from trainer.console import Console
+from trainer.events import read_events
 from trainer.folder import RunFolder
 from trainer.lease import Lease
-from trainer.life import REQUEUE, STOPPED, USER_ERROR
+from trainer.life import FAILED, REQUEUE, STOPPED, USER_ERROR
 from trainer.stop import Cause, StopWish, write_request
 
 KILLED, RAISED, ENDED = -9, 1, -15  # by somebody's SIGKILL, by an exception, by torchrun's SIGTERM
@@ -99,3 +101,19 @@ def test_a_stop_while_the_ranks_of_several_nodes_meet_is_no_mistake(
     elif cause is not None:
         write_request(second_of_two.told.stop_request, cause)  # as its ranks do, who heard it of rank 0
     assert second_of_two._outcome_of_many(-1, 0) == code
+
+
+def test_what_counts_for_one_life_of_a_job_names_it(
+    second_of_two: Supervisor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    second_of_two.folder.root.mkdir()
+    second_of_two.wish.wish(Cause.TERMINATE)
+    second_of_two._pass_on()
+    second_of_two._agent_died = True
+    assert second_of_two._outcome_of_many(-1, -9) == FAILED
+    rows = read_events(second_of_two.folder)
+    assert [row["event"] for row in rows] == ["stop_passed_on", "agent_died"]
+    assert all(Life(second_of_two.folder, "7", 2).wrote(row) for row in rows)
+    assert not any(Life(second_of_two.folder, "7", 1).wrote(row) for row in rows)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from configs.schema import Config
+from launch import run_folder
 from launch.run_folder import Outcome, outcomes
 from slurm import again
+from slurm.after import After
 from slurm.again import Job
 from slurm.lives import Left, Life, end_of_life, failures_without_progress, lives_of
+from slurm.state import _last_outcome
+from tests.distributed import tiny
+from trainer.events import Events, append_row
 from trainer.folder import RunFolder
 from trainer.life import FAILED, REQUEUE, USER_ERROR, Attempt, End
+from trainer.life import STOPPED as BY_A_PERSON
 
 STOPPED = End("stopped", 5, "step-00000005", requeue=True, cause="warning")
 
 
 def outcome(life: int, reason: str, step: int) -> Outcome:
-    return Outcome("7", life, reason, None, step, 1, "scontrol", [], float(life))
+    return Outcome("7", life, 0, reason, None, step, 1, "scontrol", [], float(life))
 
 
 def count(folder: Path, lives: list[tuple[str, int]], step: int) -> int:
@@ -61,6 +69,71 @@ def test_a_mistake_that_touched_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert lives_of(run).is_dir()
 
 
+def test_the_last_outcome_is_that_of_the_last_life_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.root.mkdir()
+    Life(run, "7", 0).end(replace(outcome(0, "failed", 5), time_s=2e9))
+    Attempt.open(run).write_start(0, {"time_s": 2e9})
+    Attempt.open(run).write_start(0, {"time_s": 2e9})  # by a clock that was then put right
+    Life(run, "7", 1).end(replace(outcome(1, "stopped", 5), attempt=1, time_s=1e9))
+    assert [o.life for o in outcomes(run)] == [0, 1]
+    view = run_folder.view(run.root)
+    assert [o.reason for o in view.outcomes] == ["failed", "stopped"]
+    told = [view.outcome_of(run_folder.attempt_view(run, number)) for number in (0, 1)]
+    assert [o and o.reason for o in told] == ["failed", "stopped"]
+    last = _last_outcome(view)
+    assert last is not None
+    assert last.reason == "stopped"
+
+
+@pytest.fixture
+def after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> After:
+    """What follows srun in life 1 of job 7 on two nodes, of which Slurm says that it runs."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    monkeypatch.setattr(again, "ask_job", lambda number: Job(number, True, False, False, "low", 2, []))
+    monkeypatch.setattr(again, "names", lambda node_list: ["node1", "node2"])
+    found = After(Config.model_validate(tiny(tmp_path)), 1)
+    found.folder.root.mkdir()
+    return found
+
+
+def test_nodes_that_failed_are_told_by_the_life_that_events_name_not_by_their_time(after: After) -> None:
+    for node in ("node1", "node2"):
+        after.life.leave(Left(node, FAILED, -1))
+    Events(after.folder, "node1", "launcher").write("agent_died", job="7", life=0)
+    assert after._failed_nodes() == []  # an earlier life's, in the same second
+    row = {"time_s": 1.0, "event": "agent_died", "job": "7", "life": 1}  # by a clock that stood in 1970
+    append_row(after.folder.events / "node2-launcher.jsonl", row)
+    assert after._failed_nodes() == ["node2"]
+
+
+def test_a_node_that_was_told_to_end_is_not_lost_whatever_its_clock_said(after: After) -> None:
+    after.life.leave(Left("node1", FAILED, -1))
+    assert after._failed_nodes() == ["node2"]
+    after.folder.events.mkdir()
+    row = {"time_s": 1.0, "event": "stop_passed_on", "job": "7", "life": 1}
+    append_row(after.folder.events / "node2-launcher.jsonl", row)
+    assert after._failed_nodes() == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "end", "code"),
+    [
+        ((REQUEUE, REQUEUE), End("stopped", 0, None, True, "before_an_attempt"), REQUEUE),
+        ((REQUEUE, BY_A_PERSON), End("stopped", 0, None, False, "before_an_attempt"), BY_A_PERSON),
+        ((REQUEUE, USER_ERROR), End("failed", 0, None, False, "mistake"), USER_ERROR),
+        ((FAILED, FAILED), End("failed", 0, None, True, "start_failed"), FAILED),
+    ],
+)
+def test_a_life_without_an_attempt(codes: tuple[int, int], end: End, code: int, after: After) -> None:
+    for node, left in zip(("node1", "node2"), codes, strict=True):
+        Life(after.folder, "7", 1).leave(Left(node, FAILED, -1))  # the folder holds something
+        after.life.leave(Left(node, left, -1))
+    assert after._end() == (end, code)
+
+
 def test_an_end_is_that_of_an_attempt_of_this_life(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     assert end_of_life(run, {"node1": Left("node1", 0, -1)}) is None
@@ -73,11 +146,11 @@ def test_an_end_is_that_of_an_attempt_of_this_life(tmp_path: Path) -> None:
 def test_a_node_is_excluded_where_enough_others_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = "node1 mixed\nnode2 down*\nnode3 idle\nnode4 drained\n"
     monkeypatch.setattr(again, "patiently", lambda *command: answer)
-    job = Job("7", True, False, False, 0.0, "low", 1, [])
+    job = Job("7", True, False, False, "low", 1, [])
     told: list[str] = []
     assert again.to_exclude(job, ["node1"], told.append) == ["node1"]
     assert again.down(["node1", "node2"]) == ["node2"]
     assert told == []
-    two = Job("7", True, False, False, 0.0, "low", 2, ["node2"])
+    two = Job("7", True, False, False, "low", 2, ["node2"])
     assert again.to_exclude(two, ["node1"], told.append) == ["node2"]
     assert told == ["node1: not excluded, as partition low has too few other nodes"]

@@ -115,7 +115,7 @@ def lost_its_node(run: Path) -> None:
 
 def begun_after_a_life(run: Path) -> None:
     training(run)
-    made_up.outcome(run, "7", 0, "failed", "node_lost", age_s=500.0)
+    made_up.outcome(run, "7", 0, "failed", "node_lost", age_s=500.0, attempt=-1)
 
 
 QUEUED, RUNNING = in_queue("7", "PENDING", "Priority"), in_queue("7")
@@ -187,7 +187,7 @@ def test_one_run_with_all_its_lives(tmp_path: Path) -> None:
     hosts = [f"n{i}" for i in range(8)]
     made_up.attempt(run, 2, None, job="7", start_step=40, hosts=hosts, time_s=time.time())
     made_up.lease(run, "7", attempt=2)
-    made_up.outcome(run, "7", 1, "failed", "node_lost", age_s=50.0)
+    made_up.outcome(run, "7", 1, "failed", "node_lost", age_s=50.0, attempt=1)
     lives = "".join(
         f"7|{state}|1795350417|{end}|node[1-2]|0:0\n"
         for state, end in (("REQUEUED", 1795350516), ("NODE_FAIL", 1795350600), ("RUNNING", "Unknown"))
