@@ -16,7 +16,7 @@ from trainer.rows import read_json, read_rows
 # The order in which fp32 terms are added differs between layouts. Over 50 steps of this model the losses part by about
 # 1e-6 (measured); a lost sample, a wrong divisor or a doubled gradient parts them by more than 1e-2, in step 2 already.
 ORDER_OF_SUMMATION = 2e-5
-STEPS, MORE_STEPS = 12, 50
+STEPS, MORE_STEPS = 8, 50
 
 
 def losses(config: dict[str, Any]) -> list[float]:
@@ -59,7 +59,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     assert train(config) == [0]
     found = losses(config)
     assert len(found) == MORE_STEPS
-    assert found[STEPS - 1] < found[0] - 0.2
+    assert found[STEPS - 1] < found[0] - 0.1
     assert found[-1] < found[0] - 1
     return found
 

@@ -13,7 +13,10 @@ from configs.errors import UserError
 from trainer.environment import LOOPBACK, Ranks
 from trainer.stop import Cause, StopRequested, StopWish
 
-_FIRST_S, _THEN_S = 10.0, 60.0  # until it is said who is waited for, and until it is said again
+# Until it is said who is waited for, and a stop ends the waiting. Ranks that meet before that stop in an attempt, which
+# has an end.json.
+_FIRST_S = 10.0
+_THEN_S = 60.0  # until it is said again
 _POLL_S = 0.1
 _MOST_NAMED = 8
 _HEARD_S = 5 * _POLL_S  # that ranks which are here need to hear that rank 0 leaves
@@ -78,7 +81,8 @@ class _Waiting:
         self._ranks, self._place, self._timeout_s, self._say = ranks, place, timeout_s, say
         self._began = time.monotonic()
         self._next_s = _FIRST_S
-        self.hears: Callable[[], Cause | None] = wish.poll  # why this rank is to leave
+        self._wish = wish
+        self.hears: Callable[[], Cause | None] = self._stopped  # why this rank is to leave
 
     def until(self, done: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
         while not done():
@@ -91,6 +95,9 @@ class _Waiting:
                 self._next_s = waited_s + _THEN_S
                 self._tell(missing(), waited_s)
             time.sleep(_POLL_S)
+
+    def _stopped(self) -> Cause | None:
+        return self._wish.poll() if time.monotonic() - self._began > _FIRST_S else None
 
     def _tell(self, missing: list[int], waited_s: float) -> None:
         ranks = self._ranks

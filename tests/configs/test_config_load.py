@@ -229,7 +229,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.data())
 def test_what_is_written_loads_as_the_same_config(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

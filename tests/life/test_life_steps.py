@@ -21,8 +21,6 @@ from tests.engines import under_both
 from tests.life.runs import LAUNCH, Watched, clean_end, running
 from trainer.checkpoint import disk
 from trainer.data.loader import MicroBatch
-from trainer.folder import RunFolder
-from trainer.names import node_name
 from trainer.run import Run
 from trainer.start import start
 from trainer.stop import Cause, StopWish
@@ -155,7 +153,7 @@ def test_the_count_goes_on_after_a_restart(engine: dict[str, Any], tmp_path: Pat
 
 @under_both
 def test_the_launcher_does_not_start_it_again(engine: dict[str, Any], tmp_path: Path) -> None:
-    grows = {"optim__lr": 1e30, "optim__warmup_steps": 0, "train__clip_norm": None}
+    grows = {"optim__lr": 1000.0, "optim__weight_decay": 10.0, "optim__warmup_steps": 0}  # by 10^4 a step
     write_config(tmp_path, train__steps=50, **grows, **engine)
     with running(LAUNCH, tmp_path) as run:
         assert run.wait() == 1
@@ -241,18 +239,19 @@ def test_a_run_that_cannot_save_its_end_has_failed(engine: dict[str, Any], tmp_p
     assert (end["reason"], end["cause"], end["checkpoint"]) == ("failed", "saving_failed", "step-00000006")
 
 
-def full_log(run: Run, wish: StopWish) -> None:
+def full_files(run: Run, wish: StopWish) -> None:
+    """From now on /dev/full answers every write of this rank as a full disk does."""
     run.console._log = os.open("/dev/full", os.O_WRONLY)
+    for path in (run.events.path, *([run.folder.metrics] if run.world.first else [])):
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/full")
 
 
 @under_both
 def test_rows_that_find_no_room_are_lost_and_the_run_is_not(engine: dict[str, Any], tmp_path: Path) -> None:
-    """/dev/full answers every write as a full disk does."""
-    folder = RunFolder(tmp_path / "run")
-    folder.events.mkdir(parents=True)
-    for path in (folder.metrics, *(folder.events / f"{node_name()}-rank0000{rank}.jsonl" for rank in range(2))):
-        path.symlink_to("/dev/full")
-    run, outcomes = on_ranks(tmp_path, 2, full_log, **engine)
+    run, outcomes = on_ranks(tmp_path, 2, full_files, **engine)
+    assert run.folder.metrics.is_symlink()
     assert outcomes == [(0, 6), (0, 6)]
     assert run.committed() == 6
     assert run.end()["reason"] == "finished"

@@ -53,7 +53,6 @@ CAUSES = [
 ]
 ONCE = [
     ("start-up", "SIGINT", "fsdp"),
-    ("step", "SIGUSR2 to all", "fsdp"),
     ("saving", "SIGTERM", "fsdp"),
 ]
 

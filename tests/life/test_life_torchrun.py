@@ -149,6 +149,7 @@ def test_one_process_finished_wrong_and_failed(engine: dict[str, Any], tmp_path:
             assert "was begun with another config: optim.lr" in wrong.output
     assert sorted(tmp_path.joinpath("run").rglob("*")) == before
     other = f"run.dir={tmp_path / 'other'}"
-    with running(PROCESS, tmp_path, other, "optim.lr=1e30", "train.clip_norm=null", "train.steps=50") as failed:
+    grows = ("optim.lr=1000", "optim.weight_decay=10", "train.steps=50")  # by 10^4 a step
+    with running(PROCESS, tmp_path, other, *grows) as failed:
         assert failed.wait() == 1
         assert "FAILED: step" in failed.output

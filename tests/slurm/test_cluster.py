@@ -64,6 +64,7 @@ def test_a_job_trains_a_cpu_rank_per_pretended_gpu(cluster: Cluster, tmp_path: P
     assert read_json(tmp_path / "run/attempts/000/end.json")["reason"] == "finished"
 
 
+@pytest.mark.full
 def test_the_script_for_one_node_runs_as_it_stands(cluster: Cluster, tmp_path: Path) -> None:
     config, output = write_config(tmp_path), tmp_path / "job.txt"
     script = str(ROOT / "slurm/examples/one-node.sbatch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,8 @@ def test_a_job_is_looked_at_followed_and_stopped(cluster: Cluster, tmp_path: Pat
     env = environment(cluster, PYTHONPATH=str(ROOT))
     wait_for("rows", lambda: len(read_rows(run.metrics)) > 3)
 
-    row = slurm(cluster, here, "status").splitlines()[1].split()
-    assert row[:4] == [str(run.root), job, "running", "2"]
+    row = re.split(r"  +", slurm(cluster, here, "status").splitlines()[1])
+    assert [row[0], row[1], row[2].split()[0], row[3]] == [str(run.root), job, "running", "2"]
     step, of = row[4].split("/")
     assert (4 <= int(step) <= len(read_rows(run.metrics)), of) == (True, "100000")
     follower = subprocess.Popen(

@@ -46,6 +46,7 @@ def script(config: Path, *words: str, home: Path | None = None) -> str:
 # ---- on a cluster ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     request = [*SMALL, "slurm.sbatch={export: NONE}", "slurm.setup=[export OMP_NUM_THREADS=1]"]  # as some sites are

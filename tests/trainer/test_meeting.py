@@ -129,6 +129,18 @@ def test_one_that_waits_for_rank_0_hears_its_own_stop() -> None:
     assert isinstance(one.ended[1], StopRequested)
 
 
+def test_ranks_that_meet_soon_leave_a_stop_to_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt writes its end.json; a start that is left here leaves no trace."""
+    monkeypatch.setattr(meeting, "_FIRST_S", 10.0)
+    one = Meeting(2)
+    one.join(0)
+    one.wishes[0].wish(Cause.INTERRUPT)
+    time.sleep(0.5)
+    one.join(1)
+    one.wait_for(lambda: len(one.ended) == 2)
+    assert not any(isinstance(end, Exception) for end in one.ended.values())
+
+
 def test_one_node_never_meets_at_the_name_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "pod-nowhere")
     here = Ranks(0, 2, 0, 2, ("pod-nowhere", 29500))

@@ -16,6 +16,7 @@ from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, train, write_config
+from tests.engines import rows as once
 from trainer.folder import RunFolder
 from trainer.rows import read_rows
 
@@ -46,11 +47,12 @@ QWEN: dict[str, Any] = {
     "freeze__trainable": ["blocks.0.attn.q_norm.weight"],
 }
 SHAPES = {"llama": LLAMA, "gpt2": GPT2, "qwen": QWEN}
+STEPS = 8
 COMMON: dict[str, Any] = {
-    "train__steps": 20,
+    "train__steps": STEPS,
     "train__global_batch": 12,
     "train__clip_norm": 0.5,  # every step is clipped
-    "train__validate_every_steps": 10,
+    "train__validate_every_steps": STEPS // 2,
     "checkpoint__every_steps": 100,
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -68,7 +70,7 @@ def column(config: dict[str, Any], name: str) -> list[float]:
     return [row[name] for row in rows(config) if name in row]
 
 
-def same_curves(ours: dict[str, Any], theirs: dict[str, Any], steps: int = 20) -> None:
+def same_curves(ours: dict[str, Any], theirs: dict[str, Any], steps: int = STEPS) -> None:
     assert len(column(ours, "loss")) == steps
     assert column(ours, "loss") == pytest.approx(column(theirs, "loss"), abs=ORDER_OF_SUMMATION)
     assert column(ours, "grad_norm") == pytest.approx(column(theirs, "grad_norm"), rel=NORM_TOLERANCE)
@@ -88,8 +90,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return made
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
+ONCE = [("llama", "tensor-shard"), ("gpt2", "tensor-replicate"), ("qwen", "tensor")]
+
+
+@pytest.mark.parametrize(("shape", "layout"), once(ONCE, SHAPES, LAYOUTS))
 def test_the_curve_is_that_of_one_process(
     shape: str, layout: str, alone: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -100,10 +104,10 @@ def test_the_curve_is_that_of_one_process(
 
 
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
-    "offloaded": (4, {"parallel__cpu_offload": True, "parallel__reshard": False}),
     "uneven on every side": (6, {}),
 }
 FURTHER: dict[str, tuple[int, dict[str, Any]]] = {
+    "offloaded": (4, {"parallel__cpu_offload": True, "parallel__reshard": False}),
     "full checkpointing": (2, {"parallel__activation_checkpoint": "full"}),
     "selective checkpointing": (4, {"parallel__activation_checkpoint": "selective"}),
     "whole gradients between micro batches": (4, {"parallel__accumulate": "unsharded", "train__micro_batch": 2}),

@@ -125,6 +125,7 @@ def test_any_layout_goes_on(
     assert go_on(config, size, {"tensor": tensor}, tmp_path) == pytest.approx(losses, abs=ORDER_OF_SUMMATION)
 
 
+@pytest.mark.full
 def test_resuming_equals_going_on_bit_for_bit(tmp_path: Path) -> None:
     changes = {**SHAPE, "model__dropout": 0.1, "parallel__tensor": 2}
     straight = tiny(tmp_path / "straight", **{**changes, "train__steps": 6})

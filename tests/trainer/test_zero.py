@@ -21,7 +21,7 @@ from trainer.engines import check_engine
 from trainer.folder import RunFolder
 from trainer.rows import read_rows
 
-STEPS = 20
+STEPS = 8
 # Of losses between 5 and 5.6; seen: 5e-7 in fp32, where a number's last bit is 4.8e-7, and 1.2e-4 in bf16.
 TOLERANCE = {"fp32": 5e-6, "bf16": 2e-3}
 FROZEN = {"frozen": ["embed.*", "blocks.0.*"]}
@@ -82,7 +82,7 @@ def test_losses_and_metrics_are_those_of_fsdp(
     offloaded = every.get("parallel__cpu_offload", False) and size > 1
     expected, weights = trained(pool, tmp_path, "fsdp", {**every, "parallel__cpu_offload": offloaded})
     assert len(expected) == STEPS
-    assert expected[-1]["loss"] < expected[0]["loss"] - 0.1
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.05
     tolerance = TOLERANCE[every.get("precision__compute", "fp32")]
     for stage in (1, 2, 3):
         zero = {"parallel__engine": "zero", "parallel__zero_stage": stage}

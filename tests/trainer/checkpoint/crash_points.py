@@ -386,9 +386,8 @@ def kill_everywhere(action: Action, folder: Path, every: int = 1) -> dict[str, A
 
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    run = {"names": names_of, "kill": partial(kill_everywhere, every=9), "kill-all": kill_everywhere, "record": record}[
-        what
-    ]
+    thinned = partial(kill_everywhere, every=9)
+    run = {"names": names_of, "kill": thinned, "kill-all": kill_everywhere, "record": record}[what]
     results = {}
     for name, action in ACTIONS.items():
         (folder / name / "run").mkdir(parents=True)

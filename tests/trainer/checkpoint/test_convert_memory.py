@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import convert_memory
+import pytest
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     """Beyond what importing takes; a third of the state, its largest tensor, is more than the bound."""
     done = subprocess.run(

@@ -109,6 +109,7 @@ def test_power_loss_at_every_operation(
     assert set(judge._known.values()) == {"before", "after"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("action", crash_points.ACTIONS)
 def test_no_fsync_can_be_left_out(recorded: dict[str, tuple[Path, list[Step]]], tmp_path: Path, action: str) -> None:
     """Without any one of them some power loss leaves what is neither before nor after, or undoes what was done."""

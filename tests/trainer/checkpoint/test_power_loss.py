@@ -113,6 +113,7 @@ def syncs(steps: list[Step]) -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.full
 def test_no_fsync_can_be_left_out(steps: list[Step], tmp_path: Path) -> None:
     """Without any one of them some power loss leaves a checkpoint that is not whole, or loses a committed one."""
     judge = Judge(tmp_path / "run")

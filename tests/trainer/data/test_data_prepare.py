@@ -328,7 +328,8 @@ print("calls", calls)
 """
 
 
-def test_killed_anywhere_the_next_start_is_whole_and_clears_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.full)])
+def test_killed_anywhere_the_next_start_is_whole_and_clears_up(every: int, tmp_path: Path) -> None:
     source = {"name": "t", "path": str(text_folder(tmp_path / "text"))}
     expected = prepared(tmp_path / "expected", config(source))
 
@@ -339,7 +340,7 @@ def test_killed_anywhere_the_next_start_is_whole_and_clears_up(tmp_path: Path) -
     whole = run(0, tmp_path / "whole")
     calls = int(whole.stdout.split()[-1])
     assert calls >= 8
-    for at in range(1, calls + 1, 2):
+    for at in range(2, calls + 1, every):
         cache = tmp_path / f"cache{at}"
         assert run(at, cache).returncode == -signal.SIGKILL
         p = prepared(cache, config(source))
