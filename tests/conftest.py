@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,14 @@ settings.load_profile("muster")
 def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Changes of a config with which the same test runs under each engine."""
     return {} if request.param == "fsdp" else {"parallel__engine": "zero", "parallel__zero_stage": 3}
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A temporary folder that everybody may enter, unlike tmp_path."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -86,11 +86,21 @@ def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
 
     return problems_of(
         start,
-        lambda: check_place("data.cache", folder.cache(config.data.cache)),
+        lambda: _check_cache(config, folder.cache(config.data.cache)),
         lambda: load_tokenizer(config.data, config.model.vocab_size),
         *(partial(check_source, source) for source in config.data.sources),
         elsewhere=True,
     )
+
+
+def _check_cache(config: Config, cache: Path) -> None:
+    """Somebody else's cache may be closed to us and serve: it is written to only where something is to be made. Whether
+    that is so, the start finds out by reading; here it counts that something of each source is there."""
+    try:
+        check_place("data.cache", cache)
+    except UserError:
+        if not cache.is_dir() or not all(any(cache.glob(f"{source.name}-*")) for source in config.data.sources):
+            raise
 
 
 def problems_of(*checks: Callable[[], object], elsewhere: bool = False) -> list[Problem]:
@@ -131,7 +141,7 @@ def check_place(key: str, folder: Path) -> None:
     if not existing.is_dir():
         what = f"{existing} is not a folder" if existing != folder else "it is not a folder"
         raise UserError(f"{key}: cannot write to {folder}: {what}")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
         raise UserError(f"{key}: cannot write to {folder}: {existing} cannot be written to")
 
 

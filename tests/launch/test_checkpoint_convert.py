@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections import namedtuple
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from launch.__main__ import main
+from tests.nobody import as_nobody
 from trainer.checkpoint import disk
 from trainer.checkpoint.manifest import digest
 
@@ -88,27 +87,6 @@ def test_unknown_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert "invalid choice: 'zip'" in capsys.readouterr().err
     told = wrong(capsys, tmp_path, GOLDEN, tmp_path / "b", "--to", "torch", "--from", "dcp")
     assert "--from dcp was said, but this is a Muster checkpoint" in told
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Permissions mean nothing to root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def open_path() -> Iterator[Path]:
-    """A temporary folder that everybody may enter, unlike tmp_path."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o777)
-        yield Path(name)
 
 
 def test_no_permission(open_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from configs.errors import UserError
 from configs.schema import Config
 from models import build_model
 from tests.distributed import tiny
+from tests.nobody import as_nobody
+from trainer.data.prepare import prepare
 from trainer.engines.names import find_aliases, names_of
 from trainer.folder import RunFolder
 from trainer.preflight import Problem, check, check_numbers, check_place, refuse
@@ -123,6 +126,29 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_made_is_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "data.cache: cannot write to" in text_of(problems(tmp_path, data__cache=str(tmp_path / "file/cache")))
+
+
+def test_a_prepared_cache_that_is_closed_to_us_serves(open_path: Path) -> None:
+    """Somebody else's. Where something is to be made, it is refused before the queue."""
+    words, cache = tiny(open_path), open_path / "cache"
+    config = Config.model_validate(words)
+    prepared = prepare(config, cache, lambda line: None, lambda: False)
+    shutil.copytree(open_path / "corpus", open_path / "copy")
+    copied = Config.model_validate(
+        words | {"data": words["data"] | {"sources": [{"name": "words", "path": str(open_path / "copy")}]}}
+    )
+    renamed = Config.model_validate(
+        words | {"data": words["data"] | {"sources": [{"name": "other", "path": str(open_path / "copy")}]}}
+    )
+    cache.chmod(0o755)
+    with as_nobody():
+        for same in (config, copied):
+            assert check(same, 1, RunFolder(open_path / "run")) == []
+            assert prepare(same, cache, lambda line: None, lambda: False) == prepared
+        assert "data.cache: cannot write to" in text_of(check(renamed, 1, RunFolder(open_path / "run")))
+        cache = open_path / "cache/none"
+        empty = Config.model_validate(words | {"data": words["data"] | {"cache": str(cache)}})
+        assert "data.cache: cannot write to" in text_of(check(empty, 1, RunFolder(open_path / "run")))
 
 
 # ---- start.from ------------------------------------------------------------------------------------------------------

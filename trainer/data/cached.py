@@ -105,7 +105,7 @@ def _still_holds(folder: Path, source: Source, found: dict[str, Path], stats: di
     if any(hash_file(source, found[name], poll) != known[name][2] for name in touched):
         return False
     if touched:
-        with _as_far_as_writable():
+        with as_far_as_writable():
             files.write_json(noted, now)
     return True
 
@@ -119,7 +119,7 @@ def _noted(path: str, prepared_from: str) -> str:
 
 
 @contextlib.contextmanager
-def _as_far_as_writable() -> Iterator[None]:
+def as_far_as_writable() -> Iterator[None]:
     """Someone else's cache may be closed to us, or mounted read-only: what is not written is looked for again."""
     try:
         yield
@@ -139,7 +139,7 @@ def check_largest_id(folder: Path, source: Source, vocab_size: int, poll: Poll) 
         for chunk in chunks:
             meta["largest_id"] = max(meta["largest_id"], int(chunk.max()))
             poll(chunk.nbytes)
-        with _as_far_as_writable():
+        with as_far_as_writable():
             files.write_json(folder / META, meta)
     if meta["largest_id"] >= vocab_size:
         raise UserError(

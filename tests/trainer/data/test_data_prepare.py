@@ -161,61 +161,6 @@ def test_other_sources_and_settings_are_refused_by_name(tmp_path: Path) -> None:
         check_unchanged(first.fingerprints, prepared(tmp_path / "cache", config(source, data__validation_fraction=0.3)))
 
 
-def test_moved_and_renamed_documents_are_the_same_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = text_folder(tmp_path / "text")
-    first = prepared(tmp_path / "cache", config({"name": "t", "path": str(folder)}))
-    folder.rename(tmp_path / "moved")
-    cfg = config({"name": "t", "path": str(tmp_path / "moved")})
-    with monkeypatch.context() as patch:  # what was prepared before the move serves, once its files were compared
-        patch.setattr("trainer.data.prepare.read_file", refuse_to_read)
-        assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
-        patch.setattr("trainer.data.cached.hash_file", refuse_to_read)
-        assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
-    (tmp_path / "moved" / "part0" / "000.txt").rename(tmp_path / "moved" / "part0" / "000a.txt")
-    assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
-    assert len(list((tmp_path / "cache").glob("t-*"))) == 2
-    monkeypatch.setattr("trainer.data.prepare.read_file", refuse_to_read)
-    assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
-
-
-def same_times(*paths: Path) -> None:
-    for path in paths:
-        os.utime(path, ns=(10**18, 10**18))
-
-
-def test_files_elsewhere_of_the_same_size_and_time_are_another_source(tmp_path: Path) -> None:
-    """Shards have one size, and copying tools set all times alike: only what they hold tells them apart."""
-    found = []
-    for name, first_id in (("a", 5), ("b", 105)):
-        (tmp_path / name).mkdir()
-        np.save(tmp_path / name / "shard.npy", np.array([first_id, first_id + 1, 256] * 50))
-        same_times(tmp_path / name / "shard.npy")
-        source = {"name": "ids", "kind": "tokens", "path": str(tmp_path / name)}
-        found.append(prepared(tmp_path / "cache", config(source, data__validation_fraction=0.0)))
-    assert [p.sources[0].train.tokens[0] for p in found] == [5, 105]
-    with pytest.raises(UserError, match=r"'ids' changed since this run began: 1 file changed \(shard\.npy\)"):
-        check_unchanged(found[0].fingerprints, found[1])
-
-
-def test_copies_of_a_source_share_a_cache_and_each_is_compared_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, mine, theirs = tmp_path / "cache", text_folder(tmp_path / "mine"), text_folder(tmp_path / "theirs")
-    for file in theirs.rglob("*.txt"):
-        touch(file)
-    configs = [config({"name": "t", "path": str(folder)}) for folder in (mine, theirs)]
-    first = prepared(cache, configs[0])
-    with monkeypatch.context() as patch:
-        patch.setattr("trainer.data.prepare.read_file", refuse_to_read)
-        prepared(cache, configs[1])
-        patch.setattr("trainer.data.cached.hash_file", refuse_to_read)
-        for cfg in configs * 2:
-            assert prepared(cache, cfg).fingerprints == first.fingerprints
-    change(theirs / "part0" / "000.txt")
-    assert prepared(cache, configs[1]).fingerprints != first.fingerprints
-    assert prepared(cache, configs[0]).fingerprints == first.fingerprints
-
-
 def test_a_restored_source_is_accepted_again(tmp_path: Path) -> None:
     folder, cache = text_folder(tmp_path / "text"), tmp_path / "cache"
     cfg = config({"name": "t", "path": str(folder)})
