@@ -31,7 +31,7 @@ def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
     except OSError as error:
         if link is None and error.errno not in (*gone, errno.ELOOP):  # ELOOP: of a folder above, which is named
             raise
-        why = "which is not there" if error.errno in gone else f"and: {error.strerror}"
+        why = "which is not there" if error.errno in gone else f"which cannot be followed: {error.strerror}"
         return link and f"it is {link}, {why}"
     if stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode):
         return None
@@ -41,14 +41,18 @@ def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes; links are followed.
 
-    Raises NotAFile for a folder, pipe, socket or device, FileNotFoundError and other OSErrors as `open` does, and
-    ValueError for a path that no filesystem can hold (a NUL in it). A pipe without a writer is not waited for.
+    Raises NotAFile for a folder, pipe, socket, device or a link in a circle, FileNotFoundError and other OSErrors as
+    `open` does, and ValueError for a path that no filesystem can hold (a NUL in it). A pipe without a writer is not
+    waited for.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
             raise NotAFile(errno.EINVAL, "it is a socket, not a file", os.fspath(path)) from None
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            told = f"it is a link that cannot be followed: {error.strerror}"
+            raise NotAFile(errno.ELOOP, told, os.fspath(path)) from None
         raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):

@@ -215,9 +215,9 @@ def running(phase: str | None, stepped: bool) -> str:
 
 
 def holder_of(folder: RunFolder, over: PassedOver) -> Holder | None:
+    lease = facts_in(folder.lease, over)
     if not folder.lease.exists():
         return None
-    lease = facts_in(folder.lease, over)
     alive = alive_here(lease, node_name())
     return Holder(text(lease, "node"), whole(lease, "pid"), text(lease, "job"), whole(lease, "attempt"), alive)
 

@@ -126,10 +126,8 @@ def refuse_to_pass_over(checkpoints: Path, newest: int | None) -> None:
     found = passed_over(checkpoints, newest)
     if not found:
         return
-    named = "; ".join(f"{entry.path}: {entry.fault}" for entry in found[:_SHOWN])
-    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    where = "begin at step 0" if newest is None else f"go on from step {newest}"
-    raise UserError(
-        f"{named}{more}\nwithout it training would {where}: make it a checkpoint, or a link to one, named by its step "
-        f"(like {checkpoint_name(8)}); or move it out of {checkpoints} to {where}"
-    )
+    named = ", ".join(f"{entry.path} is no usable checkpoint ({entry.fault})" for entry in found[:_SHOWN])
+    more = f", nor are {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    it, them = ("it", "it") if len(found) == 1 else ("one", "them")
+    why = "there is no other" if newest is None else f"{it} may be newer than step {newest}"
+    raise UserError(f"{named}{more}, and {why}\nmend {them}, or move {them} out of {checkpoints}")

@@ -111,7 +111,7 @@ class Monitor:
                 seconds = round(now - last, 1)
                 self.tell("monitor_paused", f"the monitor stood still for {seconds} s", seconds=seconds)
             if (jumped_s := watch.jumped_s()) is not None:
-                line = f"the clock of this node jumped by {jumped_s:+,.1f} s; the run keeps its own"
+                line = f"the clock of this node jumped by {jumped_s:+,.1f} s; the run's times go on without this jump"
                 self.tell("clock_jumped", line, seconds=round(jumped_s, 1), node=node_name())
             last = now
             if self.tick():

@@ -27,8 +27,10 @@ def test_nothing_else_is_opened_and_nothing_waits(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "socket"))
+    (tmp_path / "circle").symlink_to("circle")
     before = len(os.listdir("/proc/self/fd"))
-    for path, words in (("pipe", "a pipe"), ("socket", "a socket"), (".", "a folder"), ("/dev/zero", "a device")):
+    kinds = (("pipe", "a pipe"), ("socket", "a socket"), (".", "a folder"), ("/dev/zero", "a device"))
+    for path, words in (*kinds, ("circle", "it is a link that cannot be followed: Too many levels")):
         with pytest.raises(NotAFile) as caught:
             open_regular(tmp_path / path)
         assert words in str(caught.value.strerror)

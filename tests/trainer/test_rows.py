@@ -166,7 +166,14 @@ def fifo_or_folder(path: Path, make: Callable[[Path], object]) -> None:
 
 
 @pytest.mark.usefixtures("nothing_waits")
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (os.mkfifo, "it is a pipe, not a file"),
+        (Path.mkdir, "it is a folder, not a file"),
+        (lambda path: path.symlink_to(path), "it is a link that cannot be followed: Too many levels of symbolic links"),
+    ],
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -174,11 +181,11 @@ def fifo_or_folder(path: Path, make: Callable[[Path], object]) -> None:
         *("attempts/000/end.json", "attempts/001/start.json", "slurm/lives/7-0/outcome.json"),
     ],
 )
-def test_no_reader_waits_for_a_pipe(name: str, make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_no_reader_waits_for_a_pipe(name: str, make: Callable[[Path], object], what: str, tmp_path: Path) -> None:
     folder = a_run(tmp_path)
     fifo_or_folder(tmp_path / name, make)
     told = all_readers(folder)
-    assert f"{name} (it is a {'pipe' if make is os.mkfifo else 'folder'}, not a file)" in told
+    assert f"{name} ({what})" in told
 
 
 def test_an_end_that_is_none_is_a_failure_and_may_be_written_anew(tmp_path: Path) -> None:
