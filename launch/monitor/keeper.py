@@ -12,7 +12,9 @@ from typing import Any
 
 from configs.schema import Config
 from launch.monitor.hang import read_verdict
+from trainer.clock import booted_s
 from trainer.console import Console
+from trainer.environment import MUSTER_CLOCK
 from trainer.events import Events
 from trainer.folder import RunFolder
 from trainer.heartbeat import Heartbeats
@@ -76,7 +78,9 @@ class Keeper:
 
     def _start(self) -> None:
         command = [*python(), "-m", "launch.monitor", self._orders.text()]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        # The launcher's clock: one that it took up itself after the time of day was set would be years apart.
+        environment = {**os.environ, MUSTER_CLOCK.name: f"{booted_s():.6f}"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         self._started_s = self._beat_s = time.monotonic()
         self._beats = -1
 

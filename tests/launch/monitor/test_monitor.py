@@ -18,6 +18,7 @@ from launch.monitor import monitor as module
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
 from tests.launch.monitor.node import Node
+from trainer import clock
 from trainer.console import Console
 from trainer.events import append_row
 from trainer.names import node_name
@@ -95,6 +96,18 @@ def test_a_killed_monitor_is_started_again(node: Callable[..., Node], capfd: pyt
     one.wait_for("its rows", lambda: len(one.rows()) > before + 1)
     assert [e["cause"] for e in one.told("monitor_lost")] == ["signal 9"]
     assert "the monitor was lost (signal 9); started again" in capfd.readouterr().out
+
+
+def test_a_monitor_that_begins_after_the_clock_was_set_stamps_as_the_launcher_does(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    year_s = 365 * 24 * 3600.0
+    monkeypatch.setattr("launch.monitor.keeper.booted_s", lambda: clock.booted_s() - year_s)
+    one = node()
+    one.wait_for("two rows", lambda: len(one.rows()) > 1)
+    (begun,) = one.rows("node")
+    for row in (begun, *one.rows(), *one.told("no_gpus")):
+        assert row["time_s"] == pytest.approx(clock.now_s() - year_s, abs=60)
 
 
 def test_a_monitor_that_stands_still_is_replaced(node: Callable[..., Node]) -> None:
