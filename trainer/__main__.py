@@ -63,15 +63,17 @@ def launcher_of_this(ranks: Ranks) -> FromLauncher | None:
 
 
 def user_error(error: UserError, ranks: Ranks, launcher: FromLauncher | None) -> int:
-    """Say it once, and tell a launcher: it must not start this again.
+    """Say it once, and tell each node's launcher: it must not start this again.
 
-    Only torchrun, or an agreement, makes it sure that there is a rank 0 that says it for all.
+    Of what ranks agreed on, rank 0 speaks. Else only torchrun makes it sure that there is a first rank of the node; a
+    package, say, may be missing on this node alone.
     """
-    if ranks.rank == 0 or error.alone or not (ranks.by_torchrun or error.agreed):
+    first_here = ranks.local_rank == 0 or not ranks.by_torchrun
+    if ranks.rank == 0 or (not error.agreed and (first_here or error.alone)):
         tell(error)
-        if launcher is not None:
-            with launcher.user_error.open("a", encoding="utf-8") as file:
-                file.write(printable(f"{error}\n"))
+    if launcher is not None and (first_here or error.alone):
+        with launcher.user_error.open("a", encoding="utf-8") as file:
+            file.write(printable(f"{error}\n"))
     # To torchrun's agent 0 means: nothing to start again. The launcher ends the ranks that still wait.
     return life.FINISHED if launcher is not None else life.USER_ERROR
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,10 +152,31 @@ def test_whatever_the_rank_says_it_itself_unless_there_is_a_rank_0(rank: str, mo
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     code, said = trainer("demo", "train.step=3")
     assert (code, said.count("error: ")) == (2, int(rank == "0"))
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of another node: what is wrong there may be right where rank 0 is
+    code, said = trainer("demo", "train.step=3")
+    assert (code, said.count("error: ")) == (2, 1)
     monkeypatch.delenv("WORLD_SIZE")
     code, said = trainer("demo")
     assert (code, len(said.splitlines())) == (2, 1)
     assert "are set, but not WORLD_SIZE" in said
+
+
+@pytest.mark.parametrize("agreed", [False, True])
+@pytest.mark.parametrize(("rank", "local_rank"), [(0, 0), (1, 1), (2, 0), (3, 1)])
+def test_a_mistake_is_said_once_and_every_nodes_launcher_hears_of_it(
+    rank: int, local_rank: int, agreed: bool, tmp_path: Path
+) -> None:
+    from trainer.__main__ import user_error
+
+    error, errors = UserError("wrong"), io.StringIO()
+    error.agreed = agreed
+    launcher = replace(LAUNCHER, user_error=tmp_path / "error")
+    with contextlib.redirect_stderr(errors):
+        assert user_error(error, Ranks(rank, 4, local_rank, 2, None, True), launcher) == 0
+    says = rank == 0 if agreed else local_rank == 0
+    assert errors.getvalue() == "error: wrong\n" * says
+    assert launcher.user_error.exists() == (local_rank == 0)
 
 
 def test_a_dead_launchers_variables_are_refused_and_its_files_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
