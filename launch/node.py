@@ -39,12 +39,11 @@ from trainer.names import node_name
 from trainer.preflight import check, check_numbers, problems_of, refuse
 from trainer.rows import read_rows, text
 from trainer.shadow import apart, python
-from trainer.stop import Kind, StopWish, write_request
+from trainer.stop import Kind, StopRequested, StopWish, write_request
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1
 _USER_ERROR_PATIENCE_S = 5.0
-_FIRST_NODE_PATIENCE_S = 120.0  # for its lease; all nodes start at about the same time
 _END_PATIENCE_S = 20.0  # for an end that another node writes, on a filesystem that caches
 
 
@@ -71,23 +70,23 @@ def default_processes() -> int:
     return count_visible() or 2
 
 
-def run_node(argument: str | None, overrides: list[str], processes: int | None, nodes: Nodes | None = None) -> int:
-    """Run a config on this node, one of `nodes`, until it is decided; returns the exit code.
+def run_node(
+    argument: str | None, overrides: list[str], processes: int | None, wish: StopWish, nodes: Nodes | None = None
+) -> int:
+    """Run a config on this node, one of `nodes`, until it is decided; returns the exit code. `wish` listens already.
 
     Raises UserError before anything starts.
     """
-    if processes is not None and processes < 1:
-        raise UserError(f"--nproc {processes}: at least 1 process is needed")
-    environment.check(os.environ)
-    nodes = nodes or Nodes()
-    config = load(argument, overrides)
-    processes = processes or default_processes()
-    folder, ranks = RunFolder(Path(config.run_dir)), processes * nodes.count
-    problems = check(config, ranks, folder) if nodes.is_first else check_numbers(config, ranks)
-    refuse(problems + problems_of(lambda: check_memory(config, processes, ranks)))
-    wish = StopWish()
-    wish.listen()
-    console = Console(rank=0)
+    nodes, console = nodes or Nodes(), Console(rank=0)
+    try:
+        with wish.at_once():  # on a slow filesystem the checks take minutes
+            config, processes = _checked(argument, overrides, processes, nodes)
+    except StopRequested as request:
+        console.say(f"stopped ({request.cause.word}) before anything began")
+        if not nodes.is_first:  # as when the first one was refused and Slurm ends the others: it says why
+            return life.FAILED
+        return End("stopped", 0, None, request.cause.kind is Kind.REQUEUE, request.cause.word).exit_code
+    folder = RunFolder(Path(config.run_dir))
     existed = folder.root.exists()
     command = [*([argument] if argument else []), *overrides]
     with HeldFolder.temporary("muster-run-") as local:
@@ -95,7 +94,8 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
         if nodes.is_first:
             lease = Lease.take(folder, node_name(), max(life.numbers(folder), default=-1) + 1, console.say)
         else:
-            lease = Lease.of_first_node(folder, nodes.first, node_name(), _FIRST_NODE_PATIENCE_S, wish.poll)
+            patience_s = config.parallel.load_timeout_s  # the first one checks before it takes it
+            lease = Lease.of_first_node(folder, nodes.first, node_name(), patience_s, wish.poll, console.say)
         if lease is None:
             return life.FAILED  # the first node's exit code, which is higher, says why
         try:
@@ -105,6 +105,19 @@ def run_node(argument: str | None, overrides: list[str], processes: int | None, 
                 lease.release()
                 if not existed:
                     _remove_if_empty(folder.root)
+
+
+def _checked(argument: str | None, overrides: list[str], processes: int | None, nodes: Nodes) -> tuple[Config, int]:
+    """The config, and the processes of this node. Raises UserError for all that is wrong; touches nothing."""
+    if processes is not None and processes < 1:
+        raise UserError(f"--nproc {processes}: at least 1 process is needed")
+    environment.check(os.environ)
+    config = load(argument, overrides)
+    here = processes or default_processes()
+    folder, ranks = RunFolder(Path(config.run_dir)), here * nodes.count
+    problems = check(config, ranks, folder) if nodes.is_first else check_numbers(config, ranks)
+    refuse(problems + problems_of(lambda: check_memory(config, here, ranks)))
+    return config, here
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.arguments import config_parser, take
+from trainer.stop import StopWish
 from trainer.terminal import go_on_unheard
 
 
@@ -11,8 +12,10 @@ def main(arguments: list[str]) -> int:
     parser = config_parser("launch run", "Run a config on this node: checks, torchrun, restarts, stopping.")
     parser.add_argument("--nproc", type=int, metavar="N", help="processes; default: one per GPU, 2 without GPUs")
     options = take(parser, arguments)
+    wish = StopWish()
+    wish.listen()
     from launch.node import run_node
 
     go_on_unheard()
 
-    return run_node(options.config, options.overrides, options.nproc)
+    return run_node(options.config, options.overrides, options.nproc, wish)

@@ -31,7 +31,7 @@ from trainer.environment import (
 )
 from trainer.folder import RunFolder
 from trainer.names import node_name
-from trainer.stop import SIGNALS
+from trainer.stop import SIGNALS, StopWish
 from trainer.terminal import go_on_unheard, say
 
 _FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
@@ -42,24 +42,26 @@ def main(arguments: list[str]) -> int:
     parser = config_parser("slurm job", __doc__)
     parser.add_argument("--nproc", type=int, metavar="N", help="processes a node; default: one per GPU, 2 without GPUs")
     options = take(parser, arguments)
+    wish = StopWish()
+    wish.listen()  # from here on a signal is no death without a last word
     go_on_unheard()
     nodes = nodes_of_step(os.environ)
     os.environ["TERM"] = "dumb"  # srun --unbuffered gives a terminal, and the output is a file all the same
     try:
-        return _share(options, nodes)
+        return _share(options, nodes, wish)
     except UserError as error:
         here = f"{node_name()}: "  # of many nodes: which one
         raise UserError(str(error) if str(error).startswith(here) else f"{here}{error}") from error
 
 
-def _share(options: argparse.Namespace, nodes: Nodes) -> int:
+def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
     """This node's share of the run, and its last word."""
     folder = RunFolder(Path(load(options.config, options.overrides).run_dir))
     before, code = max(life.numbers(folder), default=-1), life.FAILED
     try:
         _find_names(nodes)
         _keep_caches_local()
-        code = run_node(options.config, options.overrides, options.nproc, nodes)
+        code = run_node(options.config, options.overrides, options.nproc, wish, nodes)
         return code
     except UserError:
         code = life.USER_ERROR

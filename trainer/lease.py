@@ -29,6 +29,7 @@ from trainer.rows import facts_in, moment, parsed, text, whole
 
 _JOB_LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
 _LARGEST_BYTES = 1 << 20
+_FIRST_NODE_S = 60.0  # all nodes start at about the same time; after that it is said who is waited for
 _REMOVE = "if you know that no run holds the folder, remove it"
 
 
@@ -141,7 +142,13 @@ class Lease:
 
     @classmethod
     def of_first_node(
-        cls, folder: RunFolder, first: str, node: str, patience_s: float, wished: Callable[[], object]
+        cls,
+        folder: RunFolder,
+        first: str,
+        node: str,
+        patience_s: float,
+        wished: Callable[[], object],
+        say: Callable[[str], None],
     ) -> Lease | None:
         """The lease that the first node of this very job step took, for the others; it is not theirs to release.
 
@@ -151,6 +158,7 @@ class Lease:
         job = Job.read(os.environ)
         step = {"job": job.id, "step": job.step, "life": job.life}
         deadline = time.monotonic() + patience_s
+        say_s = time.monotonic() + _FIRST_NODE_S
         while time.monotonic() < deadline:
             holder = facts_in(folder.lease)
             token = text(holder, "token")
@@ -158,6 +166,9 @@ class Lease:
                 return cls(folder.lease, token)
             if wished():
                 return None
+            if time.monotonic() > say_s:
+                say_s = deadline
+                say(f"{node} waits for {first} to take {folder.root}: it still checks, or they see different folders")
             time.sleep(0.1)
         raise UserError(
             f"{node}: {first} has not taken {folder.root} within {patience_s:g} s; "

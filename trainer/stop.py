@@ -11,6 +11,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -85,6 +87,7 @@ class StopWish:
         self.cause: Cause | None = None
         self._stop_file: Path | None = None
         self._request = request
+        self._at_once = False
         self._limit_s: float | None = None
         self._began = time.monotonic()
 
@@ -97,6 +100,9 @@ class StopWish:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.wish(SIGNALS[signal.Signals(number)])
+        if self._at_once:
+            self._at_once = False  # once: what cleans up now is not interrupted again
+            self.raise_if_wished()
 
     def _note_launched(self, number: int, frame: FrameType | None) -> None:
         """A worker under the launcher: a real wish is in the request file, or will be in a moment.
@@ -112,6 +118,17 @@ class StopWish:
     def _end_unless_requested(self) -> None:
         if self._request is not None and not self._request.exists():
             os._exit(1)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For what is slow and touches nothing: a signal ends it there and then, by StopRequested."""
+        self.raise_if_wished()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+        self.raise_if_wished()  # whoever was interrupted may have passed over it
 
     def wish(self, cause: Cause) -> None:
         if self.cause is None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,17 +14,22 @@ from typing import Any
 
 import pytest
 
+import launch.run
+import slurm.job
+from configs.errors import UserError
 from configs.schema import Config
-from launch.node import Nodes, Supervisor, _first_to_fall, default_processes
+from launch.node import Nodes, Supervisor, _first_to_fall, default_processes, run_node
 from slurm.lives import Life
-from tests.distributed import tiny
+from tests.distributed import tiny, write_config
 from trainer.console import Console
 from trainer.events import read_events
 from trainer.folder import RunFolder
 from trainer.lease import Lease
 from trainer.life import FAILED, REQUEUE, STOPPED, USER_ERROR
-from trainer.stop import Cause, StopWish, write_request
+from trainer.preflight import Problem
+from trainer.stop import SIGNALS, Cause, StopWish, write_request
 
+PATIENCE_S = 20.0
 KILLED, RAISED, ENDED = -9, 1, -15  # by somebody's SIGKILL, by an exception, by torchrun's SIGTERM
 
 
@@ -117,3 +126,69 @@ def test_what_counts_for_one_life_of_a_job_names_it(
     assert [row["event"] for row in rows] == ["stop_passed_on", "agent_died"]
     assert all(Life(second_of_two.folder, "7", 2).wrote(row) for row in rows)
     assert not any(Life(second_of_two.folder, "7", 1).wrote(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("number", "index", "code"),
+    [
+        (signal.SIGUSR2, 0, REQUEUE),
+        (signal.SIGTERM, 0, REQUEUE),
+        (signal.SIGINT, 0, STOPPED),
+        (signal.SIGTERM, 1, FAILED),
+    ],
+)
+def test_a_signal_ends_slow_checks_and_leaves_nothing(
+    number: int, index: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: object) -> list[Problem]:
+        os.kill(os.getpid(), number)
+        time.sleep(PATIENCE_S)  # a filesystem that does not answer
+        return []
+
+    monkeypatch.setattr("launch.node.check", slow)
+    monkeypatch.setattr("launch.node.check_numbers", slow)
+    wish, began = StopWish(), time.monotonic()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        wish.listen()
+        assert run_node(str(write_config(tmp_path)), [], 1, wish, Nodes(2, index)) == code
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+    assert time.monotonic() - began < PATIENCE_S
+    assert not (tmp_path / "run").exists()
+
+
+def test_whoever_runs_a_node_listens_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a job's node leaves its last word, whatever it is at."""
+    heard: list[bool] = []
+
+    def seen(*arguments: Any) -> int:
+        (wish,) = (argument for argument in arguments if isinstance(argument, StopWish))
+        heard.append(signal.getsignal(signal.SIGUSR2) == wish._note)
+        return 0
+
+    monkeypatch.setattr("launch.node.run_node", seen)
+    monkeypatch.setattr("slurm.job._share", seen)
+    monkeypatch.setattr("slurm.job.nodes_of_step", lambda environment: Nodes())
+    monkeypatch.setattr("launch.run.go_on_unheard", lambda: None)
+    monkeypatch.setattr("slurm.job.go_on_unheard", lambda: None)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for main in (launch.run.main, slurm.job.main):
+            signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+            assert main(["demo"]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == [True, True]
+
+
+def test_the_others_wait_as_long_as_the_first_node_may_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.lease._FIRST_NODE_S", 0.1)
+    path = write_config(tmp_path, parallel__load_timeout_s=0.5)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(UserError, match=r"node1 has not taken .* within 0.5 s"):
+        run_node(str(path), [], 1, StopWish(), Nodes(2, 1, "node1"))
+    assert said.getvalue().count("waits for node1 to take") == 1
+    assert not (tmp_path / "run").exists()

@@ -111,13 +111,13 @@ def test_the_other_nodes_find_the_lease_of_their_first(tmp_path: Path, monkeypat
         monkeypatch.setenv(f"SLURM_{name}", value)
     folder = RunFolder(tmp_path)
     first = Lease.take(folder, "node1", 0, print)
-    found = Lease.of_first_node(folder, "node1", "node2", 1.0, lambda: False)
+    found = Lease.of_first_node(folder, "node1", "node2", 1.0, lambda: False, print)
     assert found is not None
     assert found.token == first.token
     for name, value in (("JOB_ID", "8"), ("STEP_ID", "1"), ("RESTART_COUNT", "0")):
         with monkeypatch.context() as changed:  # another job's, step's or life's is none
             changed.setenv(f"SLURM_{name}", value)
             with pytest.raises(UserError, match=r"node2: node1 has not taken .* every node sees"):
-                Lease.of_first_node(folder, "node1", "node2", 0.0, lambda: False)
+                Lease.of_first_node(folder, "node1", "node2", 0.0, lambda: False, print)
             # told to end, it does not wait for Slurm to kill it
-            assert Lease.of_first_node(folder, "node1", "node2", 60.0, lambda: True) is None
+            assert Lease.of_first_node(folder, "node1", "node2", 60.0, lambda: True, print) is None

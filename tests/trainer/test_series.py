@@ -30,6 +30,7 @@ from trainer.entries import checkpoint_name
 from trainer.folder import RunFolder, write_json
 from trainer.rows import read_rows
 from trainer.series import Readings, TensorBoard, WeightsAndBiases, check_series, open_series
+from trainer.stop import StopWish
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef012"
 
@@ -153,7 +154,7 @@ def test_a_package_that_is_missing_is_said_before_anything_starts(
     with pytest.raises(
         UserError, match=f"run.{package} needs the package {package}, and there is none\ninstall it: pip"
     ):
-        run_node(str(write_config(tmp_path, **change)), [], 2)
+        run_node(str(write_config(tmp_path, **change)), [], 2, StopWish())
     assert not (tmp_path / "run").exists()
     check_series(load("demo", ["run.tensorboard=false"]).run)  # what is not asked for is not missed
 

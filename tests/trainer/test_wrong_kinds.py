@@ -18,6 +18,7 @@ from tests.distributed import write_config
 from tests.test_mistakes import files_below, refused
 from trainer.folder import RunFolder, wrong_kinds
 from trainer.preflight import check, check_contents
+from trainer.stop import StopWish
 
 FILES = [
     *("config.yaml", "metrics.jsonl", "LEASE", "STOP", "PROFILE", "slurm/job.json", "gpu/readings.json"),
@@ -129,7 +130,7 @@ def test_a_run_and_its_launcher_refuse_it_and_touch_nothing(name: str, tmp_path:
     refused(tmp_path, [str(path)], f"{name}: it is a pipe, not a file", "move it away")
     before = files_below(tmp_path)
     with pytest.raises(UserError, match=f"{name}: it is a pipe, not a file"):
-        run_node(str(path), [], 1)
+        run_node(str(path), [], 1, StopWish())
     assert files_below(tmp_path) == before
 
 
