@@ -1,4 +1,8 @@
-"""Folders for as long as a process lives: what a killed one left goes with the next start. No torch."""
+"""Folders for as long as a process lives: what a killed one left goes with the next start. No torch.
+
+The cache has folders of its own kind (`temporary_folder` in `data/files.py`). Several users and nodes share it, its
+folders are published by a rename, and age decides where a filesystem has no locks. Here each of these would do harm.
+"""
 
 from __future__ import annotations
 

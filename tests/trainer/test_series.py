@@ -196,3 +196,28 @@ def test_a_failure_of_wandb_is_said_once_and_costs_nothing_else(
     for step in (1, 2):
         series.write(step, {"loss": 2.0})
     assert len(told) == 2
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "[]",
+        "[1]",
+        "7",
+        '"a"',
+        "null",
+        "{",
+        "\x00",
+        '{"a": []}',
+        '{"a": {"sm_pct": 7}}',
+        '{"a": {"sm_pct": ["x", null]}}',
+    ],
+)
+def test_readings_that_are_none_stop_no_run(bad: str, tmp_path: Path) -> None:
+    path = tmp_path / "readings.json"
+    readings = Readings(path)
+    path.write_text(bad)
+    assert readings.new() == {}
+    time.sleep(0.01)  # by its time a file is known to be new
+    write_json(path, {"a": {"sm_pct": [2.0, 1.0]}})
+    assert readings.new() == {"gpu/a/sm_pct/mean": 2.0, "gpu/a/sm_pct/lowest": 1.0}

@@ -90,7 +90,10 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(cache: Path) -> Iterator[Path]:
-    """A new folder in the cache, removed at the end unless `publish` renamed it. Locked while its maker lives."""
+    """A new folder in the cache, removed at the end unless `publish` renamed it. Locked while its maker lives.
+
+    No `HeldFolder` (`trainer/held.py`): that is private, and only its own user on its own node removes it.
+    """
     folder = _temporary_name(cache)
     folder.mkdir()
     # The lock takes its name only once it is held: nobody can find it free while its maker lives.
