@@ -34,6 +34,7 @@ _TENSORS = {
     *(f"model.{key}" for key in ("norm", "position", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tie_embeddings")),
     "optim.name",
 }
+_OTHER_DEFAULT = {"optim.weight_decay"}  # under adam and sgd it was once 0.1, as under adamw
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,15 @@ def _is_settled_by_content(change: dict[str, Any], config: Config) -> bool:
 
 
 def _advice(refused: list[dict[str, Any]], folder: RunFolder) -> str:
-    """What helps. Other tensors than those that are stored would be refused again once they are read."""
+    """What helps. Other tensors than those that are stored would be refused again once they are read. Nobody
+    changed a key that once had another default: to admit it would change the run."""
     keys = [change["key"] for change in refused]
     other = [key for key in keys if key in _TENSORS]
     if other and folder.newest_checkpoint()[1] is not None:
         return f"use another run.dir: the checkpoints in this one hold other tensors ({', '.join(other)})"
-    return f"use another run.dir, or admit it with run.accept_changes=[{','.join(keys)}]"
+    begun = [f"{change['key']}={change['old']}" for change in refused if change["key"] in _OTHER_DEFAULT]
+    kept = f"{' '.join(begun)} keeps what it was begun with; or " if begun else ""
+    return f"{kept}use another run.dir, or admit it with run.accept_changes=[{','.join(keys)}]"
 
 
 def _steps_changed(old: Config, new: Config) -> dict[str, Any]:

@@ -71,6 +71,19 @@ def test_advice_of_a_folder_begun_with_another_config(change: str, stored: bool,
     check_folder(load("demo", [f"run.dir={folder.root}", change, advice[0]]), folder)
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_run_begun_with_another_default_is_told_how_to_keep_it(name: str, tmp_path: Path) -> None:
+    """To admit what nobody changed would change the run: its decay would be gone."""
+    typed = [f"run.dir={tmp_path}", f"optim.name={name}"]
+    folder = RunFolder(tmp_path)
+    write_config(load("demo", [*typed, "optim.weight_decay=0.1"]), folder)  # the default of then
+    with pytest.raises(UserError) as error:
+        check_folder(load("demo", typed), folder)
+    (advised,) = re.findall(r"^(\S+) keeps what it was begun with; or use another run\.dir", str(error.value), re.M)
+    assert load("demo", [*typed, advised]).optim.weight_decay == 0.1
+    assert check_folder(load("demo", [*typed, advised]), folder) == []
+
+
 def test_a_trial_cut_to_size_keeps_a_schedule_that_fits() -> None:
     for schedule in ("wsd", "cosine"):
         typed = ["optim.warmup_steps=1000", "optim.decay_steps=500", "train.steps=9000", f"optim.schedule={schedule}"]
