@@ -15,7 +15,7 @@ from typing import Any
 from configs.errors import UserError
 from launch.monitor.rows import phase_now
 from trainer import life
-from trainer.entries import checkpoint_name
+from trainer.entries import MANIFEST, checkpoint_name
 from trainer.folder import RunFolder
 from trainer.lease import alive_here
 from trainer.life import Attempt, End
@@ -197,7 +197,7 @@ def _newest_checkpoint(folder: RunFolder) -> tuple[int | None, float | None]:
     if not steps:
         return None, None
     try:  # the manifest is what is written last, right before the commit
-        return steps[-1], (folder.checkpoints / checkpoint_name(steps[-1]) / "manifest.json").stat().st_mtime
+        return steps[-1], (folder.checkpoints / checkpoint_name(steps[-1]) / MANIFEST).stat().st_mtime
     except FileNotFoundError:  # deleted while we look, or broken
         return steps[-1], None
 

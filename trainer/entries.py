@@ -16,6 +16,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.files import kind_fault
 
+MANIFEST = "manifest.json"  # the file that makes a folder a checkpoint: written last
 _OURS = re.compile(r"(step-\d{8,18})(?:\.(bad|partial|deleting)-.+)?", re.ASCII)
 _ANY_STEP = re.compile(r"step-(\d{1,18})")  # also in digits of other scripts
 _SHOWN = 3

@@ -7,18 +7,16 @@ import shlex
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.files import open_regular
-from trainer.entries import checkpoint_name, committed_steps, newest_checkpoint
+from trainer.entries import MANIFEST, checkpoint_name, committed_steps, newest_checkpoint
 from trainer.folder import RunFolder
 
-_MANIFEST = "manifest.json"
 _WANTED = "name a run folder or a checkpoint in it"
 
 
 def checkpoint_named(path: Path) -> Path:
     """The folder of the checkpoint. Raises UserError that says what lies there instead, and what to name."""
     try:
-        if (path / _MANIFEST).exists():
+        if (path / MANIFEST).exists():
             return path
         found = newest_checkpoint(RunFolder(path).checkpoints)  # refused where something there may be newer
         instead = _instead(path) if found is None else ""
@@ -30,11 +28,13 @@ def checkpoint_named(path: Path) -> Path:
 
 
 def _has_checkpoint(path: Path) -> bool:
-    return (path / _MANIFEST).exists() or RunFolder(path).newest_checkpoint()[1] is not None
+    return (path / MANIFEST).exists() or RunFolder(path).newest_checkpoint()[1] is not None
 
 
 def _instead(path: Path) -> str:
     """What it is, and what to name."""
+    from trainer.convert.kinds import KIND_WORDS, find_other  # late: it imports numpy, which most starts do not need
+
     if not os.path.lexists(path):
         beside = [checkpoint_name(step) for step in committed_steps(path.parent)]
         return "does not exist; " + (f"there are {', '.join(beside[-3:])}" if beside else _WANTED)
@@ -42,25 +42,13 @@ def _instead(path: Path) -> str:
         return f"is a link to {os.readlink(path)}, which does not exist; {_WANTED}"
     around = next((parent for parent in path.absolute().parents if _has_checkpoint(parent)), None)
     if around is not None:
-        return f"is only a part of {'a checkpoint' if (around / _MANIFEST).exists() else 'a run'}; name {around}"
-    kind = _kind(path)
-    if kind is not None:
+        return f"is only a part of {'a checkpoint' if (around / MANIFEST).exists() else 'a run'}; name {around}"
+    other = find_other(path)
+    if other is not None:
         words = f"python -m launch checkpoint convert {shlex.quote(str(path))} NEW"
-        return f"is {kind}\nmake a checkpoint of it, and name that: {words}"
+        return f"is {KIND_WORDS[other[0]]}\nmake a checkpoint of it, and name that: {words}"
     if not path.is_dir():
         what = "a file of safetensors without a checkpoint around it" if path.suffix == ".safetensors" else "a file"
         return f"is {what}; {_WANTED}"
     runs = [below for below in sorted(path.iterdir()) if _has_checkpoint(below)]
     return "holds no committed checkpoint; " + (f"name one of its runs, such as {runs[0]}" if runs else _WANTED)
-
-
-def _kind(path: Path) -> str | None:
-    """What `launch checkpoint convert` takes, as far as a look tells."""
-    if path.is_dir():
-        names = set(os.listdir(path))
-        if ".metadata" in names:
-            return "a folder of torch.distributed.checkpoint"
-        states = [name for name in names if name.endswith(("model_states.pt", "optim_states.pt"))]
-        return "a folder of DeepSpeed's" if states or "latest" in names else None
-    with open_regular(path) as file:
-        return "a file of torch.save" if file.read(4) == b"PK\x03\x04" else None

@@ -16,10 +16,9 @@ from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_file
 from trainer.checkpoint.load import file_path, read_manifest
-from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.threads import in_threads
 from trainer.convert.kinds import open_checkpoint
-from trainer.entries import Kind, entries, entry_at
+from trainer.entries import MANIFEST, Kind, entries, entry_at
 from trainer.processors import allowed
 from trainer.terminal import say
 

@@ -14,7 +14,6 @@ from trainer.checkpoint.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.inside import check_files, read_small
 from trainer.checkpoint.manifest import (
     CHECKSUMS,
-    MANIFEST,
     MANIFEST_LIMIT_BYTES,
     Manifest,
     StoredFile,
@@ -22,7 +21,7 @@ from trainer.checkpoint.manifest import (
     decode_checksums,
     digest_in,
 )
-from trainer.entries import name_fault
+from trainer.entries import MANIFEST, name_fault
 
 if TYPE_CHECKING:
     import torch

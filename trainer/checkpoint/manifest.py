@@ -46,7 +46,6 @@ from trainer.checkpoint.facts import Config, Hex, Loop, Plain, Position, Size, T
 from trainer.checkpoint.strict import parse
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
 MANIFEST_LIMIT_BYTES = 256 << 20  # of checksums.json too: enough for 64 TB
 PIECES_LIMIT = 1 << 24  # of all tensors together: 4,096 ranks of the largest model

@@ -23,14 +23,14 @@ from trainer.checkpoint.boxes import GROUPS
 from trainer.checkpoint.carry import Base, Carrying, Job, carry_out, plan_carrying
 from trainer.checkpoint.errors import BadCheckpoint, SaveError, Superseded
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import CHECKSUMS, MANIFEST, digest_in
+from trainer.checkpoint.manifest import CHECKSUMS, digest_in
 from trainer.checkpoint.messages import Messages
 from trainer.checkpoint.pieces import Piece
 from trainer.checkpoint.share import PlannedFile, WrittenFile, plan_files, write_files
 from trainer.checkpoint.shelf import KEEP, Shelf, ask_to_keep
 from trainer.checkpoint.staging import HostCopy
 from trainer.checkpoint.writing import write_bytes
-from trainer.entries import checkpoint_name
+from trainer.entries import MANIFEST, checkpoint_name
 
 FRESH_EVERY = 10  # carried files are copied at every n-th save, so that one bad block is not in all
 _WRITING_ERRORS = (OSError, SaveError, BadCheckpoint, ValueError, RuntimeError)

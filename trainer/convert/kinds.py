@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from configs.errors import UserError
+from configs.files import open_regular
 from trainer.checkpoint.errors import BadCheckpoint
 from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import FORMAT, MANIFEST
-from trainer.entries import newest_checkpoint
+from trainer.checkpoint.manifest import FORMAT
+from trainer.entries import MANIFEST, newest_checkpoint
 from trainer.folder import RunFolder
 
 Target = Literal["muster", "torch", "dcp"]
@@ -46,39 +47,42 @@ def find_kind(path: Path, kind: Kind | None = None) -> tuple[Kind, Path]:
             "torch.distributed.checkpoint or of DeepSpeed's ZeRO"
         )
     if kind is not None and found[0] != kind:
-        raise UserError(f"{path}: --from {kind} was said, but this is {_KIND_WORDS[found[0]]}")
+        raise UserError(f"{path}: --from {kind} was said, but this is {KIND_WORDS[found[0]]}")
     return found
 
 
-_KIND_WORDS: dict[Kind, str] = {
+KIND_WORDS: dict[Kind, str] = {
     "muster": "a Muster checkpoint",
     "torch": "a file of torch.save",
-    "dcp": "a DCP folder",
+    "dcp": "a folder of torch.distributed.checkpoint",
     "deepspeed": "a folder of DeepSpeed's",
 }
 
 
 def _look(path: Path) -> tuple[Kind, Path] | None:
     path.stat()
-    if path.is_file():
-        with open(path, "rb") as file:
+    if (path / MANIFEST).exists():
+        return "muster", path
+    other = find_other(path)  # first: DeepSpeed's folders may be named like damaged checkpoints of ours
+    if other is not None or not path.is_dir():
+        return other
+    newest = newest_checkpoint(RunFolder(path).checkpoints) or newest_checkpoint(path)
+    return None if newest is None else ("muster", newest)
+
+
+def find_other(path: Path) -> tuple[Kind, Path] | None:
+    """What other programs saved at `path`, and where exactly."""
+    if not path.is_dir():
+        with open_regular(path) as file:
             return ("torch", path) if file.read(4) == ZIP_MAGIC else None
     names = set(os.listdir(path))
-    if MANIFEST in names:
-        return "muster", path
     if METADATA in names:
         return "dcp", path
-    for folder in (RunFolder(path).checkpoints, path):
-        newest = newest_checkpoint(folder)
-        if newest is not None:
-            return "muster", newest
-    found = find_deepspeed(path, names)
-    if found is not None:
-        return "deepspeed", found
-    return None
+    found = _find_deepspeed(path, names)
+    return None if found is None else ("deepspeed", found)
 
 
-def find_deepspeed(path: Path, names: set[str]) -> Path | None:
+def _find_deepspeed(path: Path, names: set[str]) -> Path | None:
     """Where the checkpoint lies when a folder of these names is one of DeepSpeed's, or holds some: the latest."""
     if deepspeed_states(names):
         return path

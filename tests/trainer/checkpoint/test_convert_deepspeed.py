@@ -19,6 +19,7 @@ import torch
 from deepspeed_folder import FROZEN, STEPS, write
 from torch import nn
 
+from configs.errors import UserError
 from launch.__main__ import main
 from tests.distributed import tiny
 from tests.matrix.checks import put_together
@@ -26,6 +27,8 @@ from tests.matrix.model import register
 from tests.matrix.ranks import go
 from tests.pool import Pool
 from tests.stored import Stored, bits
+from trainer.convert.kinds import find_kind
+from trainer.start_from import checkpoint_named
 
 OLD = Path(__file__).parent / "deepspeed-0.10.0"  # stage-1, stage-2, stage-3: two ranks in bf16
 STAGES = (1, 2, 3)
@@ -228,6 +231,22 @@ def test_latest(folder: Path, capsys: Capture) -> None:
     assert "'../elsewhere' is not the name of a folder" in refused(folder, capsys)
     (folder / "latest").unlink()
     assert "a folder without a checkpoint" in refused(folder, capsys)
+
+
+def test_a_folder_named_as_a_checkpoint_of_ours(tmp_path: Path, capsys: Capture) -> None:
+    """Under a tag such as `step-500`, which would be a damaged checkpoint of ours."""
+    shutil.copytree(OLD / "stage-2", tmp_path / "d")
+    for tag in ("step-500", f"step-{STEPS:08d}"):
+        folder = next(path for path in (tmp_path / "d").iterdir() if path.is_dir())
+        folder.rename(folder.with_name(tag))
+        (tmp_path / "d/latest").write_text(tag)
+        for source in ("d", f"d/{tag}"):
+            assert find_kind(tmp_path / source) == ("deepspeed", tmp_path / "d" / tag)
+        with pytest.raises(UserError, match="is a folder of DeepSpeed's\nmake a checkpoint of it"):
+            checkpoint_named(tmp_path / "d")
+        assert main(["checkpoint", "show", str(tmp_path / "d")]) == 2
+        assert "d: not a Muster checkpoint; convert it first" in capsys.readouterr().err
+    assert main(["checkpoint", "diff", str(tmp_path / "d"), str(OLD / "stage-2")]) == 0
 
 
 def changed(path: Path, change: Callable[[Any], None]) -> None:
