@@ -182,6 +182,35 @@ def test_promise_parser(tmp_path: Path) -> None:
     assert missing_proof("tests/test_a.py::TestB::test_x", tmp_path)
 
 
+# ---- docs/architecture.md: its table of rooms names every file of the product ----------------------------------------
+
+
+def modules_named(text: str) -> set[str]:
+    """Paths of the .py files in the table of rooms. A name alone lies in the folder of the row's first name."""
+    table = text.split("| room | holds |")[1].split("\n\n")[0]
+    found = set()
+    for row in table.splitlines():
+        names = re.findall(r"`([\w/]*\w\.py|\w[\w/]*/)`", row)
+        folder = names[0].rpartition("/")[0] if names else ""
+        found |= {name if "/" in name else f"{folder}/{name}" for name in names if name.endswith(".py")}
+    return found
+
+
+def test_the_table_of_rooms_names_every_module_and_no_other() -> None:
+    files = {path.relative_to(ROOT) for path in python_files()}
+    product = {path for path in files if path.parts[0] in PACKAGES and path.parts[0] != "benchmarks"}
+    wanted = {str(path) for path in product if path.name not in ("__init__.py", "__main__.py")}
+    named = modules_named((ROOT / "docs" / "architecture.md").read_text("utf-8"))
+    assert len(wanted) > 100
+    assert wanted - named == set()
+    assert named - {str(path) for path in files} == set()  # it may name a test, too
+
+
+def test_modules_are_read_from_a_table_of_rooms() -> None:
+    table = "| room | holds |\n|---|---|\n| `a/b.py`, `c.py` | see `d.py` and `e/f.py` |\n| `g/` | `h.py` |\n\n`i.py`"
+    assert modules_named(table) == {"a/b.py", "a/c.py", "a/d.py", "e/f.py", "g/h.py"}
+
+
 # ---- what runs when --------------------------------------------------------------------------------------------------
 
 
