@@ -32,6 +32,8 @@ def stand_apart() -> None:
     theirs is to be imported is asked for by name, with the folder added at the end of `sys.path`.
     """
     sys.path[:] = [place for place in sys.path if not _is_here(place)]
+    if _is_here(OURS):
+        sys.path.append(OURS)  # the libraries may lie beside us (pip install --target), and nothing else says where
     sys.meta_path.insert(0, _Ours)
     try:
         import configs.errors  # noqa: F401

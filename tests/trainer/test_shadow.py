@@ -50,6 +50,20 @@ def test_in_our_own_folder_the_path_stays(monkeypatch: pytest.MonkeyPatch) -> No
     assert shadow.python() == [sys.executable]
 
 
+def test_libraries_that_lie_beside_ours_are_found_and_hide_nothing(tmp_path: Path) -> None:
+    """An image with WORKDIR /app, after pip install --target /app."""
+    for package in shadow.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "only_here.py").write_text("")
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('the wrong module ran')\n")
+    code = "import sys; sys.path.insert(0, ''); from trainer.shadow import stand_apart; stand_apart(); "
+    code += "import only_here, colorsys, trainer; print(trainer.__file__)"
+    for env in ({}, {"PYTHONPATH": str(tmp_path)}):
+        command = [sys.executable, "-S", "-c", code]  # -S: an editable install would find what is missing
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.stdout, done.stderr) == (f"{tmp_path}/trainer/__init__.py\n", "")
+
+
 def test_an_installed_package_that_wrote_over_ours_is_named(tmp_path: Path) -> None:
     for package in shadow.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package)
