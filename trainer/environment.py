@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from configs.errors import UserError
 
@@ -92,8 +92,11 @@ def path(value: str) -> Path:
     return Path(value)
 
 
-def threads(value: str) -> int:
-    """OpenMP also takes a list, by level of nesting; the first one counts here."""
+def threads(value: str) -> int | None:
+    """OpenMP also takes a list, by level of nesting; the first one counts here. Nothing is as if it was not set: job
+    scripts hand on what Slurm perhaps has not told them."""
+    if not value.strip():
+        return None
     counts = [number(part.strip()) for part in value.split(",")]
     if 0 in counts:
         raise ValueError("is no number of threads")
@@ -149,14 +152,17 @@ VARIABLES = {found.name: found for found in list(globals().values()) if isinstan
 
 def check(environ: Environ) -> None:
     """Raise UserError for the first variable of the list whose text cannot be used. For the start of a command: what
-    is read later can then be read."""
+    is read later can then be read. But for torchrun's: a launcher never reads them, and Kubernetes sets MASTER_PORT
+    for a service of that name."""
     for variable in VARIABLES.values():
-        variable.read(environ)
+        if variable not in (*_RANKS, *_MEETING):
+            variable.read(environ)
 
 
 # ---- what belongs together ------------------------------------------------------------------------------------------
 
 _RANKS = (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE)
+_MEETING = (MASTER_ADDR, MASTER_PORT)
 
 
 @dataclass(frozen=True)
@@ -169,22 +175,33 @@ class Ranks:
     local_size: int = 1
     meeting: tuple[str, int] | None = None  # address and port at which several processes meet
     by_torchrun: bool = False
+    counted: bool = True  # whether `local_size` was told; else this node has at least so many
 
     @classmethod
     def read(cls, environ: Environ) -> Ranks:
         """Raises UserError when they contradict each other, or when only some of them are set: a left-over
-        WORLD_SIZE alone would make this process wait half an hour for others that do not exist."""
+        WORLD_SIZE alone would make this process wait half an hour for others that do not exist.
+
+        LOCAL_... need not be told where the rest is: torch asks for no more, and wrappers of srun and mpirun set it.
+        """
         values = {v.name: v.read(environ) for v in _RANKS}
         by_torchrun = TORCHELASTIC_RUN_ID.read(environ) is not None
         numbers = [value for value in values.values() if value is not None]
         if not numbers and not by_torchrun:
             return cls()
-        if len(numbers) < len(values):
+        rank, size, local_rank, local_size = values.values()
+        by_hand = not by_torchrun and all(environ.get(variable.name) for variable in _MEETING)
+        if rank is None or size is None or (len(numbers) < len(values) and not by_hand):
             _refuse_some(values, {TORCHELASTIC_RUN_ID.name: by_torchrun or None})
-        rank, size, local_rank, local_size = numbers
-        for small, large in ((RANK, WORLD_SIZE), (LOCAL_RANK, LOCAL_WORLD_SIZE)):
-            if environ[small.name] and int(environ[small.name]) >= int(environ[large.name]):
-                _contradict(environ, small, large, "the first must be below the second")
+        counted = local_size is not None
+        if local_rank is None:
+            local_rank = rank % local_size if local_size else 0
+        if local_size is None:
+            local_size = local_rank + 1
+        if rank >= size:
+            _contradict(environ, RANK, WORLD_SIZE, "the first must be below the second")
+        if local_rank >= local_size:
+            _contradict(environ, LOCAL_RANK, LOCAL_WORLD_SIZE, "the first must be below the second")
         if local_size > size:
             _contradict(environ, LOCAL_WORLD_SIZE, WORLD_SIZE, "a node cannot have more processes than the run")
         if local_rank > rank:
@@ -193,28 +210,28 @@ class Ranks:
             return cls(by_torchrun=by_torchrun)
         address, where = MASTER_ADDR.read(environ), MASTER_PORT.read(environ)
         if address is None or where is None:
-            missing = ", ".join(v.name for v in (MASTER_ADDR, MASTER_PORT) if v.name not in environ)
+            missing = ", ".join(v.name for v in _MEETING if v.name not in environ)
             raise UserError(f"WORLD_SIZE={size} without {missing}: {_REMEDY}")
-        return cls(rank, size, local_rank, local_size, (address, where), by_torchrun)
+        return cls(rank, size, local_rank, local_size, (address, where), by_torchrun, counted)
 
     @property
     def one_node(self) -> bool:
-        """Whether all processes are on this machine."""
-        return self.local_size == self.size
+        """Whether all processes are on this machine, as far as it was told: alike on all of them."""
+        return self.counted and self.local_size == self.size
 
 
 _REMEDY = "start with torchrun or python -m launch run, or unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE"
 
 
-def _refuse_some(values: Mapping[str, object], also: Mapping[str, object]) -> None:
+def _refuse_some(values: Mapping[str, object], also: Mapping[str, object]) -> NoReturn:
     given = [name for name, value in {**values, **also}.items() if value is not None]
     missing = [name for name, value in values.items() if value is None]
     verb = "is" if len(given) == 1 else "are"
     raise UserError(f"{', '.join(given)} {verb} set, but not {', '.join(missing)}: {_REMEDY} {' '.join(also)}")
 
 
-def _contradict(environ: Environ, one: Variable[int], other: Variable[int], why: str) -> None:
-    told = f"{one.name}={environ[one.name]} and {other.name}={environ[other.name]}"
+def _contradict(environ: Environ, one: Variable[int], other: Variable[int], why: str) -> NoReturn:
+    told = " and ".join(f"{v.name}={environ.get(v.name, 'not set')}" for v in (one, other))
     raise UserError(f"{told} contradict each other ({why}): {_REMEDY}")
 
 

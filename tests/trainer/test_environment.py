@@ -40,6 +40,27 @@ def test_what_torchrun_says_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("told", "local_rank", "local_size"),
+    [
+        ({}, 0, 1),  # a task of srun that sees its own GPU alone
+        ({"LOCAL_RANK": "1"}, 1, 2),
+        ({"LOCAL_RANK": "3"}, 3, 4),
+        ({"LOCAL_WORLD_SIZE": "2"}, 1, 2),
+    ],
+)
+def test_torch_itself_asks_for_no_local_variables(told: dict[str, str], local_rank: int, local_size: int) -> None:
+    """Wrappers of srun and mpirun, and DeepSpeed's launcher, set what `init_method=env://` asks for."""
+    env = {name: value for name, value in RANK_1.items() if not name.startswith("LOCAL_")} | {"RANK": "3"} | told
+    found = Ranks.read(env)
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (3, 4, local_rank, local_size)
+    assert not found.one_node  # all ranks must say the same, and rank 0 cannot know it
+    assert found.meeting == ("127.0.0.1", 29500)
+    assert Ranks.read(env | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}) == Ranks()
+    with pytest.raises(UserError, match="start with torchrun"):
+        Ranks.read({name: value for name, value in env.items() if name != "MASTER_PORT"} | {"LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"RANK": "x"}, "RANK='x' is no whole number"),
@@ -106,7 +127,7 @@ def test_some_of_a_launchers_variables_alone_are_refused_and_the_advice_helps(mi
     [
         ("OMP_NUM_THREADS", "many", "OMP_NUM_THREADS='many' is no whole number"),
         ("OMP_NUM_THREADS", "0", "is no number of threads"),
-        ("OMP_NUM_THREADS", "", "is no whole number"),
+        ("OMP_NUM_THREADS", "4,", "is no whole number"),
         ("MUSTER_PRETEND_GPUS", "two", "MUSTER_PRETEND_GPUS='two'"),
         ("MUSTER_LAUNCHED", "nan", "MUSTER_LAUNCHED='nan' is no time"),
         ("MUSTER_LAUNCHED", "soon", "MUSTER_LAUNCHED='soon'"),
@@ -125,8 +146,11 @@ def test_one_that_cannot_be_used_is_refused_by_name(name: str, value: str, words
 
 
 def test_what_may_stand_there_does() -> None:
-    check({**RANK_1, **LAUNCHER.environment(), "OMP_NUM_THREADS": "4,2", "CUDA_VISIBLE_DEVICES": "", "TERM": ""})
+    check({"MASTER_PORT": "tcp://10.0.0.1:29500", "MASTER_ADDR": "", "RANK": "x"})  # `launch run` never reads them
+    check({**LAUNCHER.environment(), "OMP_NUM_THREADS": "4,2", "CUDA_VISIBLE_DEVICES": "", "TERM": ""})
     assert VARIABLES["OMP_NUM_THREADS"].read({"OMP_NUM_THREADS": "4,2"}) == 4
+    for nothing in ("", " "):  # export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK without --cpus-per-task
+        assert VARIABLES["OMP_NUM_THREADS"].read({"OMP_NUM_THREADS": nothing}) is None
     assert Job.read({}) == Job(None, "0", None)
     assert Job.read({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_STEP_ID": "0"}) == Job("7", "2", "0")
 
