@@ -218,7 +218,7 @@ class Supervisor:
 
     def _agent_command(self) -> list[str]:
         nodes = self.nodes
-        torchrun = [f"--nproc-per-node={self.processes}"]
+        torchrun = [f"--nnodes={nodes.count}", f"--nproc-per-node={self.processes}"]
         if nodes.count == 1:
             # Not --standalone: it meets at the name of this host, which perhaps nothing resolves.
             torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}"]
@@ -226,7 +226,7 @@ class Supervisor:
         else:
             # Said, not guessed from names: a node that took itself for the first would be a world of its own.
             meet = {"is_host": int(nodes.is_first), "join_timeout": int(self.config.parallel.load_timeout_s)}
-            torchrun += [f"--nnodes={nodes.count}", "--rdzv-backend=c10d", f"--rdzv-id={nodes.start}"]
+            torchrun += ["--rdzv-backend=c10d", f"--rdzv-id={nodes.start}"]
             torchrun += [f"--rdzv-endpoint={nodes.first}:{nodes.port}", f"--local-addr={node_name()}"]
             torchrun += ["--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in meet.items())]
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
@@ -239,14 +239,17 @@ class Supervisor:
         return threads.each
 
     def _environment(self) -> dict[str, str]:
-        unless_set = {
+        unless_set = {  # or set to nothing, as by a job script that hands on what Slurm has not told it
             "TORCH_FR_BUFFER_SIZE": "2000",  # collectives, told after a hang
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # an index then means the same GPU to CUDA, to NVML and to people
             "OMP_NUM_THREADS": str(self._threads),
         }
         # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
         ours = {**self.told.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return {**unless_set, **os.environ, **apart(), **ours}
+        # PET_...: what torchrun takes for its options where they are not given, such as from an operator of Kubernetes.
+        theirs = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+        chosen = {name: value for name, value in unless_set.items() if not theirs.get(name)}
+        return {**theirs, **chosen, **apart(), **ours}
 
     def _pass_on(self) -> None:
         cause = self.wish.cause

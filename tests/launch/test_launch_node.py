@@ -192,3 +192,21 @@ def test_the_others_wait_as_long_as_the_first_node_may_check(tmp_path: Path, mon
         run_node(str(path), [], 1, StopWish(), Nodes(2, 1, "node1"))
     assert said.getvalue().count("waits for node1 to take") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_and_openmp_hear_the_launcher_not_what_is_left_in_the_environment(
+    second_of_two: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator of Kubernetes sets PET_... for its own torchrun, and a job script OMP_NUM_THREADS to nothing."""
+    from torch.distributed.run import parse_args
+
+    second_of_two.nodes = Nodes()
+    for name, value in {"PET_NNODES": "2:4", "PET_NODE_RANK": "1", "PET_STANDALONE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    environment = second_of_two._environment()
+    assert environment["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr(os, "environ", environment)
+    command = second_of_two._agent_command()
+    options = parse_args(command[command.index("launch.agent") + 1 :])
+    assert (options.nnodes, options.node_rank, options.standalone) == ("1", 0, False)
