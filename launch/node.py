@@ -234,7 +234,7 @@ class Supervisor:
         return [*python(), "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
 
     def _choose_threads(self) -> int:
-        threads = processors.threads(self.processes)
+        threads = processors.threads(self.processes, self.config.precision.deterministic)
         self.console.say(str(threads))
         return threads.each
 

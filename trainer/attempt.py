@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.errors import UserError
 from configs.schema import Config
 from trainer import life
@@ -156,12 +158,12 @@ def _attempt(run: Run, changes: Changes) -> End:
         for change in changes:
             run.events.write(**change)
         write_config(config, folder)
-        attempt.write_start(
-            run.progress.step, {"hosts": hosts, "world_size": world.size, "last_step": config.train.steps}
-        )
+        facts = {"hosts": hosts, "world_size": world.size, "cpu_threads": torch.get_num_threads()}
+        attempt.write_start(run.progress.step, facts | {"last_step": config.train.steps})
         run.events.write("started", step=run.progress.step, origin=str(run.origin), world_size=world.size)
         say_start(run)
         _say_rates(run, changes)
+        _say_threads(run, before)
     return live(run)
 
 
@@ -172,6 +174,13 @@ def _say_rates(run: Run, changes: Changes) -> None:
     lines = [rate_change(config, old, step) for old in lengths if step < config.train.steps]
     for line in [*lines, *remarks(config)]:
         run.console.say(line)
+
+
+def _say_threads(run: Run, before: Attempt) -> None:
+    """Another number of threads adds in another order, so a CPU run goes on to other bits."""
+    then, now = before.cpu_threads, torch.get_num_threads()
+    if run.progress.step and run.world.device.type == "cpu" and then not in (None, now):
+        run.console.say(f"threads   {now} a process, {then} before: sums on the CPU may differ in their last bits")
 
 
 def _first_line(error: Exception) -> str:

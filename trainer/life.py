@@ -109,6 +109,11 @@ class Attempt:
         """The step it began after; None when it did not get that far."""
         return whole(facts_in(self.path / "start.json"), "start_step")
 
+    @property
+    def cpu_threads(self) -> int | None:
+        """How many each of its processes computed with on the CPU."""
+        return whole(facts_in(self.path / "start.json"), "cpu_threads")
+
     def is_newest(self) -> bool:
         return max(numbers(self.folder)) == self.number
 

@@ -25,19 +25,24 @@ class Threads:
 
     each: int
     processors: int
-    idle: float
+    idle: float | None  # None where it was not looked for
 
     def __str__(self) -> str:
         per = f"{self.each} CPU thread{'s' if self.each > 1 else ''} a process"
-        return f"threads   {per}: {self.processors} processors may be used, {self.idle:.1f} idle"
+        idle = f", {self.idle:.1f} idle" if self.idle is not None else ""
+        return f"threads   {per}: {self.processors} processors may be used{idle}"
 
 
-def threads(processes: int) -> Threads:
+def threads(processes: int, deterministic: bool = False) -> Threads:
     """What `processes` on this node should use each. Takes a moment, in which it looks what is idle.
 
     Threads of one process wait for each other at every operation. On a processor that others use, one of them is always
-    late: two threads then make a tenth of the steps that one makes.
+    late: two threads then make a tenth of the steps that one makes. But their number decides in which order a sum is
+    made: a `deterministic` run gets as many whatever else runs.
     """
+    if deterministic:
+        usable = allowed()
+        return Threads(max(1, usable // processes), usable, None)
     usable, unused = allowed(), _idle()
     return Threads(max(1, min(usable, int(unused + _NEARLY)) // processes), usable, min(unused, usable))
 

@@ -150,7 +150,7 @@ def start(config: Config, heartbeat: Heartbeat | None = None, wish: StopWish | N
     ranks = Ranks.read(os.environ)
     rank, size = ranks.rank, ranks.size
     if OMP_NUM_THREADS.read(os.environ) is None:  # neither a person nor a launcher has decided
-        threads = processors.threads(ranks.local_size)
+        threads = processors.threads(ranks.local_size, config.precision.deterministic)
         torch.set_num_threads(threads.each)
         Console(rank).say(str(threads))
     device = torch.device("cpu")

@@ -98,6 +98,35 @@ def test_more_idle_than_allowed_gives_what_is_allowed(machine: Path, monkeypatch
     assert str(processors.threads(1)) == "threads   3 CPU threads a process: 3 processors may be used, 3.0 idle"
 
 
+def test_a_deterministic_run_gets_as_many_whatever_else_runs(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number of threads adds in another order."""
+    monkeypatch.setattr(processors.time, "sleep", lambda seconds: pytest.fail("it looks what is idle"))
+    put(machine, {CGROUP: "0::/\n", CPU_MAX: "800000 100000\n"})
+    assert [processors.threads(n, deterministic=True).each for n in (1, 2, 3, 8, 16)] == [8, 4, 2, 1, 1]
+    assert str(processors.threads(2, True)) == "threads   4 CPU threads a process: 8 processors may be used"
+
+
+def _a_run(config: dict[str, Any], threads: int) -> str:
+    """What a run says that computes with so many."""
+    from trainer.start import start
+    from trainer.stop import StopWish
+
+    os.environ.pop("OMP_NUM_THREADS")
+    processors.threads = lambda processes, deterministic=False: processors.Threads(threads, 8, 3.0)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert start(Config.model_validate(config), StopWish()) == 0
+    return said.getvalue()
+
+
+def test_a_run_says_when_it_goes_on_with_another_number_of_threads(tmp_path: Path) -> None:
+    said = {}
+    for steps, threads in ((2, 1), (3, 1), (4, 2)):
+        (said[steps],) = run_ranks(1, _a_run, tiny(tmp_path, train__steps=steps), threads)
+    line = "threads   2 a process, 1 before: sums on the CPU may differ in their last bits\n"
+    assert [text.count(line) for text in said.values()] == [0, 0, 1]
+
+
 def test_on_one_allowed_core_or_busy_ones_there_is_one_thread() -> None:
     """The real machine: all its processors are kept busy, then one alone is allowed."""
     usable = os.sched_getaffinity(0)
@@ -126,7 +155,7 @@ def _a_rank(config: dict[str, Any], user: str | None) -> tuple[int, str]:
     os.environ.pop("OMP_NUM_THREADS")
     if user is not None:
         os.environ["OMP_NUM_THREADS"] = user
-    processors.threads = lambda processes: processors.Threads(3, 8, 3.0)
+    processors.threads = lambda processes, deterministic: processors.Threads(3, 8, 3.0)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         world.start(Config.model_validate(config))
