@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.everything import files_of_tests
+from trainer.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "muster", "benchmarks")
@@ -209,6 +210,21 @@ def test_the_table_of_rooms_names_every_module_and_no_other() -> None:
 def test_modules_are_read_from_a_table_of_rooms() -> None:
     table = "| room | holds |\n|---|---|\n| `a/b.py`, `c.py` | see `d.py` and `e/f.py` |\n| `g/` | `h.py` |\n\n`i.py`"
     assert modules_named(table) == {"a/b.py", "a/c.py", "a/d.py", "e/f.py", "g/h.py"}
+
+
+# ---- docs/life.md: its table of files by which processes meet --------------------------------------------------------
+
+
+def test_every_file_of_a_run_folder_is_in_the_table_of_files() -> None:
+    folder = RunFolder(Path("run"))
+    paths = {name: getattr(folder, name) for name, kind in vars(RunFolder).items() if isinstance(kind, property)}
+    table = (
+        (ROOT / "docs" / "life.md").read_text("utf-8").split("## Files by which processes meet")[1].split("\n## ")[0]
+    )
+    names = re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `")))
+    assert len(paths) > 10
+    missing = [path for path in paths.values() if not any(Path("run", name).is_relative_to(path) for name in names)]
+    assert missing == []
 
 
 # ---- what runs when --------------------------------------------------------------------------------------------------
