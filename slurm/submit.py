@@ -114,7 +114,10 @@ class Submission:
             self._check_words,
             self._check_place,
         )
-        found += check(self.config, self.request.nodes * self.processes, self.folder, paths)
+        here = (
+            self.request.container is None and self.request.python is None
+        )  # else what is installed here says nothing
+        found += check(self.config, self.request.nodes * self.processes, self.folder, paths, packages=here)
         return found or problems_of(self._check_saves)
 
     def _check_time(self) -> None:

@@ -17,7 +17,7 @@ from configs.load import dump, load
 from configs.paths import fitting
 from configs.schema import Config, differences, fields, fingerprint, result_fields
 from trainer.data.listing import check_source
-from trainer.engines import check_engine
+from trainer.engines import check_engine, check_package
 from trainer.entries import refuse_to_pass_over
 from trainer.folder import RunFolder, write_text, wrong_kinds
 from trainer.freeze import check_schedule
@@ -46,24 +46,28 @@ class Problem:
     elsewhere: bool = False
 
 
-def check(config: Config, processes: int, folder: RunFolder, paths: bool = True) -> list[Problem]:
+def check(
+    config: Config, processes: int, folder: RunFolder, paths: bool = True, packages: bool = True
+) -> list[Problem]:
     """Everything that is wrong, as far as it can be known without work. `processes`: all of the run, over all nodes.
 
-    `paths` False: what the config names outside the run folder is not looked for. Touches nothing.
+    `paths` False: what the config names outside the run folder is not looked for. `packages` False: nor what is
+    installed, as the run has another Python. Touches nothing.
     """
-    found = check_numbers(config, processes)
+    found = check_numbers(config, processes, packages)
     place = problems_of(lambda: check_place("run.dir", folder.root))
     found += place or problems_of(lambda: check_folder(config, folder))
     found += problems_of(lambda: _check_freezing(config))
     return found + (_check_paths(config, folder) if paths and not place else [])
 
 
-def check_numbers(config: Config, processes: int) -> list[Problem]:
+def check_numbers(config: Config, processes: int, packages: bool = True) -> list[Problem]:
     """What every rank finds alike by itself: nothing of the run's is read."""
+    installed = (lambda: check_package(config.parallel), lambda: check_series(config.run)) if packages else ()
     return problems_of(
         lambda: resolve(config.parallel, processes),
         lambda: check_engine(config.parallel, processes),
-        lambda: check_series(config.run),
+        *installed,
         lambda: check_rates(config),
     )
 

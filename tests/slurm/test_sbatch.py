@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load
+from configs.schema import Config
+from configs.slurm_section import SlurmSection
 from slurm import again, queue
 from slurm.__main__ import main
 from slurm.array import configs_of, labels
 from slurm.ask import ask, facts_of
 from slurm.request import not_heard, of_environment
-from tests.distributed import write_config
+from slurm.submit import Submission
+from tests.distributed import tiny, write_config
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import commands, in_queue, verb
 from trainer.folder import RunFolder
@@ -192,6 +196,21 @@ def test_what_a_person_wrote_is_no_fact_of_a_job() -> None:
     facts = facts_of(line)
     assert [facts[key] for key in ("JobId", "JobState", "Restarts", "Reason")] == ["7", "RUNNING", "0", "None"]
     assert facts_of("PartitionName=low State=UP") == {"PartitionName": "low", "State": "UP"}
+
+
+@pytest.mark.parametrize("elsewhere", [{"container": "img"}, {"python": "/env/bin/python"}])
+def test_what_is_installed_here_says_nothing_of_a_container_or_another_python(
+    elsewhere: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", nothing_installed)
+    wanted = {"run__wandb": "lab", "run__tensorboard": True, "parallel__engine": "zero"}
+    config = Config.model_validate(tiny(tmp_path, **wanted))
+    here = Submission(config, SlurmSection(gpus_per_node=1)).problems(paths=True)
+    assert [problem.text.partition(" needs ")[0] for problem in here] == ["parallel.engine=zero", "run.tensorboard"]
+    assert Submission(config, SlurmSection(gpus_per_node=1, **elsewhere)).problems(paths=True) == []
 
 
 # ---- limits of names -------------------------------------------------------------------------------------------------

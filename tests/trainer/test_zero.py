@@ -17,7 +17,7 @@ from tests.matrix.checks import put_together
 from tests.matrix.ranks import go
 from tests.pool import Pool
 from tests.stored import bits
-from trainer.engines import check_engine
+from trainer.engines import check_engine, check_package
 from trainer.folder import RunFolder
 from trainer.rows import read_rows
 
@@ -120,9 +120,9 @@ def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    check_engine(ParallelSection(), 2)
+    check_package(ParallelSection())
     with pytest.raises(UserError, match=r"^parallel.engine=zero needs deepspeed>=0.19.8,<0.20, and there is none\n"):
-        check_engine(ParallelSection(engine="zero"), 2)
+        check_package(ParallelSection(engine="zero"))
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_deepspeed(version: str, good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: version)
     if good:
-        check_engine(ParallelSection(engine="zero"), 2)
+        check_package(ParallelSection(engine="zero"))
     else:
         with pytest.raises(UserError, match=f"<0.20, and {version} is installed\n"):
-            check_engine(ParallelSection(engine="zero"), 2)
+            check_package(ParallelSection(engine="zero"))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ DEEPSPEED = (0, 19, 8), (0, 20)
 
 
 def check_engine(parallel: ParallelSection, world_size: int) -> None:
-    """Raise UserError when the engine cannot run here, before anything is touched."""
+    """Raise UserError when the engine cannot run on so many ranks, before anything is touched."""
     if parallel.engine == "zero":
-        _check_deepspeed()
         size = min(secondary_size(parallel), world_size)
         if world_size % size:
             raise UserError(f"parallel.deepspeed: zero_hpz_partition_size {size} does not divide {world_size} ranks")
@@ -29,7 +28,10 @@ def check_engine(parallel: ParallelSection, world_size: int) -> None:
         raise UserError("parallel.cpu_offload needs at least 2 ranks: one process keeps everything on its device")
 
 
-def _check_deepspeed() -> None:
+def check_package(parallel: ParallelSection) -> None:
+    """Raise UserError when the engine's package is missing, or is another version."""
+    if parallel.engine != "zero":
+        return
     wanted = "parallel.engine=zero needs deepspeed>=0.19.8,<0.20"
     how = "install it: pip install 'muster[deepspeed]', or use parallel.engine=fsdp"
     try:
