@@ -34,7 +34,7 @@ from slurm.cluster_net import (
 )
 from trainer.arguments import typed
 from trainer.environment import PATH
-from trainer.inherited import without_job
+from trainer.inherited import CLUSTERS, without_job
 
 # program -> the Debian and Ubuntu package that has it
 _NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
@@ -91,7 +91,7 @@ class Cluster:
     def __init__(self, home: Home, settings: Settings) -> None:
         self.home, self.settings = home, settings
         self.environment = {
-            **without_job(os.environ),
+            **{name: value for name, value in without_job(os.environ).items() if name != CLUSTERS},  # a real one
             "PATH": _path(),
             "SLURM_CONF": str(home.conf),
             "MYSQL_UNIX_PORT": str(home.database_socket),

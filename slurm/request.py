@@ -18,7 +18,7 @@ from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from configs.typed import settle
 from trainer.environment import SLURM_JOB_ID, XDG_CONFIG_HOME
-from trainer.inherited import NEEDED
+from trainer.inherited import CLUSTERS, NEEDED
 
 # Where a person's own defaults for sbatch stand. `sbatch` itself would take them over what the script says.
 _VARIABLES = {
@@ -52,7 +52,7 @@ def not_heard(environment: Mapping[str, str]) -> str | None:
     """A line that names what of the environment a plain `sbatch` would have heard and this one does not."""
     job = SLURM_JOB_ID.read(environment)
     told: tuple[str, ...] = ("SBATCH_", "SLURM_")
-    heard, why = {*_VARIABLES.values(), *NEEDED}, "the job is as its script says"
+    heard, why = {*_VARIABLES.values(), *NEEDED, CLUSTERS}, "the job is as its script says"
     if job is not None:  # which sets SLURM_... itself
         told, heard, why = ("SBATCH_",), set(), f"of job {job}, in which this was typed"
     names = [name for name in sorted(environment) if name.startswith(told) and name not in heard]

@@ -23,10 +23,13 @@ _PREFIXES = (
     "PMIX_",
 )
 NEEDED = ("SLURM_CONF", "SLURM_JWT")  # where the cluster is, and who asks
+# Which cluster a person means. In a job it may be left from a submission to several: there the node's own one is asked.
+CLUSTERS = "SLURM_CLUSTERS"
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what tells of a job, or tells Slurm's commands what to do."""
-    gone = _DEVICES if "SLURM_JOB_ID" in environment else ()
-    return {k: v for k, v in environment.items() if k in NEEDED or not (k.startswith(_PREFIXES) or k in gone)}
+    inside = "SLURM_JOB_ID" in environment
+    gone, kept = (_DEVICES, NEEDED) if inside else ((), (*NEEDED, CLUSTERS))
+    return {k: v for k, v in environment.items() if k in kept or not (k.startswith(_PREFIXES) or k in gone)}

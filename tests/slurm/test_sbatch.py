@@ -109,7 +109,7 @@ def test_a_chained_job_inherits_nothing_either(
     told: Callable[[], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     surround(monkeypatch)
-    job = again.Job("12", True, False, False, 0.0, "low", 2, [])
+    job = again.Job("12", True, False, False, "low", 2, [])
     again.by_chain(job, ["node1"], RunFolder(tmp_path), print)
     assert given(told()) == {"SLURM_CONF"}
 
@@ -130,6 +130,19 @@ def test_outside_a_job_the_devices_are_the_persons() -> None:
         "SLURM_JWT": "x",
         "HOME": "/h",
     }
+
+
+def test_the_cluster_that_a_person_named_is_asked(
+    told: Callable[[], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a job its own is: the next life has to stay there, wherever the first was sent from."""
+    monkeypatch.setenv("SLURM_CLUSTERS", "gpu")
+    assert not_heard(os.environ) is None
+    assert main(["submit", str(write_config(tmp_path)), *SMALL]) == 0
+    assert told()["SLURM_CLUSTERS"] == "gpu"
+    surround(monkeypatch)
+    again.by_chain(again.Job("12", True, False, False, "low", 2, []), ["node1"], RunFolder(tmp_path), print)
+    assert "SLURM_CLUSTERS" not in told()
 
 
 def test_a_persons_own_defaults_lie_below_all_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
