@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import re
 import shlex
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 from configs.errors import UserError
 from configs.files import NotText, read_text
 from configs.load import load
+from configs.parse import Place, parse
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from configs.typed import list_items
@@ -27,20 +31,41 @@ _POLL_S = 2.0
 _LABEL_BYTES = 200  # of a folder's name: a filesystem takes 255, and tools add something of their own
 
 
-def overrides_of(words: list[str]) -> list[list[str]]:
+class Override(NamedTuple):
+    """As it was typed, and as it stands in the name of the run's folder."""
+
+    typed: str
+    named: str
+
+
+def overrides_of(words: list[str]) -> list[list[Override]]:
     """The overrides of each run: every combination of what `words` list. Raises UserError."""
     axes = [_axis(word) for word in words]
     return [list(itertools.chain(*combination)) for combination in itertools.product(*axes)]
 
 
-def _axis(word: str) -> list[list[str]]:
+def _axis(word: str) -> list[list[Override]]:
     key, equals, text = word.partition("=")
     if not equals:
-        return _lines(word)
+        return [[Override(typed, typed) for typed in own] for own in _lines(word)]
     try:
-        return [[f"{key}={item}"] for item in list_items(text.strip())]
+        return [[Override(f"{key}={item}", f"{key}={_named(item)}")] for item in list_items(text.strip())]
     except ValueError as error:
         raise UserError(f"--array {word}: {error}; write a list of values, as in optim.lr=[1e-3,3e-4]") from error
+
+
+def _named(item: str) -> str:
+    """An item as YAML 1.1 wrote it into the names of folders, which older arrays have: without quotes, 0.10 as 0.1. As
+    it was typed where YAML 1.1 read another value: 010 was 8."""
+    try:
+        (old,) = yaml.safe_load(f"[{item}]")
+        if isinstance(old, str):
+            return old
+        new = parse(item, lambda line: Place("--array", line), [])
+        written = json.dumps(old)
+    except (yaml.YAMLError, ValueError, TypeError):  # such as a date, which is text now
+        return item
+    return written if new is not None and written == json.dumps(new.plain()) else item
 
 
 def _lines(name: str) -> list[list[str]]:
@@ -67,27 +92,27 @@ def configs_of(base: Config, words: list[str], argument: str | None, typed: list
     """The config of each run; its folder lies in that of `base` and is named by what is its own. Raises UserError."""
     runs = overrides_of(words)
     for own in runs:
-        if any(text.startswith(("slurm.", "run.dir=")) for text in own):
+        if any(override.typed.startswith(("slurm.", "run.dir=")) for override in own):
             raise UserError("--array: the runs of an array share what is asked of Slurm, and have folders of their own")
     if not runs:
         raise UserError("--array: no runs")
     found = []
     for own, label in zip(runs, labels(runs), strict=True):
-        config = load(argument, [*typed, *own])
+        config = load(argument, [*typed, *(override.typed for override in own)])
         # Not as an override, which would be read once more: as YAML, or with `~`.
         run = config.run.model_copy(update={"dir": str(Path(base.run_dir) / label)})
         found.append(config.model_copy(update={"run": run}))
     return found
 
 
-def labels(runs: list[list[str]]) -> list[str]:
+def labels(runs: list[list[Override]]) -> list[str]:
     """The name of each run's folder. A long one, and those that would be alike, end in a digest of the overrides, so
     that a run has the same name in every array. Raises UserError for a run that stands twice."""
-    texts = [",".join(own) for own in runs]
+    texts = [",".join(override.typed for override in own) for own in runs]
     twice = next((text for text, count in Counter(texts).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"--array: two runs would both be {twice}")
-    plain = [re.sub(r"[^\w.=,+-]", "_", text) for text in texts]
+    plain = [re.sub(r"[^\w.=,+-]", "_", ",".join(override.named for override in own)) for own in runs]
     alike = {label for label, count in Counter(plain).items() if count > 1}
     return [
         _shortened(label, text) if label in alike or len(label.encode()) > _LABEL_BYTES else label

@@ -62,7 +62,7 @@ def test_quotes_around_the_whole_are_taken_off_and_nothing_is_no_value() -> None
     ("typed", "value"), [("010", 10), ("0o10", 8), ("+3", 3), ("0x10", 16), (" 7 ", 7), ("1_0", None), ("1:30", None)]
 )
 def test_numbers_are_the_same_in_a_shell_in_a_file_and_in_an_array(typed: str, value: int | None, write: Write) -> None:
-    ((override,),) = overrides_of([f"run.seed=[{typed}]"])
+    (((override, _),),) = overrides_of([f"run.seed=[{typed}]"])
     ways: list[tuple[str, list[str]]] = [
         ("demo", [f"run.seed={typed}"]),
         (write(f"include: demo\nrun:\n  seed: {typed}\n"), []),
@@ -89,7 +89,7 @@ def test_text_in_a_file_is_what_stands_there(write: Write) -> None:
 def test_an_array_hands_on_each_item_as_it_was_typed(value: str) -> None:
     words = [w for w in (value, "x") if not w.startswith(("*", "&", "!"))]
     assert list_items(f"[{', '.join(words)}]") == words
-    assert overrides_of([f"a.b=[{','.join(words)}]"]) == [[f"a.b={word}"] for word in words]
+    assert [own.typed for (own,) in overrides_of([f"a.b=[{','.join(words)}]"])] == [f"a.b={word}" for word in words]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_what_is_no_list_is_refused(text: str, reason: str) -> None:
 def test_an_array_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "runs"
     path.write_bytes("\ufeffrun.seed=010\r\n\n  # a comment\nrun.name='Set #3' optim.lr=1e-3\n".encode())
-    assert overrides_of([str(path)]) == [["run.seed=010"], ["run.name=Set #3", "optim.lr=1e-3"]]
+    runs = [["run.seed=010"], ["run.name=Set #3", "optim.lr=1e-3"]]
+    assert overrides_of([str(path)]) == [[(text, text) for text in own] for own in runs]
     for data, reason in (
         (b"a=1\nb=caf\xe9\n", ":2: is not UTF-8 text"),
         (b"\xff\xfea\0=\0", ":1: is UTF-16: save it as UTF-8"),

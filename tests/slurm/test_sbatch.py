@@ -18,9 +18,10 @@ from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
+from configs.typed import list_items
 from slurm import again, queue
 from slurm.__main__ import main
-from slurm.array import configs_of, labels
+from slurm.array import Override, configs_of, labels, overrides_of
 from slurm.ask import ask, facts_of
 from slurm.request import not_heard, of_environment
 from slurm.submit import Submission
@@ -229,21 +230,42 @@ def test_what_is_installed_here_says_nothing_of_a_container_or_another_python(
 # ---- limits of names -------------------------------------------------------------------------------------------------
 
 
+def labels_of(runs: list[list[str]]) -> list[str]:
+    return labels([[Override(text, text) for text in own] for own in runs])
+
+
+@pytest.mark.parametrize(
+    ("items", "names"),
+    [
+        ('["a b.json","c.json"]', ["a_b.json", "c.json"]),
+        ("[0.10,1.0e-3,1e-3,.5,0x10]", ["0.1", "0.001", "1e-3", "0.5", "16"]),
+        ("[[0.9,0.95]]", ["_0.9,_0.95_"]),
+        ("[True,null,'null']", ["true", "null", "null"]),
+        ("[010,on,1_0,1:30,2024-01-02]", ["010", "on", "1_0", "1_30", "2024-01-02"]),  # other values than once
+    ],
+)
+def test_an_array_that_is_submitted_again_finds_its_folders(items: str, names: list[str]) -> None:
+    """Those of an older version, which wrote into a name what YAML made of an item."""
+    runs = overrides_of([f"a.b={items}"])
+    assert [own.typed for (own,) in runs] == [f"a.b={item}" for item in list_items(items)]
+    assert [re.sub(r"(?<=null)-\w{12}$", "", label) for label in labels(runs)] == [f"a.b={name}" for name in names]
+
+
 def test_labels_are_shortened_and_stay_apart() -> None:
     many = [f"optim.lr=1e-{n}" for n in range(30)]
     long = [[*many, "run.seed=1"], [*many, "run.seed=2"], ["run.seed=3"], ["run.name=" + "ä" * 200]]
-    short = labels(long)
+    short = labels_of(long)
     assert max(len(label.encode()) for label in short) <= 200
     assert len(set(short)) == 4
     assert short[2] == "run.seed=3"
     assert short[0].startswith("optim.lr=1e-0,optim.lr=1e-1,")
-    assert labels(long[::-1]) == short[::-1]  # the same run has the same name in another array
-    alike = labels([["run.name=a b"], ["run.name=a_b"], ["run.name=c d"]])
+    assert labels_of(long[::-1]) == short[::-1]  # the same run has the same name in another array
+    alike = labels_of([["run.name=a b"], ["run.name=a_b"], ["run.name=c d"]])
     assert len(set(alike)) == 3
     assert alike[2] == "run.name=c_d"
     assert all(label.startswith("run.name=a_b-") for label in alike[:2])
     with pytest.raises(UserError, match=r"two runs would both be run\.seed=1"):
-        labels([["run.seed=1"], ["run.seed=1"]])
+        labels_of([["run.seed=1"], ["run.seed=1"]])
 
 
 def test_many_overrides_in_a_line_make_a_folder(tmp_path: Path) -> None:

@@ -236,9 +236,11 @@ def test_no_time_limit_but_the_sites_is_made_up(tmp_path: Path) -> None:
 def test_the_runs_of_an_array(tmp_path: Path) -> None:
     listed = tmp_path / "runs.txt"
     listed.write_text("# two\noptim.lr=1e-3 run.seed=1\n\nrun.seed=2\n")
-    assert overrides_of([str(listed)]) == [["optim.lr=1e-3", "run.seed=1"], ["run.seed=2"]]
-    grid = overrides_of(["optim.lr=[1e-3,0.1]", "optim.name=[adamw,sgd]"])
-    assert grid == [[f"optim.lr={lr}", f"optim.name={name}"] for lr in ("1e-3", "0.1") for name in ("adamw", "sgd")]
+    of_lines, grid = overrides_of([str(listed)]), overrides_of(["optim.lr=[1e-3,0.1]", "optim.name=[adamw,sgd]"])
+    assert [[own.typed for own in run] for run in of_lines] == [["optim.lr=1e-3", "run.seed=1"], ["run.seed=2"]]
+    assert [[own.typed for own in run] for run in grid] == [
+        [f"optim.lr={lr}", f"optim.name={name}"] for lr in ("1e-3", "0.1") for name in ("adamw", "sgd")
+    ]
     text = script(write_config(tmp_path), *SMALL, "--array=run.seed=[1,2,3]")
     assert "#SBATCH --array=0-2%" in text
     assert text.count('/config-"$SLURM_ARRAY_TASK_ID".yaml') == 2
