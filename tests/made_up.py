@@ -28,9 +28,14 @@ def attempt(
     start = {"time_s": time.time() - 100, "start_step": start_step, "last_step": 1000, "hosts": ["node1", "node2"]}
     write(place / "start.json", start | {"environment": environment} | facts)
     if end is not None:
-        write(place / "end.json", asdict(end) | {"time_s": time.time()})
+        ended(root, number, end)
     (place / "rank-00000.log").write_text(f"rank 0 of attempt {number}\n")
     return place
+
+
+def ended(root: Path, number: int, end: End) -> None:
+    """The end of an attempt that was begun."""
+    write(RunFolder(root).attempts / f"{number:03d}" / "end.json", asdict(end) | {"time_s": time.time()})
 
 
 def rows(root: Path, steps: range, number: int = 0, age_s: float = 1.0, **facts: Any) -> None:

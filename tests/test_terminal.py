@@ -26,6 +26,7 @@ def ended(main: Main, out: int | None, errors: Path, encoding: str = "utf-8") ->
     """(exit code, standard error) of a program in a process of its own, with `out` as its output; None: closed."""
     child = os.fork()
     if child == 0:
+        terminal._Stream.output_unheard = False  # whatever a test before this one ran in this process
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         if out is None:
             os.close(1)

@@ -10,6 +10,7 @@ from tests import made_up
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import SLURM, commands, in_queue, verb
 from trainer.events import append_row
+from trainer.life import End
 
 RUNNING = in_queue("7")
 
@@ -31,7 +32,7 @@ def test_watch_ends_when_no_run_lives(tmp_path: Path) -> None:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(4)]
         assert lines[2].split()[1:3] == ["7", "running"]
-        made_up.write(tmp_path / "runs/r/attempts/000/end.json", {"reason": "finished", "step": 1000})
+        made_up.ended(tmp_path / "runs/r", 0, End("finished", 1000, None, False))
         (tmp_path / "over").touch()
         rest, _ = process.communicate(timeout=20)
     assert process.returncode == 0
