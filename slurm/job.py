@@ -14,10 +14,9 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import UserError
-from configs.load import load
-from launch.node import Nodes, run_node
 from slurm.again import names
 from slurm.lives import Left, Life
 from trainer import life
@@ -33,6 +32,9 @@ from trainer.folder import RunFolder
 from trainer.names import node_name
 from trainer.stop import SIGNALS, StopWish
 from trainer.terminal import go_on_unheard, say
+
+if TYPE_CHECKING:
+    from launch.node import Nodes
 
 _FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
 
@@ -56,6 +58,9 @@ def main(arguments: list[str]) -> int:
 
 def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
     """This node's share of the run, and its last word."""
+    from configs.load import load  # late, as what follows: it takes a while, and `main` already listens
+    from launch.node import run_node
+
     folder = RunFolder(Path(load(options.config, options.overrides).run_dir))
     before, code = max(life.numbers(folder), default=-1), life.FAILED
     try:
@@ -78,6 +83,8 @@ def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
     """The nodes that srun started this task on. Raises UserError when it is not one task on each."""
+    from launch.node import Nodes
+
     job, node_list = Job.read(environment), SLURM_STEP_NODELIST.read(environment)
     told = [v.read(environment) for v in (SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS, SLURM_NODEID)]
     if job.id is None or job.step is None or node_list is None or None in told:
