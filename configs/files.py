@@ -10,19 +10,19 @@ from typing import BinaryIO
 
 
 class NotAFile(OSError):
-    """What lies there is no regular file. `strerror` says what it is."""
+    """No regular file lies there. `strerror` says what it is instead."""
 
 
 def kind_of(mode: int) -> str:
-    """What has this mode, for a sentence."""
+    """What a thing of this mode is, in words: `a folder`."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
-    """Why this is no file, or no `folder`, links followed; None when it is one, or when there is nothing of this name.
+    """Why this path is not what it must be: a folder where `folder` is true, else a file. Links are followed.
 
-    Raises OSError when that cannot be seen.
+    None when it is right, and when nothing has this name. Raises OSError when that cannot be seen.
     """
     gone = (errno.ENOENT, errno.ENOTDIR)
     link = f"a link to {os.readlink(path)}" if os.path.islink(path) else None

@@ -20,7 +20,7 @@ from configs.section import Section, is_section, keys
 
 
 def options_of(annotation: Any) -> tuple[Any, ...]:
-    """The types that a field takes one of."""
+    """The types that a field takes."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return options_of(get_args(annotation)[0])
@@ -30,7 +30,7 @@ def options_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def options_at(section: type[Section], path: Iterable[str]) -> tuple[Any, ...]:
-    """The types that what a path of keys and list indices leads to may have; none if the schema has no such key."""
+    """The types of the value at a path of keys and list indices; none if the schema has no such key."""
     options: tuple[Any, ...] = (section,)
     for part in path:
         options = tuple(inner for option in options for inner in _inside(option, part))

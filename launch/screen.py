@@ -22,12 +22,12 @@ class Picture(NamedTuple):
 
 
 def show_once(content: RenderableType) -> None:
-    """One picture, of as many lines as it has."""
+    """Print one picture with all its lines, however high the terminal is."""
     plain_console().print(_Shown(content))
 
 
 def plain_console() -> Console:
-    """Takes `[red]` and `:tada:` in the name of a file or node for what they are."""
+    """A console that prints `[red]` and `:tada:` as they are: they may stand in the name of a file or node."""
     return Console(highlight=False, markup=False, emoji=False)
 
 

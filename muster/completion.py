@@ -46,14 +46,14 @@ def main(arguments: list[str]) -> int:
 
 
 def answer(arguments: list[str]) -> int:
-    """What the scripts below ask: `muster complete WORD ...`, of which the last is the one that is typed."""
+    """`muster complete WORD ...`, which the scripts below call. The last word is the one that is being typed."""
     found = offer(arguments[:-1], arguments[-1] if arguments else "")
     say("\n".join(["files" if found.files else "words", *found.words]))
     return 0
 
 
 def offer(before: list[str], typed_so_far: str) -> Offer:
-    """What may stand where `typed_so_far` does, after the words `before`."""
+    """What the word that begins with `typed_so_far` may become, after the words `before`."""
     words, files = _offer(before, typed_so_far)
     return Offer(sorted({word for word in words if word.startswith(typed_so_far)}), files)
 
@@ -79,7 +79,7 @@ def _offer(before: list[str], start: str) -> tuple[list[str], bool]:
 
 
 def _options(main_of_verb: str, words: list[str]) -> list[str]:
-    """Those that the verb's own help names."""
+    """The options that `--help` of the verb lists."""
     from launch.verbs import main_of
 
     with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
@@ -102,7 +102,7 @@ def _steps(start: str) -> list[str]:
 
 
 def _values(key: str) -> list[str]:
-    """Of a key that takes one of few."""
+    """The values of a key that takes only a few."""
     for name, kinds in _keys():
         if name == key:
             words = [str(word) for kind in kinds for word in (*kind.get("enum", ()), *_const(kind))]
@@ -116,7 +116,7 @@ def _const(kind: dict[str, Any]) -> list[Any]:
 
 
 def _keys() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Every key of a config, with what its value may be. Of a list of sections the first one."""
+    """Every key of a config, with what its value may be. In a list of sections, keys of the first one."""
     schema = json.loads((FOLDER / "schema.json").read_text("utf-8"))
 
     def below(properties: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -123,7 +123,7 @@ class Log:
 
 def output_in(folder: Path, number: str) -> Path | None:
     """The output of a job of this run that `slurm submit` submitted."""
-    places = (folder, folder.parent)  # of an array all outputs lie above its runs
+    places = (folder, folder.parent)  # outputs of an array lie in the folder above its runs
     return next((path for place in places if (path := place / "slurm" / f"{number}_0_log.out").exists()), None)
 
 

@@ -33,7 +33,7 @@ _VARIABLES = {
 
 
 def cluster_file() -> Path | None:
-    """Where a site's own values stand, for all runs of a user. None for a user id without a name and without HOME."""
+    """The file of a site's values for all runs of a user. None where no home is known."""
     base = XDG_CONFIG_HOME.read(os.environ) or "~/.config"
     try:
         return Path(base).expanduser() / "muster" / "cluster.yaml"
@@ -42,14 +42,14 @@ def cluster_file() -> Path | None:
 
 
 def of_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a person's environment asks for. Inside a job it is that job's, and asks for nothing."""
+    """What a person's SBATCH_ variables ask for. Inside a job they are those of that job, and ask for nothing."""
     if SLURM_JOB_ID.read(environment) is not None:
         return {}
     return {name: environment[variable] for name, variable in _VARIABLES.items() if environment.get(variable)}
 
 
 def not_heard(environment: Mapping[str, str]) -> str | None:
-    """A line that names what of the environment a plain `sbatch` would have heard and this one does not."""
+    """A line that names the variables which a plain `sbatch` takes as options, and this one does not."""
     job = SLURM_JOB_ID.read(environment)
     told: tuple[str, ...] = ("SBATCH_", "SLURM_")
     heard, why = {*_VARIABLES.values(), *NEEDED, CLUSTERS}, "the job is as its script says"
@@ -76,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def request_of(config: Config, overrides: list[str], options: argparse.Namespace) -> SlurmSection:
-    """The request. What a person typed, as a flag or as slurm.x=y, lies above both files, SBATCH_... below them."""
+    """The request. A flag or `slurm.x=y` counts before both files, and SBATCH_ variables count last."""
     in_config = config.slurm.model_dump(exclude_unset=True)
     typed = {text.partition("=")[0].strip().split(".")[1] for text in overrides if text.strip().startswith("slurm.")}
     over = {name: value for name, value in in_config.items() if name in typed}
@@ -93,7 +93,7 @@ def request_of(config: Config, overrides: list[str], options: argparse.Namespace
 
 
 def _section(values: dict[str, Any], place: str) -> SlurmSection:
-    """Raises UserError that names the place where they stand."""
+    """The section with these values. Raises UserError that names `place`, where they stand."""
     try:
         return SlurmSection.model_validate(values)
     except ValidationError as error:

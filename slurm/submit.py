@@ -127,7 +127,7 @@ class Submission:
             raise UserError(f"time {r.time}: the warning comes slurm.warning_s={r.warning_s} before, so at once")
 
     def _check_words(self) -> None:
-        """What a script's lines for sbatch can hold: an option ends with its line."""
+        """Raise UserError for a word with a line break: the rest would not belong to the `#SBATCH` option any more."""
         words = {"run.name": self.config.run.name, "run.dir": str(self.place)}
         words |= {f"slurm.{name}": str(getattr(self.request, name)) for name in _BY_NAME}
         words |= {f"slurm.sbatch: {name}": f"{name}={value}" for name, value in self.request.sbatch.items()}
@@ -178,7 +178,7 @@ class Submission:
         }
 
     def output(self, number: str = "%j") -> str:
-        """Where the job's output goes, as sbatch reads it: `%` begins what it fills in."""
+        """Where the job's output goes, in sbatch's words. It replaces `%j` and the like: a `%` of ours is doubled."""
         return f"{str(self.place).replace('%', '%%')}/{number}_0_log.out"
 
     def _setup(self) -> list[str]:
@@ -280,7 +280,7 @@ class Submission:
 
 
 def _as_sbatch_reads(options: dict[str, Any]) -> dict[str, Any]:
-    """Its reader of `#SBATCH` lines takes a backslash away, in quotes as well."""
+    """Options with each backslash doubled: of two in a `#SBATCH` line, sbatch takes one away, also inside quotes."""
     return {k: v.replace("\\", "\\\\") if isinstance(v, str) else v for k, v in options.items()}
 
 

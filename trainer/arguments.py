@@ -53,7 +53,7 @@ def take(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Name
 
 
 def _refuse_dashes(arguments: list[str]) -> None:
-    """Other programs write `--train.steps 10` and `--config x.yaml`."""
+    """Raise UserError for `--train.steps 10` and `--config x.yaml`, as other programs have them."""
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = word.removeprefix("--").partition("=")
         value = value if equals else following

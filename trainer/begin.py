@@ -92,8 +92,8 @@ def _check_data(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def fingerprints_to_find(run: Run) -> dict[str, str]:
-    """What the sources held for the checkpoint that will be gone on from; empty when there is none, or it is bad: that
-    is said when it is loaded."""
+    """What the sources held when the checkpoint was saved from which this run will go on. Empty without one, and where
+    it is bad: loading it will say so."""
     start, name = run.config.start, run.folder.newest_checkpoint()[1]
     if name is None and (start.from_ is None or start.take == "weights"):
         return {}

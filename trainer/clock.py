@@ -1,8 +1,8 @@
 """The run's clock: the time of day when the launcher began, carried on by a clock that nobody sets. No torch.
 
-A node's time of day may jump by years while a run goes on, when a server of time is heard late. All that a run writes
-down is stamped by this clock instead: between two stamps of a node lies the time that passed, whichever of the run's
-processes made them, and a suspended machine's time counts.
+A node's time of day may jump by years while a run goes on, when its time server answers late. So all times that a run
+writes down come from this clock. The difference of two of them on one node is the time that passed, also between
+processes of the run, and also while the machine was suspended.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def began_s() -> float:
 class Watch:
     """Notes when the time of day is set."""
 
-    LEAST_S = 5.0  # less is how clocks are kept right
+    LEAST_S = 5.0  # smaller corrections are usual: a time server makes them all the time
 
     def __init__(self) -> None:
         self._known_s = jumped_s()

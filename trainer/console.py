@@ -26,7 +26,7 @@ class Console:
     def open_log(self, path: Path) -> None:
         """From here on also into `path`. Ranks other than 0 lose the terminal: even a crash in C ends in their log."""
         self.log_path = path
-        # Not a Python file: what one could not write on a full disk it holds, and fails again when it is closed.
+        # Not a Python file: after a full disk it keeps what it could not write, and fails again when it is closed.
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         if self.rank != 0:
             sys.stdout.flush()

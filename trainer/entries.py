@@ -23,7 +23,7 @@ _SHOWN = 3
 
 
 class Kind(enum.Enum):
-    """The values are what stands behind the dot of a name."""
+    """A value is the word behind the dot of a name, such as `bad` in `step-00000008.bad-0`."""
 
     COMMITTED = ""
     ASIDE = "bad"
@@ -52,7 +52,7 @@ class Entry:
 
     @property
     def may_be_newer(self) -> bool:
-        """Whether a person may take this for the checkpoint of `step`: no more than the step stands in its name."""
+        """Whether a person may take this for the checkpoint of `step`: its name is `step-` and a number."""
         return _ANY_STEP.fullmatch(self.path.name) is not None
 
 

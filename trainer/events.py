@@ -52,7 +52,7 @@ class Events:
         self.attempt: int | None = None
 
     def write(self, event: str, **facts: Any) -> None:
-        """Nothing, where the run folder was moved away: it is not made anew, and whoever trains there ends."""
+        """Append an event. Nothing is written where the run folder was moved away: it must not appear a second time."""
         if not self.path.parents[1].is_dir():
             return
         with tolerate_unwritable():

@@ -35,8 +35,8 @@ class HeldFolder:
 
     @classmethod
     def temporary(cls, prefix: str) -> HeldFolder:
-        """One among the machine's temporary files, after what killed processes left there is removed. Raises UserError
-        when none can be made."""
+        """A folder among the machine's temporary files. What killed processes left there is removed first. Raises
+        UserError when none can be made."""
         try:
             parent = Path(tempfile.gettempdir())
             remove_left(parent, prefix)
@@ -45,8 +45,8 @@ class HeldFolder:
             raise UserError(f"no temporary folder can be made ({error}): free some space, or set TMPDIR") from error
 
     def remove(self) -> None:
-        """With all that is in it. What cannot be removed is unlocked, and goes with what killed ones left: it is no
-        reason to lose how the run ended."""
+        """Remove the folder with all that is in it. It is unlocked in any case, so a later start removes what is left.
+        No error is raised: it would take the place of how the run ended."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
@@ -66,7 +66,7 @@ def remove_left(parent: Path, prefix: str) -> None:
 
 
 def _is_own(folder: Path) -> bool:
-    """Where everybody may make folders, root could be led by a link into somebody else's."""
+    """Whether this is a real folder of our own user. Everybody may put a link into /tmp, and root would follow it."""
     try:
         found = folder.lstat()
     except OSError:
@@ -75,8 +75,8 @@ def _is_own(folder: Path) -> bool:
 
 
 def _lock(folder: Path, own: bool) -> int | None:
-    """The lock of a folder, unless somebody holds it or has removed it. Where the filesystem has no locks nothing
-    tells whether another's process lives."""
+    """The lock of a folder; None when a process holds it, or has removed the folder. A filesystem without locks cannot
+    tell whether the maker of another folder lives: None as well."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except (FileNotFoundError, PermissionError):

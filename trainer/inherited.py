@@ -1,8 +1,8 @@
-"""What Slurm's commands must not hear of the environment that they are called in. No torch.
+"""Which variables of the environment Slurm's commands must not see. No torch.
 
-Inside a job it tells of that job: its memory, its time, its GPUs. `sbatch` takes some of it for options, over those in
-the script, hands on the rest, and `srun` in the new job takes that for options. Outside it may hold what a person likes
-to see (SQUEUE_FORMAT, SLURM_TIME_FORMAT, SQUEUE_PARTITION), which changes the answers that are read here.
+Inside a job, variables tell of that job: its memory, its time, its GPUs. `sbatch` would take some of them as options,
+before those in the script, and hand the others to the new job, where `srun` would take them as options. Outside a job,
+a person may have set variables (SQUEUE_FORMAT, SLURM_TIME_FORMAT, SQUEUE_PARTITION) that change the answers we read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DEVICES = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES"
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what tells of a job, or tells Slurm's commands what to do."""
+    """The environment without variables that tell of a job, or that change what Slurm's commands do."""
     inside = "SLURM_JOB_ID" in environment
     gone, kept = (_DEVICES, NEEDED) if inside else ((), (*NEEDED, CLUSTERS))
     return {k: v for k, v in environment.items() if k in kept or not (k.startswith(_PREFIXES) or k in gone)}

@@ -101,9 +101,11 @@ def alive_here(holder: dict[str, Any], node: str) -> bool | None:
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
-            return False  # it has ended; whoever started it (a container without an init, say) just never asked how
-        # An hour later the pid may be someone else's. By ticks since the boot, which no clock that is set changes; a
-        # lease of an earlier version has none.
+            return (
+                False  # a zombie: it has ended, and its parent (say in a container without an init) never waited for it
+            )
+        # An hour later the pid may be another process's, which began at another time. That is compared in ticks since
+        # the boot, as no change of a clock moves them. A lease of an earlier version has none.
         ticks = whole(holder, "started_ticks")
         return abs(process.create_time() - started_s) < 2 if ticks is None else _started_ticks(pid) == ticks
     except psutil.NoSuchProcess:
@@ -233,8 +235,8 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def _clear_away(folder: RunFolder, dead: str | None, mine: str) -> None:
-    """Remove a dead holder's lease, and no other: where locks do not hold, another start may have replaced it since it
-    was read. A rename is whole on every filesystem."""
+    """Remove the lease of a dead holder. Where locks do not work, another start may have put its own lease there since
+    we read: that one is put back. So it is renamed first, which is atomic on every filesystem."""
     taken = folder.lease.with_name(f"LEASE.dead-{mine}")
     try:
         os.rename(folder.lease, taken)

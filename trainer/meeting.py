@@ -19,7 +19,7 @@ _FIRST_S = 10.0
 _THEN_S = 60.0  # until it is said again
 _POLL_S = 0.1
 _MOST_NAMED = 8
-_HEARD_S = 5 * _POLL_S  # that ranks which are here need to hear that rank 0 leaves
+_HEARD_S = 5 * _POLL_S  # until the ranks that are here have heard that rank 0 leaves
 
 Say = Callable[[str], None]
 
@@ -49,7 +49,7 @@ def meet(ranks: Ranks, node: str, agents_store: bool, timeout_s: float, wish: St
             raise
         here.set("all", "")
     else:
-        # Rank 0 alone decides: a rank that left by itself now could leave while rank 0 goes on.
+        # Only rank 0 decides. A rank that decided by itself could leave while rank 0 begins the attempt.
         waiting.hears = lambda: Cause[here.get("left").decode()] if here.check(["left"]) else None
         waiting.until(lambda: here.check(["all"]), lambda: [] if here.check(["0"]) else [0])
     return store
@@ -66,7 +66,7 @@ def where(ranks: Ranks) -> tuple[str, int]:
 
 
 def _answers(address: str, port: int) -> bool:
-    """Whether something listens there. TCPStore itself would wait where no signal is heard."""
+    """Whether something listens there. Not by TCPStore: while it waits, this process hears no signal."""
     try:
         socket.create_connection((address, port), timeout=5).close()
     except OSError:
@@ -101,7 +101,7 @@ class _Waiting:
 
     def _tell(self, missing: list[int], waited_s: float) -> None:
         ranks = self._ranks
-        # Of ranks that wait for rank 0, one on each node is enough; of those that nobody counts, each.
+        # When ranks wait for rank 0, one rank of each node says so. Started by hand, each rank says so.
         if missing and (ranks.rank == 0 or ranks.local_rank == 0 or not ranks.by_torchrun):
             self._say(f"rank {ranks.rank} waits for {_named(missing)} at {self._place} ({waited_s:.0f} s so far)")
 

@@ -17,7 +17,7 @@ _DRIVER = Path("/dev/nvidiactl")  # where it lies, the model is in GPUs
 def check_memory(config: Config, here: int, processes: int) -> None:
     """Raise UserError for what cannot fit into this machine, on which `here` of all `processes` run.
 
-    Counted is only what must be there under any layout, so nobody is refused who could run.
+    Only what every layout needs is counted. So no run is refused that would fit.
     """
     total = _machine_bytes()
     share = -(-config.train.global_batch // processes)
@@ -40,7 +40,7 @@ def check_memory(config: Config, here: int, processes: int) -> None:
 
 
 def _least_bytes(config: Config) -> int:
-    """Of memory for each parameter: itself and its optimizer state, where all train and none lie on a disk."""
+    """Bytes of memory that each parameter needs, with its optimizer state where all parameters train in memory."""
     if config.parallel.engine == "zero" and "nvme" in str(config.parallel.deepspeed):
         return 0
     width = 4 if config.precision.params == "fp32" else 2

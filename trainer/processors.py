@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path("/")
 _LOOK_S = 0.2  # the kernel counts in hundredths of a second
-_NEARLY = 0.3  # how much of a core may be busy with small things while it counts as idle
+_NEARLY = 0.3  # a core counts as idle while it is busy for less than this share
 
 
 def allowed() -> int:
@@ -34,7 +34,7 @@ class Threads:
 
 
 def threads(processes: int, deterministic: bool = False) -> Threads:
-    """What `processes` on this node should use each. Takes a moment, in which it looks what is idle.
+    """How many threads each of `processes` on this node should use. Looks for a moment which processors are idle.
 
     Threads of one process wait for each other at every operation. On a processor that others use, one of them is always
     late: two threads then make a tenth of the steps that one makes. But their number decides in which order a sum is

@@ -40,7 +40,7 @@ class PassedOver:
         return bool(self.rows or self.files)
 
     def told(self, root: Path) -> str:
-        """In one line; names are those below `root`."""
+        """All of it in one line. Paths are relative to `root`."""
         name = lambda path: str(path.relative_to(root) if path.is_relative_to(root) else path)  # noqa: E731
         told = [f"{name(path)} ({reason})" for path, reason in sorted(self.files.items())]
         told += [f"{count} row{'s' * (count != 1)} of {name(path)}" for path, count in sorted(self.rows.items())]
@@ -147,7 +147,7 @@ def parsed(data: bytes) -> Any | None:
 
 
 def is_row(row: Row) -> bool:
-    """Whether values are what their names say, where a name has one meaning in all files of rows. None is no value."""
+    """Whether each value is what its name says, for names that mean the same in all files. None is allowed."""
     return all(row.get(name) is None or fits(row, name) for name, fits in _MEANINGS.items())
 
 

@@ -40,7 +40,7 @@ def check_rates(config: Config) -> None:
 
 
 def remarks(config: Config) -> list[str]:
-    """What the config asks for and this length of the run never reaches. A run cut short for a trial is no mistake."""
+    """Lines about what the config asks for and a run of this length never reaches. No mistake: trial runs are short."""
     steps, found = config.train.steps, []
     if 0 < steps < config.optim.warmup_steps:
         found.append(
@@ -57,7 +57,7 @@ def remarks(config: Config) -> list[str]:
 
 
 def rate_change(config: Config, old_steps: int, step: int) -> str:
-    """What another train.steps makes of the learning rate of the update after `step`."""
+    """A line that says how a new train.steps changes the learning rate of the update after `step`."""
     optim, steps = config.optim, config.train.steps
     old, new = (optim.lr * lr_factor(optim, step + 1, last) for last in (old_steps, steps))
     effect = f"stays {new:.3g}" if math.isclose(old, new, rel_tol=1e-9) else f"goes from {old:.3g} to {new:.3g}"

@@ -1,4 +1,4 @@
-"""What `start.from` names: a checkpoint, the newest one of a run, or something else, which is then said. No torch."""
+"""What `start.from` names: a checkpoint, or a run with its newest one. Anything else is refused. No torch."""
 
 from __future__ import annotations
 

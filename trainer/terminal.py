@@ -41,7 +41,7 @@ class _Stream(io.FileIO):
         self._lost = False
 
     def write(self, data: Any) -> int:
-        """All of it: a signal or a pipe that does not wait (O_NONBLOCK) would else cut it short."""
+        """Write all of `data`. One call may write only a part, after a signal or into a pipe with O_NONBLOCK."""
         rest = memoryview(data).cast("B")
         while rest:
             try:
@@ -130,7 +130,7 @@ def _open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # The next file to be opened would get this number, and what is printed. Not for writing: that is to fail.
+            # Else the next file that is opened gets this number, and our prints. Read-only, so that writing fails.
             os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115  (open as long as the process)
@@ -138,7 +138,7 @@ def _open_streams() -> None:
 
 
 def _text(descriptor: int, before: TextIO | None) -> TextIO:
-    """In place of Python's own stream, which is None where it was closed; as promptly written as that."""
+    """A stream that replaces Python's own (None where that was closed). It is flushed as often as that one was."""
     raw = _Stream(descriptor)
     encoding = before.encoding if before is not None else "utf-8"
     at_once, by_line = getattr(before, "write_through", False), getattr(before, "line_buffering", True)

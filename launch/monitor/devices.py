@@ -92,11 +92,11 @@ def _instances(uuid: str, index: int, gpu: Any) -> Iterator[Device]:
 
 
 def named(visible: str) -> tuple[list[str], str | None]:
-    """(Indices and UUIDs in CUDA_VISIBLE_DEVICES, the entry that ended the list before its end).
+    """(Indices and UUIDs in CUDA_VISIBLE_DEVICES, the entry at which CUDA stops reading; None when it reads all).
 
-    As torch reads it, after CUDA: the first entry that cannot be a GPU hides itself and all after it, so `-1`, `none`
-    and `NoDevFiles` hide all. An index is as many digits as there are. UUIDs stay among UUIDs. One that is named twice
-    hides all, those before it too.
+    torch and CUDA read it so: the first entry that cannot be a GPU hides itself and all that follow. So `-1`, `none`
+    and `NoDevFiles` hide all. Of an entry like `3x` the digits count. Indices and UUIDs cannot be mixed. A GPU that is
+    named twice hides all GPUs, also those before it.
     """
     if not visible.strip():
         return [], None
@@ -131,8 +131,9 @@ def count_visible() -> int:
 def choose(devices: list[Device], visible: str | None) -> tuple[list[Device], str | None]:
     """(The job's devices in the order of its local ranks, the first entry that means none).
 
-    As in CUDA: such an entry hides itself and all after it. Without the variable every GPU is the job's, and of one
-    that is cut into MIG instances these. A UUID that none has is that of the first one that refuses to tell its own.
+    As in CUDA, such an entry hides itself and all that follow. Without the variable every GPU is the job's; of a GPU
+    that is cut into MIG instances, its instances are. A GPU may refuse to tell its UUID: then the first such GPU is
+    taken for a UUID that no other GPU has.
     """
     if visible is None:
         cut = {d.index for d in devices if d.instance is not None}

@@ -99,7 +99,7 @@ class Gpus:
         try:
             devices, _ = _devices()
         except pynvml.NVMLError:
-            return  # the readings meet the same and say so
+            return  # the next reading meets the same error, and tells it
         known = {gpu.device.uuid: gpu for gpu in self._gpus if gpu.device.refusal is None}
         back = [device for device in devices if device.refusal is None and device.uuid not in known]
         for device in back:

@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 class Others:
-    """How old a row is tells this node's own clock, by when the row was first seen: the clocks of two nodes may differ,
-    and one may be set while the run goes on. A file that makes no sense is said once, and takes no other."""
+    """A row's age counts from when this node first saw it, by this node's clock: clocks of two nodes may differ, and
+    one may be set while the run goes on. A file that makes no sense is told once; the other files are still read."""
 
     def __init__(self, folder: Path, node: str, tell: Callable[..., None]) -> None:
         self._folder, self._node, self._tell = folder, node, tell
@@ -25,8 +25,8 @@ class Others:
     def newest(
         self, kind: str, attempt: int | None, within_s: float, read: Callable[[Row], T]
     ) -> Iterator[tuple[str, T]]:
-        """(node, what `read` makes of its newest row) of each node that wrote one in this attempt and within that time,
-        as far as this one can know: one that is met for the first time counts."""
+        """(node, what `read` makes of its newest row), for each node that wrote one in this attempt and `within_s`. A
+        row that is seen for the first time counts as new."""
         now = time.monotonic()
         for path in sorted(self._folder.glob("*.jsonl")):
             row = newest(path, kind) if path.stem != self._node else None

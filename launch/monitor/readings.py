@@ -168,7 +168,7 @@ class Gpu:
         for reading in EACH_TIME:
             values |= self._try(reading.__name__[1:], partial(reading, self.device))
         if self._error is not None and values.keys() == {"uuid", "index"}:
-            self.left_out = known  # it is not the readings that are missing here
+            self.left_out = known  # not single readings are missing: the whole GPU is lost
             raise GpuLost(self._error)
         if self.gpm is not None:
             values |= self._try("gpm", self.gpm.read)

@@ -119,8 +119,8 @@ def ranges_fault(total: int, ranges: Iterable[tuple[int, int]]) -> str | None:
 
 
 def _overlap_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
-    """Whether any two boxes share an element. Only those are compared that meet in one dimension: the one in which the
-    fewest do, so that cuts along any dimension cost little."""
+    """What is wrong when two boxes share an element. Only boxes that overlap in one dimension are compared: in the
+    dimension where the fewest do, so that cuts along any dimension cost little."""
     if not shape:
         return "two pieces of one element" if len(boxes) > 1 else None
     low = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), len(shape))

@@ -217,13 +217,14 @@ class Shelf:
         return self._facts[step]
 
     def opens(self, step: int) -> bool:
-        """Whether it does, as what its name says."""
+        """Whether the checkpoint of this step opens, and holds the step that its name says."""
         return self._known(step).fault is None
 
     def check_space(self, changing_bytes: int, frozen_bytes: int, saves_to_come: int) -> None:
-        """Raise UserError unless the filesystem has room for the checkpoints that `keep` will hold, and the one being
-        written beside them (`keep.every_steps` aside, which grows without end), or for as many as are still to come.
-        Bytes are of one checkpoint, over all ranks; frozen tensors count twice, as later saves link to them."""
+        """Raise UserError unless the filesystem has room for all that will lie there at once: the checkpoints that
+        `keep` holds, and the one that is being written. Fewer saves than that may be still to come. What
+        `keep.every_steps` holds is not counted, as it grows without end. Bytes are of one checkpoint, over all ranks;
+        frozen tensors count twice, as later saves link to them."""
 
         def more(last: int) -> int:
             copies = last + 1 + (1 if self._keep.best else 0)

@@ -97,5 +97,5 @@ def _find_deepspeed(path: Path, names: set[str]) -> Path | None:
 
 
 def deepspeed_states(names: set[str]) -> list[str]:
-    """Those of the names that are files of DeepSpeed's."""
+    """Which of these names are files that DeepSpeed saves."""
     return [name for name in names if name.endswith(("model_states.pt", "optim_states.pt"))]
