@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from configs.errors import UserError
 from launch.monitor.journal import Journal
 from trainer import lease as module
-from trainer.convert.convert import _clear
+from trainer.convert.convert import _clear, _partial
 from trainer.data import files
 from trainer.folder import RunFolder
 from trainer.held import HeldFolder, remove_left
@@ -54,6 +55,37 @@ def test_all_goes_on_without_locks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already running"):
         Lease.take(RunFolder(tmp_path / "run"), "here", 1, print)
     held.release()
+
+
+def test_a_file_is_locked_where_only_one_opened_for_writing_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFSv4, and what NFS does with folders: their locks hold on this node."""
+    real = fcntl.flock
+
+    def as_nfs(descriptor: int, how: int) -> None:
+        for_reading = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if for_reading and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    for is_file in (True, False):
+        told = pytest.raises(UserError, match="is being written by another conversion")
+        with _partial(tmp_path / "out", is_file), told:
+            _clear(tmp_path / "out.partial-convert", tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+    Journal(tmp_path / "a.jsonl", {}, 20_000).write({"kind": "second"})
+    with files.temporary_folder(tmp_path):
+        files.remove_leftovers(tmp_path)
+    with HeldFolder(tmp_path, "left-"):
+        remove_left(tmp_path, "left-")
+    held = Lease.take(RunFolder(tmp_path / "run"), "here", 0, print)
+    held.release()
+    descriptor = os.open(tmp_path / "a.jsonl", os.O_RDONLY)
+    with pytest.raises(OSError, match="Bad file descriptor"):  # as this test has it
+        lock(descriptor)
+    os.close(descriptor)
 
 
 @pytest.mark.usefixtures("no_locks")

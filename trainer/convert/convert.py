@@ -155,7 +155,11 @@ def _clear(partial: Path, target: Path) -> None:
 
 def _lock(partial: Path, target: Path) -> tuple[int, bool]:
     """(Its descriptor, whether the filesystem has locks.)"""
-    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(partial, os.O_RDWR | flags)  # NFS locks no file opened for reading
+    except IsADirectoryError:
+        descriptor = os.open(partial, os.O_RDONLY | flags)
     try:
         return descriptor, lock(descriptor)
     except BlockingIOError:
