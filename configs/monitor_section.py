@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import MILLION, MOST_PORT, MOST_STEPS, YEAR_S, Section, speed
+from configs.section import MILLION, MOST_PORT, MOST_S, MOST_STEPS, MOST_TIMES, Section, speed
 
 
 class MonitorSection(Section):
@@ -15,19 +15,19 @@ class MonitorSection(Section):
     enabled: bool = speed(True, "start it with `launch run` and with each Slurm job")
     interval_s: float = speed(1.0, "seconds between two rows of gpu/<node>.jsonl", ge=0.05, le=60)
     most_mib: int = speed(
-        32, "largest size of a node's file: rollups by the minute are kept longer than rows", ge=1, le=MILLION
+        32, "largest size of a node's file: rollups by the minute are kept longer than rows", ge=1, le=MOST_TIMES
     )
     hang_s: float | None = speed(
-        None, "a rank that stands still for longer hangs; default: 0.8 of `parallel.step_timeout_s`", gt=0, le=YEAR_S
+        None, "a rank that stands still for longer hangs; default: 0.8 of `parallel.step_timeout_s`", gt=0, le=MOST_S
     )
-    window_s: float = speed(60.0, "time over which slow ranks and idle ones are looked for", ge=1, le=YEAR_S)
+    window_s: float = speed(60.0, "time over which slow ranks and idle ones are looked for", ge=1, le=MOST_S)
     slow_share: float = speed(
-        0.3, "a rank that needs so much more of its own time than the median is named", gt=0, le=MILLION
+        0.3, "a rank that needs so much more of its own time than the median is named", gt=0, le=MOST_TIMES
     )
     idle_pct: float = speed(
         30.0, "mean SM activity (of CPU ranks: main thread) below which a run is idle", ge=0, le=100
     )
-    idle_windows: int = speed(5, "idle windows in a row before it is said", ge=1, le=MILLION)
+    idle_windows: int = speed(5, "idle windows in a row before it is said", ge=1, le=MOST_TIMES)
     hook: str | None = speed(
         None,
         "shell command told of a hang, a slow rank, an idle run or a lost GPU: $MUSTER_EVENT, $MUSTER_TEXT",

@@ -19,7 +19,7 @@ from configs.deepspeed import contradictions, usable
 from configs.model_section import ModelSection
 from configs.monitor_section import MonitorSection
 from configs.paths import PathText, fitting
-from configs.section import MILLION, MOST_STEPS, MOST_TOKENS, YEAR_S, Section, result, speed
+from configs.section import MILLION, MOST_S, MOST_STEPS, MOST_TIMES, MOST_TOKENS, Section, result, speed
 from configs.slurm_section import SlurmSection
 
 
@@ -40,10 +40,10 @@ class RunSection(Section):
         None, "project of Weights & Biases that gets the metrics, too; needs muster[wandb]", min_length=1
     )
     stop_grace_s: float = speed(
-        120.0, "how long a stopping run may take to save before it is ended by force", gt=0, le=YEAR_S
+        120.0, "how long a stopping run may take to save before it is ended by force", gt=0, le=MOST_S
     )
-    max_restarts: int = speed(3, "restarts in place after a failure, by `launch run`", ge=0, le=MILLION)
-    give_up_after: int = speed(3, "attempts without a new checkpoint before the run is given up", ge=1, le=MILLION)
+    max_restarts: int = speed(3, "restarts in place after a failure, by `launch run`", ge=0, le=MOST_TIMES)
+    give_up_after: int = speed(3, "attempts without a new checkpoint before the run is given up", ge=1, le=MOST_TIMES)
 
 
 class AllowSection(Section):
@@ -127,7 +127,7 @@ class TrainSection(Section):
         le=MOST_STEPS,
     )
     global_batch: int = result(..., "samples per update over all ranks", ge=1, le=10**8)
-    micro_batch: int = speed(1, "samples per rank and forward, at most", ge=1, le=10**8)
+    micro_batch: int = speed(1, "samples per rank and forward, at most", ge=1, le=MOST_TIMES)
     clip_norm: float | None = result(1.0, "largest global gradient norm", gt=0, le=1e30)
     nonfinite_limit: int = result(5, "updates skipped in a row before the run fails", ge=1, le=MOST_STEPS)
     validate_every_steps: int = speed(0, "steps between validations; 0: never", ge=0, le=MOST_STEPS)
@@ -135,7 +135,7 @@ class TrainSection(Section):
     early_stop_patience: int = result(
         0, "validations without a better loss before the run ends; 0: never", ge=0, le=MOST_STEPS
     )
-    time_limit_s: float | None = speed(None, "an attempt stops with a save after this long", gt=0, le=YEAR_S)
+    time_limit_s: float | None = speed(None, "an attempt stops with a save after this long", gt=0, le=MOST_S)
 
     @model_validator(mode="after")
     def _early_stop(self) -> TrainSection:
@@ -222,8 +222,8 @@ class ParallelSection(Section):
         "none", "recompute in backward: nothing, all but matrix products, or whole blocks"
     )
     compile: bool = speed(False, "torch.compile each block")
-    load_timeout_s: float = speed(1800.0, "longest wait for another rank until the first step is done", gt=0, le=YEAR_S)
-    step_timeout_s: float = speed(300.0, "longest wait for another rank after that", gt=0, le=YEAR_S)
+    load_timeout_s: float = speed(1800.0, "longest wait for another rank until the first step is done", gt=0, le=MOST_S)
+    step_timeout_s: float = speed(300.0, "longest wait for another rank after that", gt=0, le=MOST_S)
 
     @model_validator(mode="after")
     def _shard(self) -> ParallelSection:
@@ -260,7 +260,7 @@ class FreezeSection(Section):
 class KeepSection(Section):
     """Which checkpoints stay when newer ones are committed."""
 
-    last: int = speed(2, "the newest ones", ge=1, le=MILLION)
+    last: int = speed(2, "the newest ones", ge=1, le=MOST_TIMES)
     every_steps: int = speed(0, "also every step that this divides; 0: none", ge=0, le=MOST_STEPS)
     best: bool = speed(True, "also the one with the lowest validation loss")
 
@@ -270,7 +270,7 @@ class CheckpointSection(Section):
 
     every_steps: int = speed(500, "steps between saves; 0: only at the end", ge=0, le=MOST_STEPS)
     asynchronous: bool = speed(True, "write while training goes on, from one copy in host memory")
-    failures_limit: int = speed(3, "failed saves in a row before the run fails", ge=1, le=MILLION)
+    failures_limit: int = speed(3, "failed saves in a row before the run fails", ge=1, le=MOST_TIMES)
     frozen: Literal["stored", "reference"] = speed(
         "stored", "frozen parameters: in each checkpoint (by hard links), or left in that of `start.from` and named"
     )

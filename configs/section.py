@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 MOST_STEPS = 10**9
 MOST_TOKENS = 10**9  # of one sequence
 MILLION = 10**6
-YEAR_S = 366 * 86400
+MOST_TIMES = 10**9  # people write such a number, here and in seconds, for "for ever"
+MOST_S = 10**9
 MOST_PORT = 65535
 
 

@@ -90,6 +90,18 @@ def test_a_number_beyond_its_bound_is_refused_by_key(override: str) -> None:
     assert key in refused(override)
 
 
+def test_what_people_write_for_ever_is_taken() -> None:
+    """Also by a resume: it stands in the config.yaml of older runs."""
+    times = ["checkpoint.keep.last", "checkpoint.failures_limit", "run.max_restarts", "run.give_up_after"]
+    more = ["monitor.idle_windows", "monitor.slow_share", "monitor.most_mib", "train.micro_batch"]
+    seconds = ["parallel.load_timeout_s", "parallel.step_timeout_s", "run.stop_grace_s", "train.time_limit_s"]
+    begun = load(
+        "demo", [f"{key}=1e9" if key.endswith("_s") else f"{key}=1000000000" for key in (*times, *more, *seconds)]
+    )
+    assert (begun.checkpoint.keep.last, begun.parallel.step_timeout_s) == (10**9, 1e9)
+    load("demo", ["monitor.hang_s=1e9", "monitor.window_s=1e9"])
+
+
 # ---- memory
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,8 +239,8 @@ class Shelf:
         if free >= needed(missing):
             return
         ways = ["free some space", "move run.dir"]
-        lower = [last for last in range(1, self._keep.last) if free >= needed(more(last))]
-        ways += [f"set checkpoint.keep.last={lower[-1]}"] if lower else []
+        fits = bisect_right(range(1, self._keep.last), free, key=lambda last: needed(more(last)))
+        ways += [f"set checkpoint.keep.last={fits}"] if fits else []
         raise UserError(
             f"{existing} has {gib(free)} free, but {missing} more checkpoint{'s' * (missing != 1)} of "
             f"{gib(changing_bytes + frozen_bytes)} need {gib(needed(missing))}, {gib(needed(missing) - free)} more: "

@@ -134,6 +134,8 @@ def test_advice_about_room_is_of_use(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"8 more checkpoints .* or set checkpoint\.keep\.last=4$"):
         shelf_for(tmp_path, last=7, best=False).check_space(free * 2 // 11, 0, saves_to_come=100)
     shelf_for(tmp_path, last=4, best=False).check_space(free * 2 // 11, 0, saves_to_come=100)
+    with pytest.raises(UserError, match=r"100 more checkpoints .* or set checkpoint\.keep\.last=4$"):  # at once
+        shelf_for(tmp_path, last=10**9, best=False).check_space(free * 2 // 11, 0, saves_to_come=100)
     with pytest.raises(UserError, match=r"free some space or move run\.dir$"):
         shelf_for(tmp_path, last=7).check_space(free, 0, saves_to_come=100)
 
