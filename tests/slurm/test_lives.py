@@ -123,6 +123,7 @@ def test_a_node_that_was_told_to_end_is_not_lost_whatever_its_clock_said(after: 
     [
         ((REQUEUE, REQUEUE), End("stopped", 0, None, True, "before_an_attempt"), REQUEUE),
         ((REQUEUE, BY_A_PERSON), End("stopped", 0, None, False, "before_an_attempt"), BY_A_PERSON),
+        ((BY_A_PERSON, FAILED), End("stopped", 0, None, False, "before_an_attempt"), BY_A_PERSON),
         ((REQUEUE, USER_ERROR), End("failed", 0, None, False, "mistake"), USER_ERROR),
         ((FAILED, FAILED), End("failed", 0, None, True, "start_failed"), FAILED),
     ],
