@@ -106,12 +106,12 @@ def test_models_hold_no_collectives() -> None:
                 ), path
 
 
-# ---- docs/promises.md: a table whose last column names, in backticks, the tests or commands that show the promise
+# ---- docs/promises.md: tables of a promise, the tests or commands that show it, in backticks, and when they run
 
 
-def promises(text: str) -> list[tuple[str, list[str]]]:
-    """(promise, proofs) of every row of every table; a proof is `tests/x.py::test_y` or `make target`."""
-    rows: list[tuple[str, list[str]]] = []
+def promises(text: str) -> list[tuple[str, list[str], str]]:
+    """(promise, proofs, tier) of every row of every table; a proof is `tests/x.py::test_y` or `make target`."""
+    rows: list[tuple[str, list[str], str]] = []
     for line in text.splitlines():
         if not line.startswith("|"):
             continue
@@ -119,8 +119,31 @@ def promises(text: str) -> list[tuple[str, list[str]]]:
             rows.pop()  # a ruler: the line above was the table's header
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
-        rows.append((cells[0], re.findall(r"`((?:tests/|make )[^`]+)`", cells[-1])))
+        rows.append((cells[0], re.findall(r"`((?:tests/|make )[^`]+)`", cells[1]), "".join(cells[2:])))
     return rows
+
+
+TIERS = ("make test", "make test-all", "make gpu", "by hand")
+
+
+def tier_of(proof: str, root: Path) -> str:
+    """The first tier that runs a proof that exists."""
+    if proof.startswith("make "):
+        if proof == "make gpu":
+            return "make gpu"
+        lines = (root / "Makefile").read_text("utf-8").replace("\\\n", " ").splitlines()
+        start = next(n for n, line in enumerate(lines) if re.match(rf"{proof.split()[1]}\b.*:(?!=)", line))
+        return "make test-all" if "--full" in lines[start + 1] else "by hand"
+    name, _, test = proof.partition("::")
+    if "gpu" in Path(name).parts:
+        return "make gpu"
+    if not test:
+        return "make test"
+    source = (root / name).read_text("utf-8")
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == test.split("[")[0]]
+    whole = re.search(r"^pytestmark = .*mark\.full\b", source, re.M)
+    marks = [ast.unparse(mark) for node in found for mark in node.decorator_list]
+    return "make test-all" if whole or "pytest.mark.full" in marks else "make test"
 
 
 def missing_proof(proof: str, root: Path) -> str | None:
@@ -149,10 +172,16 @@ def missing_proof(proof: str, root: Path) -> str | None:
 def test_promises_have_proofs() -> None:
     rows = promises(PROMISES.read_text("utf-8"))
     assert rows
-    problems = [f"{promise}: names no test and no make target" for promise, proofs in rows if not proofs]
-    for promise, proofs in rows:
+    problems = [f"{promise}: names no test and no make target" for promise, proofs, _ in rows if not proofs]
+    for promise, proofs, _ in rows:
         problems += [f"{promise}: {wrong}" for proof in proofs if (wrong := missing_proof(proof, ROOT))]
     assert not problems, "\n".join(problems)
+    wrong_tiers = [
+        f"{promise}: {first}, not {tier!r}"
+        for promise, proofs, tier in rows
+        if tier != (first := min((tier_of(proof, ROOT) for proof in proofs), key=TIERS.index))
+    ]
+    assert not wrong_tiers, "\n".join(wrong_tiers)
 
 
 def test_promise_parser(tmp_path: Path) -> None:
@@ -160,27 +189,43 @@ def test_promise_parser(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_a.py").write_text("def test_x(): ...\nclass TestB:\n    def test_y(self): ...\n")
     text = """
-| promise | shown by |
-|---|---|
-| one | `tests/test_a.py::test_x`, `make life` |
-| two \\| half | by `tests/test_a.py::TestB::test_y[case]` |
-| three | nothing yet |
+| promise | shown by | tier |
+|---|---|---|
+| one | `tests/test_a.py::test_x`, `make life` | make test |
+| two \\| half | by `tests/test_a.py::TestB::test_y[case]` | make test-all |
+| three | nothing yet | |
 
 | other | text | shown by |
 | :-- | --- | --: |
-| four | `make ignored` | `make test ARGS=1` |
+| four | `make ignored` | by hand |
 """
     assert promises(text) == [
-        ("one", ["tests/test_a.py::test_x", "make life"]),
-        ("two \\| half", ["tests/test_a.py::TestB::test_y[case]"]),
-        ("three", []),
-        ("four", ["make test ARGS=1"]),
+        ("one", ["tests/test_a.py::test_x", "make life"], "make test"),
+        ("two \\| half", ["tests/test_a.py::TestB::test_y[case]"], "make test-all"),
+        ("three", [], ""),
+        ("four", ["make ignored"], "by hand"),
     ]
-    good = [proof for _, proofs in promises(text) for proof in proofs]
-    assert [missing_proof(proof, tmp_path) for proof in [*good, "make gpu", "tests/test_a.py"]] == [None] * 6
+    good = [proof for _, proofs, _ in promises(text)[:3] for proof in proofs]
+    assert [missing_proof(proof, tmp_path) for proof in [*good, "make gpu", "tests/test_a.py"]] == [None] * 5
     for bad in ("make run", "make VENV", "make .venv", "tests/test_b.py::test_x", "tests/test_a.py::test_y"):
         assert missing_proof(bad, tmp_path), bad
     assert missing_proof("tests/test_a.py::TestB::test_x", tmp_path)
+
+
+def test_the_tier_of_a_proof(tmp_path: Path) -> None:
+    makefile = "MORE := a\nbench: x\n\trun\nlife gone: x\n\t@run \\\n\t    --full\nlifetime:\n\trun\n"
+    (tmp_path / "Makefile").write_text(makefile)
+    source = "@pytest.mark.full\n@pytest.mark.x\ndef test_x(): ...\ndef test_y(): ...\n"
+    (tmp_path / "test_a.py").write_text(source)
+    (tmp_path / "test_b.py").write_text("pytestmark = pytest.mark.full\n" + source)
+    expected = {"test_a.py::test_x": "make test-all", "test_a.py::test_y[1]": "make test", "test_a.py": "make test"}
+    expected |= {
+        "test_b.py::test_y": "make test-all",
+        "make gpu": "make gpu",
+        "tests/gpu/test_c.py::test_z": "make gpu",
+    }
+    expected |= {"make life": "make test-all", "make bench": "by hand", "make lifetime": "by hand"}
+    assert {proof: tier_of(proof, tmp_path) for proof in expected} == expected
 
 
 # ---- docs/architecture.md: its table of rooms names every file of the product ----------------------------------------
