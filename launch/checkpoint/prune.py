@@ -8,11 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
 from configs.errors import UserError
-from configs.files import TEXT_BYTES, read_regular
+from configs.load import load
 from configs.schema import KeepSection
 from launch.text import size_text
 from trainer.checkpoint import disk
@@ -83,15 +80,14 @@ def _delete(aside: Path) -> None:
 
 def _keep(run: RunFolder, last: int | None, every_steps: int | None) -> KeepSection:
     """The run's own setting, but for what was said."""
+    keep = KeepSection()
     try:
-        told = yaml.safe_load(read_regular(run.config, TEXT_BYTES))
-        keep = KeepSection.model_validate(told["checkpoint"]["keep"])
-    except FileNotFoundError:
-        keep = KeepSection()
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError):
+        if os.path.lexists(run.config):
+            keep = load(str(run.config), []).checkpoint.keep
+    except UserError as error:
         if last is None:
-            raise UserError(f"{run.config}: checkpoint.keep cannot be read; say --last N") from None
-        keep = KeepSection()
+            first, *_ = str(error).splitlines()
+            raise UserError(f"{first}\nso checkpoint.keep is not known; say --last N") from None
     said = {"last": last, "every_steps": every_steps}
     return keep.model_copy(update={name: value for name, value in said.items() if value is not None})
 

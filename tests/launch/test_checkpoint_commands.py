@@ -319,7 +319,16 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prune_keeps_what_the_run_keeps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "config.yaml").write_text("checkpoint: {keep: {last: 3, every_steps: 0, best: false}}\n")
+    """As the run itself reads it: 010 is ten, a key that stands twice is refused, an include is followed."""
+    (run / "config.yaml").write_text("include: demo\ncheckpoint: {keep: {last: 010, every_steps: 0, best: false}}\n")
+    assert "keeping the newest 10\n" in say(capsys, "prune", run, "--dry-run")[1]
+    (run / "config.yaml").write_text("include: demo\ncheckpoint: {keep: {last: 3, last: 1}}\n")
+    code, _, error = say(capsys, "prune", run, "--yes")
+    assert code == 2
+    assert "config.yaml:2: " in error
+    assert "say --last N" in error
+    assert "keeping the newest 4" in say(capsys, "prune", run, "--last", 4, "--dry-run")[1]
+    (run / "config.yaml").write_text("include: demo\ncheckpoint: {keep: {last: 03, every_steps: 0, best: false}}\n")
     assert say(capsys, "prune", run, "--yes")[0] == 0
     assert left(run) == [path_of(run, step).name for step in (20, 30, 40)]
 
