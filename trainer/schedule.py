@@ -28,14 +28,21 @@ def lr_factor(optim: OptimSection, step: int, last_step: int) -> float:
 
 
 def check_rates(config: Config) -> None:
-    """Raise UserError for a schedule that does not fit into the run: its rate would begin or jump below the peak."""
+    """Raise UserError for a schedule that does not fit into the run, and say what its rate would do."""
     optim, steps = config.optim, config.train.steps
     both = optim.warmup_steps + optim.decay_steps
     if optim.schedule == "wsd" and 0 < steps < both:
+        if optim.warmup_steps >= steps:  # the run ends in its warm-up
+            effect = "the decay would never come"
+        elif optim.warmup_steps:  # which climbs to the peak when the decay has already begun
+            effect = "the rate would drop at once where the warm-up ends"
+        else:  # the decay is longer than the run
+            effect = "the rate would begin below its peak"
         raise UserError(
             f"optim.schedule wsd: optim.warmup_steps {optim.warmup_steps} and optim.decay_steps {optim.decay_steps} "
-            f"need {both} steps, train.steps is {steps}\n"
-            f"use train.steps={both}, or lower optim.warmup_steps or optim.decay_steps"
+            f"need {both} steps, train.steps is {steps}: {effect}\n"
+            f"use train.steps={both}, or lower optim.warmup_steps or optim.decay_steps; "
+            "for a trial: optim.schedule=constant"
         )
 
 

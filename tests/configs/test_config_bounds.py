@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import typing
 from collections.abc import Iterator
 from itertools import pairwise
@@ -215,12 +216,27 @@ WSD = ["optim.schedule=wsd", "optim.warmup_steps=4"]
 
 
 def test_a_schedule_that_does_not_fit_is_refused_with_the_numbers_and_the_advice_helps() -> None:
-    for more in (["optim.decay_steps=8"], ["optim.decay_steps=100"], ["optim.decay_steps=7"]):
-        config = load("demo", [*WSD, *more, "train.steps=10"])
-        with pytest.raises(UserError, match=r"need \d+ steps, train\.steps is 10") as error:
-            check_rates(config)
-        (advised,) = [word.rstrip(",") for word in str(error.value).split() if word.startswith("train.steps=")]
-        check_rates(load("demo", [*WSD, *more, advised]))
+    for warmup_steps, decay_steps, effect in (
+        *((0, 11, "begin below its peak"), (4, 7, "drop at once"), (4, 10, "drop at once"), (4, 100, "drop at once")),
+        *((9, 2, "drop at once"), (10, 1, "never come"), (20, 5, "never come")),
+    ):
+        typed = ["optim.schedule=wsd", f"optim.warmup_steps={warmup_steps}", f"optim.decay_steps={decay_steps}"]
+        typed += ["train.steps=10", "optim.final_lr_ratio=0"]
+        optim = load("demo", typed).optim
+        rates = [lr_factor(optim, step, 10) for step in range(1, 11)]
+        falls = [before - after for before, after in pairwise(rates)]
+        if effect == "begin below its peak":
+            assert rates[0] < 1
+        elif effect == "never come":
+            assert max(falls) < 0
+        else:  # by more than the decay does in a step
+            assert falls[warmup_steps - 1] > 1 / decay_steps + 1e-9
+        with pytest.raises(UserError, match=rf"(?m)need \d+ steps, train\.steps is 10: .* would {effect}") as error:
+            check_rates(load("demo", typed))
+        advice = re.findall(r"(?:use|for a trial:) (\S+?=\w+)", str(error.value))
+        assert [word.partition("=")[0] for word in advice] == ["train.steps", "optim.schedule"]
+        for advised in advice:
+            check_rates(load("demo", [*typed, advised]))
     check_rates(load("demo", [*WSD, "optim.decay_steps=6", "train.steps=10"]))
     check_rates(load("demo", [*WSD, "optim.decay_steps=6", "train.steps=0"]))
 
