@@ -123,7 +123,7 @@ def goodput(folder: RunFolder) -> Goodput:
     total = Goodput(attempts=len(attempts), clock_jumps=jumps)
     submitted_s = moment(facts_in(folder.root / JOB_FILE, over), "time_s")
     before: _Attempt | None = None
-    for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
+    for attempt, after in zip(attempts, [*attempts[1:], None], strict=False):
         began_s = _begin(attempt, before, submitted_s, total)
         seconds = _divide(attempt, began_s, after)
         for name, value in seconds.items():

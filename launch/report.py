@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from launch.goodput import Goodput, goodput
+from launch.run_folder import readable
 from trainer.arguments import Parser, typed
 from trainer.console import duration
 from trainer.folder import RunFolder
@@ -23,9 +24,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     options = parser.parse_args(arguments)
     folder = RunFolder(options.run)
-    if not folder.attempts.is_dir():
-        raise UserError(f"{options.run} is no run folder: it has no attempts")
-    found = goodput(folder)
+    with readable(folder.root):
+        if not folder.attempts.is_dir():
+            raise UserError(f"{options.run} is no run folder: it has no attempts")
+        found = goodput(folder)
     say("\n".join(lines(found)))
     if options.json:
         options.json.write_text(json.dumps(asdict(found), indent=1) + "\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -114,10 +115,8 @@ def is_run(folder: Path) -> bool:
 
 def runs_in(folder: Path) -> list[Path]:
     """The folder itself when it is a run's, else those below it that are, also in arrays. Raises UserError."""
-    try:
+    with readable(folder):
         return [folder] if is_run(folder) else sorted(_runs_below(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from error
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
@@ -135,10 +134,17 @@ def view(folder: Path) -> RunView:
 
     Raises UserError when it may not be read.
     """
-    try:
+    with readable(folder):
         return _view(RunFolder(folder))
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """For who looks at a run: something in it that is closed to them, or too far away, is a line and no traceback."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
 def _view(folder: RunFolder) -> RunView:
@@ -188,8 +194,9 @@ def _job_in(environment: dict[str, Any]) -> str | None:
 
 
 def all_attempts(folder: RunFolder) -> list[AttemptView]:
-    """Every attempt so far, in order."""
-    return [attempt_view(folder, number) for number in life.numbers(folder)]
+    """Every attempt so far, in order. Raises UserError when one may not be read."""
+    with readable(folder.root):
+        return [attempt_view(folder, number) for number in life.numbers(folder)]
 
 
 def _newest_checkpoint(folder: RunFolder) -> tuple[int | None, float | None]:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from configs.errors import UserError, printable
 from launch.monitor.rows import OLD_S, OtherVersion, age_s, changed_s, newest_rows, phase_now
-from launch.run_folder import holder_of, last_row, running
+from launch.run_folder import holder_of, last_row, readable, running
 from launch.screen import Picture, show, show_once
 from trainer import life
 from trainer.arguments import Parser, typed
@@ -55,8 +55,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks")
     options = parser.parse_args(arguments)
     folder = RunFolder(options.run)
-    if not folder.attempts.is_dir():
-        raise UserError(f"{options.run} is no run folder: it has no attempts")
+    with readable(folder.root):
+        if not folder.attempts.is_dir():
+            raise UserError(f"{options.run} is no run folder: it has no attempts")
     watcher = Watcher(folder)
     if options.once:
         show_once(watcher.look(None))
@@ -75,10 +76,12 @@ class Watcher:
         self._over = PassedOver()
 
     def look(self, height: int | None, state: str | None = None) -> Group:
-        """The whole picture; `height` None shows every line. `state`: how the run is, from who knows it better."""
+        """The whole picture; `height` None shows every line. `state`: how the run is, from who knows it better. Raises
+        UserError when something may not be read."""
         self._over = PassedOver()
-        self._read_nodes()
-        head, events = self._head(state), self._events()
+        with readable(self.folder.root):
+            self._read_nodes()
+            head, events = self._head(state), self._events()
         notes = [*self._notes, *([self._over.told(self.folder.root)] if self._over else [])]
         head += [Text(note, style="red") for note in notes]
         room = None if height is None else max(height - len(head) - len(events) - 3, 3)

@@ -78,7 +78,10 @@ def entry_at(path: Path) -> Entry | None:
     match, any_step = _OURS.fullmatch(path.name), _ANY_STEP.match(path.name)
     step = int(any_step[1]) if any_step else None
     target = os.readlink(path) if stat.S_ISLNK(mode) else None
-    fault = _spelling_fault(match) or kind_fault(path, folder=True)
+    try:
+        fault = _spelling_fault(match) or kind_fault(path, folder=True)
+    except OSError as error:  # a link into a folder that is closed to us, or with a name that is too long
+        fault = f"it cannot be looked at: {error.strerror}"
     kind = Kind(match[2] or "") if match else Kind.UNUSABLE
     if fault is None and target is not None and kind in (Kind.PARTIAL, Kind.DELETING):
         fault = f"it is a link to {target}, and only a folder can be {kind.value}"

@@ -133,8 +133,8 @@ class Lease:
             if os.path.lexists(folder.lease):
                 holder = _holder(folder.lease)
                 _refuse_living(folder, holder, node)
-                if holder:
-                    say(f"taking over {folder.root}: pid {holder.get('pid')} on {holder.get('node')} is gone")
+                who = f"pid {holder.get('pid')} on {holder.get('node')} is gone" if holder else "its LEASE names nobody"
+                say(f"taking over {folder.root}: {who}")
                 _clear_away(folder, text(holder, "token"), mine["token"])
             descriptor = os.open(folder.lease, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

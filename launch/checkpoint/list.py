@@ -50,7 +50,7 @@ class Row:
 
 def list_checkpoints(folder: Path, as_json: bool) -> int:
     """Returns the exit code: 1 when one that should be good is not."""
-    runs = {str(path): (_rows(path), _unique_bytes(path)) for path in shelves(folder)}
+    runs = {str(path): (list(map(_row, found)), _unique_bytes(found)) for path, found in shelves(folder).items()}
     if not runs:
         raise UserError(f"{folder}: neither a run folder, nor a folder of runs, nor one of checkpoints")
     if as_json:
@@ -66,26 +66,20 @@ def list_checkpoints(folder: Path, as_json: bool) -> int:
     return 0 if all(row.good for rows, _ in runs.values() for row in rows if row.kind in meant) else 1
 
 
-def shelves(folder: Path) -> Iterator[Path]:
-    """Folders that hold checkpoints: of a run, of each run in a folder, or this one itself."""
+def shelves(folder: Path) -> dict[Path, list[Entry]]:
+    """Folders that hold checkpoints, and what is in them: of a run, of each run in a folder, or this one itself. Raises
+    UserError for one that is closed to us."""
     try:
         names = sorted(os.listdir(folder))
+        own = RunFolder(folder).checkpoints
+        if own.is_dir():
+            return {own: entries(own)}
+        if found := entries(folder):
+            return {folder: found}
+        inner = (RunFolder(folder / name).checkpoints for name in names)
+        return {path: entries(path) for path in inner if path.is_dir()}
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
-    own = RunFolder(folder).checkpoints
-    if own.is_dir():
-        yield own
-    elif entries(folder):
-        yield folder
-    else:
-        for name in names:
-            inner = RunFolder(folder / name).checkpoints
-            if inner.is_dir():
-                yield inner
-
-
-def _rows(folder: Path) -> list[Row]:
-    return [_row(entry) for entry in entries(folder)]
+        raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
 
 
 def _row(entry: Entry) -> Row:
@@ -127,9 +121,9 @@ def _sizes(path: Path) -> Iterator[tuple[tuple[int, int], int, int]]:
                 yield (status.st_dev, status.st_ino), status.st_size, status.st_nlink
 
 
-def _unique_bytes(folder: Path) -> int:
+def _unique_bytes(found: list[Entry]) -> int:
     """Bytes of all checkpoints together, linked files counted once."""
-    usable = [entry.path for entry in entries(folder) if entry.fault is None]
+    usable = [entry.path for entry in found if entry.fault is None]
     return sum({inode: size for path in usable for inode, size, _ in _sizes(path)}.values())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import KeepSection
+from launch.run_folder import readable
 from launch.text import size_text
 from trainer.checkpoint import disk
 from trainer.checkpoint.shelf import Shelf
@@ -26,11 +27,12 @@ _TAG = "pruned"
 def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dry_run: bool, yes: bool) -> int:
     """Returns the exit code."""
     run = RunFolder(folder)
-    if not run.checkpoints.is_dir():
-        raise UserError(f"{folder} is no run folder: it has no folder checkpoints")
-    keep = _keep(run, last, every_steps)
-    with nullcontext() if dry_run else _held(run):
-        shelf = Shelf(run.checkpoints, keep, print)
+    with readable(folder):
+        if not run.checkpoints.is_dir():
+            raise UserError(f"{folder} is no run folder: it has no folder checkpoints")
+        keep = _keep(run, last, every_steps)
+    with readable(folder), nullcontext() if dry_run else _held(run):
+        shelf = Shelf(run.checkpoints, keep, say)
         going = [checkpoint_name(step) for step in shelf.going()]
         if bad:
             _must_hold_a_good_one(shelf)
@@ -62,7 +64,7 @@ def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dr
 @contextmanager
 def _held(run: RunFolder) -> Iterator[None]:
     """The run's lease: refused while its holder lives, and no run begins meanwhile."""
-    lease = Lease.take(run, node_name(), 0, print)
+    lease = Lease.take(run, node_name(), 0, say)
     try:
         yield
     finally:

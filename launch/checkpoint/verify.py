@@ -18,7 +18,7 @@ from trainer.checkpoint.inside import check_file
 from trainer.checkpoint.load import file_path, read_manifest
 from trainer.checkpoint.threads import in_threads
 from trainer.convert.kinds import open_checkpoint
-from trainer.entries import MANIFEST, Kind, entries, entry_at
+from trainer.entries import MANIFEST, Kind, entry_at
 from trainer.processors import allowed
 from trainer.terminal import say
 
@@ -70,7 +70,7 @@ def _named(folder: Path) -> list[Path]:
     if folder.name.startswith("step-") or (folder / MANIFEST).exists():
         return [folder]
     meant = (Kind.COMMITTED, Kind.UNUSABLE)
-    found = [entry.path for shelf in shelves(folder) for entry in entries(shelf) if entry.kind in meant]
+    found = [entry.path for inside in shelves(folder).values() for entry in inside if entry.kind in meant]
     if not found:
         raise UserError(f"{folder} is no checkpoint and holds no committed one")
     return found

@@ -104,7 +104,13 @@ def named(visible: str) -> tuple[list[str], str | None]:
     found: list[str] = []
     for entry in (part.strip() for part in visible.split(",")):
         number = re.match(r"\+?([0-9]+)", entry)
-        name = entry if prefix and entry.startswith(prefix) else str(int(number[1])) if number and not prefix else None
+        name = (
+            entry
+            if prefix and entry.startswith(prefix)
+            else (number[1].lstrip("0") or "0")
+            if number and not prefix
+            else None
+        )
         if name is None or name in found:
             return [] if name else found, entry
         found.append(name)

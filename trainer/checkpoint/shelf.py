@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from bisect import bisect_right
@@ -192,7 +193,7 @@ class Shelf:
                 break
             kept.add(step)
             well += self._known(step).fault is None
-        kept |= {step for step in steps if (self.path(step) / KEEP).exists()}
+        kept |= {step for step in steps if self._asked_to_keep(step)}
         kept |= set(self.linked())
         if self._keep.every_steps:
             kept |= {step for step in steps if step % self._keep.every_steps == 0}
@@ -205,6 +206,13 @@ class Shelf:
             asked = set(kept)
             kept |= {own[path] for step in asked for path in self._known(step).sources if path in own}
         return kept
+
+    def _asked_to_keep(self, step: int) -> bool:
+        try:
+            os.stat(self.path(step) / KEEP)
+        except OSError as error:
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR)  # in a folder that is closed to us may be one
+        return True
 
     def _known(self, step: int) -> _Facts:
         """What is known of a checkpoint; it is opened once, not at every save."""
