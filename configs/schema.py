@@ -198,8 +198,8 @@ class ParallelSection(Section):
     """Layout. Changes speed and memory, and the order of summation, nothing else."""
 
     engine: Literal["fsdp", "zero"] = speed("fsdp", "what shards the model: FSDP2, or DeepSpeed ZeRO")
-    zero_stage: Literal[1, 2, 3] = speed(
-        3, "zero shards the optimizer's state (1), gradients as well (2), parameters as well (3)"
+    zero_stage: int = speed(  # no Literal: to Python, and so to pydantic, `true` is 1 and `2.0` is 2
+        3, "zero shards the optimizer's state (1), gradients as well (2), parameters as well (3)", ge=1, le=3
     )
     deepspeed: Annotated[dict[str, Any], AfterValidator(usable)] = speed(
         {}, "zero: DeepSpeed's own settings; what contradicts this config is refused"

@@ -78,7 +78,8 @@ def _lines(name: str) -> list[list[str]]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--array {name}: neither KEY=[A,B] nor a file that can be read: {reason}") from error
     runs = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    lines = re.split("\r\n|\r|\n", text)  # not splitlines: a value may hold other breaks, such as a form feed
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:

@@ -5,7 +5,6 @@ Whoever reads one reads it here. What cannot be used is then refused in one line
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -62,7 +61,7 @@ def word(value: str) -> str:
 
 def name(value: str) -> str:
     """Part of a file's name; perhaps nothing."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]*", value):
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,200}", value):
         raise ValueError("is no name of a node")
     return value
 
@@ -81,9 +80,10 @@ def port(value: str) -> int:
 
 
 def seconds(value: str) -> float:
-    if not math.isfinite(found := float(word(value))):
+    """A UNIX time, in plain digits as `number`. A clock may be set to before 1970, and a run's may have been."""
+    if not re.fullmatch(r"-?[0-9]{1,10}(\.[0-9]{1,9})?", value):
         raise ValueError("is no time")
-    return found
+    return float(value)
 
 
 def path(value: str) -> Path:
@@ -97,7 +97,7 @@ def threads(value: str) -> int | None:
     scripts hand on what Slurm perhaps has not told them."""
     if not value.strip():
         return None
-    counts = [number(part.strip()) for part in value.split(",")]
+    counts = [number(part.strip(" \t")) for part in value.split(",")]
     if 0 in counts:
         raise ValueError("is no number of threads")
     return counts[0]

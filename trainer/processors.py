@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path("/")
 _LOOK_S = 0.2  # the kernel counts in hundredths of a second
+_TICKS = re.compile(r"cpu([0-9]{1,9})((?: +[0-9]{1,18}){5,8})")  # what follows is part of the first two
 _NEARLY = 0.3  # a core counts as idle while it is busy for less than this share
 
 
@@ -50,7 +52,7 @@ def threads(processes: int, deterministic: bool = False) -> Threads:
 def _quotas() -> Iterator[float]:
     """Processors that each control group above this process may use, where it is limited."""
     for line in _lines("proc/self/cgroup"):
-        _, controllers, inside = line.split(":", 2)
+        _, controllers, inside = [*line.split(":", 2), "", ""][:3]
         for group in _groups(controllers, inside):
             if quota := _quota(group):
                 yield quota
@@ -73,7 +75,7 @@ def _quota(group: Path) -> float | None:
         else:
             quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # no such group here, no limit ("max"), or nothing that can be divided
+    except (OSError, ValueError, ArithmeticError):  # no such group, no limit ("max"), or nothing that can be divided
         return None
 
 
@@ -94,15 +96,14 @@ def _times() -> dict[int, tuple[int, int]]:
     """(All time, idle time) of each processor, in the kernel's ticks."""
     found = {}
     for line in _lines("proc/stat"):
-        name, *counts = line.split()
-        if name.startswith("cpu") and name[3:].isdigit():
-            ticks = [int(count) for count in counts[:8]]  # what follows is part of the first two
-            found[int(name[3:])] = (sum(ticks), ticks[3] + ticks[4])  # idle, and waiting for a disk
+        if match := _TICKS.match(line):
+            ticks = [int(count) for count in match[2].split()]
+            found[int(match[1])] = (sum(ticks), ticks[3] + ticks[4])  # idle, and waiting for a disk
     return found
 
 
 def _lines(path: str) -> list[str]:
     try:
-        return (ROOT / path).read_text().splitlines()
+        return (ROOT / path).read_text("utf-8", "surrogateescape").split("\n")  # a group may have any name
     except OSError:
         return []
