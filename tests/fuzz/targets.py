@@ -1,4 +1,4 @@
-"""What the fuzzers call: bytes in, and either BadCheckpoint, or something that holds together. All else is a defect.
+"""Texts of a checkpoint: each is refused as BadCheckpoint, or something that holds together. All else is a defect.
 
 A body is given its right digest first: what is looked for lies behind the checksums.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,38 +43,58 @@ def manifest(body: bytes) -> None:
 
 def manifest_signed(body: bytes) -> None:
     """{"at": [key or index, ...], "value": anything}: one place of a real manifest says something else, and is signed
-    again. It is refused, or it means what it says, and step and position are those of before."""
-    tree = json.loads(SAVED)
-    try:
-        change = json.loads(body)
-        *outer, last = change["at"]
-        node = tree
-        for key in outer:
-            node = node[key]
-        node[last] = change["value"]
-        text = json.dumps(tree, separators=(",", ":")).encode()
-    except (ValueError, LookupError, TypeError, RecursionError):
+    again. It is refused, or means what it says: what the trainer goes on from is the step and the position in it."""
+    changes, tree = apply(json.loads(SAVED), body)
+    if not changes:
         return
+    text = json.dumps(tree, separators=(",", ":")).encode()
     try:
         found = decode("m", sealed(text))
     except BadCheckpoint:
         return
-    before, after = (Progress.of(m) for m in (decode("m", sealed(SAVED)), found))
-    assert (after.step, after.consumed_samples) == (before.step, before.consumed_samples) == (4, 32)
     read = found.model_dump(mode="json")
-    for key in [*outer, last]:
-        read = read[key]
-    assert _same(read, change["value"]), (change, read)
+    goes_on_as_it_says(read, Progress.of(found))
+    assert seems_same(read, json.loads(text)), changes
     for key in found.tensors:
         assert sum(place.box.numel for place in found.places(key)) == math.prod(found.shape_of(key)), key
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Equal in value and kind; a whole number may stand for a number."""
+def apply(tree: Any, body: bytes) -> tuple[list[Any], Any]:
+    """The changes that could be made to a tree, and the tree. `body`: one change, or a list of them."""
+    changes = []
+    try:
+        told = json.loads(body)
+        json.dumps(told).encode()
+    except (ValueError, RecursionError):
+        return [], tree
+    for change in told if isinstance(told, list) else [told]:
+        try:
+            *outer, last = change["at"]
+            node = tree
+            for key in outer:
+                node = node[key]
+            node[last] = change["value"]
+            changes.append(change)
+        except (LookupError, TypeError, ValueError):
+            continue
+    return changes, tree
+
+
+def goes_on_as_it_says(read: dict[str, Any], progress: Progress) -> None:
+    """What a manifest says in two places is the same, and the trainer goes on from there."""
+    step, samples, loop = read["step"], read["position"].get("consumed_samples"), read["loop"]
+    assert loop.get("step", step) == step == progress.step
+    assert loop.get("consumed_samples", samples) == samples
+    assert progress.consumed_samples == (samples or 0)
+    assert read["metric"] is None or loop.get("best_loss", read["metric"]) == read["metric"]
+
+
+def seems_same(one: Any, other: Any) -> bool:
+    """Equal in value and kind; a whole number may stand for a number, and `one` may say more."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() >= other.keys() and all(_same(one[key], value) for key, value in other.items())
+        return one.keys() >= other.keys() and all(seems_same(one[key], value) for key, value in other.items())
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(seems_same, one, other))
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
@@ -101,11 +120,3 @@ def header(text: bytes) -> None:
     end = max((entry.end for entry in entries.values()), default=8 + int.from_bytes(raw[:8], "little"))
     assert end == size
     assert blocks_in(size) >= 1
-
-
-TARGETS: dict[str, Callable[[bytes], None]] = {
-    "manifest": manifest,
-    "manifest-signed": manifest_signed,
-    "checksums": checksums,
-    "header": header,
-}
