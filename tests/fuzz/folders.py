@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -286,4 +287,7 @@ def _goes_on(root: Path) -> bool:
         assert in_the_way, "the check before sees nothing of what ends the run"
         return False
     assert newest is None or (found is not None and (found.path == newest or said)), "an older one is taken in silence"
+    steps = [re.fullmatch(r"step-(\d{1,18})", entry.path.name) for entry in entries_of(root / "checkpoints")]
+    past = [step[0] for step in steps if step and int(step[1]) > (found.step if found is not None else -1)]
+    assert not past, f"it goes on past {past}"
     return not in_the_way
