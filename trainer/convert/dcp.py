@@ -28,7 +28,15 @@ from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Fil
 from trainer.convert.kinds import METADATA
 from trainer.convert.names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
 from trainer.convert.state import PART_BYTES, Content, Range, State, stream, take
-from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, ArchivedTensor, Names, Record, record_type, unpickle
+from trainer.convert.unpickle import (
+    PICKLE_LIMIT_BYTES,
+    ArchivedTensor,
+    Enumeration,
+    Names,
+    Record,
+    record_type,
+    unpickle,
+)
 
 FILE_LIMIT_BYTES = 4 << 30  # a new file begins beyond this
 CHUNK_LIMIT_BYTES = 1 << 30  # DCP loads a chunk whole before it takes a rank's part of it
@@ -44,7 +52,8 @@ def _names() -> Names:
     names: Names = {(_METADATA_MODULE, name): record_type(name) for name in of_metadata}
     names[_OLD_MODULE, "TensorProperties"] = names[_METADATA_MODULE, "TensorProperties"]
     names["torch.distributed.checkpoint.filesystem", "_StorageInfo"] = record_type("_StorageInfo")
-    encodings = record_type("_MEM_FORMAT_ENCODING")
+    formats = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
+    encodings = Enumeration(tuple((name, value) for value, name in enumerate(formats)))
     names |= {(_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): encodings, (_OLD_MODULE, "MEM_FORMAT_ENCODING"): encodings}
     paths = ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     names |= {(module, name): record_type(name) for module in ("pathlib", "pathlib._local") for name in paths}

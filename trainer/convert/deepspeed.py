@@ -28,7 +28,7 @@ from trainer.convert.kinds import deepspeed_states
 from trainer.convert.names import add_value, is_content, leaves_of, whole_number
 from trainer.convert.state import Content, State, StateTensor
 from trainer.convert.torch_file import with_contents
-from trainer.convert.unpickle import Names, record_type, stand_in
+from trainer.convert.unpickle import Enumeration, Names, record_type, stand_in
 
 MODEL = "mp_rank_00_model_states.pt"
 _FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
@@ -39,6 +39,7 @@ _ELSEWHERE = {  # what says that a model was cut in ways that are not ZeRO's
 }
 # of a model's file, what is read here; the rest are plain values
 _READ = {"module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"}
+_STAGES = (("disabled", 0), ("optimizer_states", 1), ("gradients", 2), ("weights", 3), ("max_stage", 3))
 _ALIGNED_ELEMENTS = 16  # at most, before a parameter
 _GAP_ELEMENTS = 1 << 16
 
@@ -47,7 +48,7 @@ def _names() -> Names:
     """The types of DeepSpeed's that its files hold beside tensors."""
     scaler, fragment = "deepspeed.runtime.fp16.loss_scaler", "deepspeed.utils.tensor_fragment"
     names: Names = {(scaler, name): record_type(name) for name in ("LossScaler", "DynamicLossScaler")}
-    names["deepspeed.runtime.zero.config", "ZeroStageEnum"] = stand_in(int)
+    names["deepspeed.runtime.zero.config", "ZeroStageEnum"] = Enumeration(_STAGES)
     names["builtins", "set"] = stand_in(list)  # until 0.14 at least names of buffers were one
     names[fragment, "fragment_address"] = record_type("fragment_address")
     names["argparse", "Namespace"] = record_type("Namespace")  # Megatron's arguments

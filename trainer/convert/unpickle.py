@@ -12,7 +12,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from configs.errors import UserError
 
 PICKLE_LIMIT_BYTES = 1 << 30
 
+T = TypeVar("T")
 Names = dict[tuple[str, str], Any]  # (module, name) -> what stands in for it
 
 _STORAGES: dict[str, torch.dtype] = {
@@ -43,22 +44,27 @@ def _keep(self: object, state: object) -> NoReturn:
     raise pickle.UnpicklingError("it changes what is not its own")
 
 
+def _kept(kind: type[T]) -> type[T]:
+    """The class, whose objects keep their state. Python before 3.11.4 overwrites a __setstate__ that stands in a frozen
+    dataclass with slots."""
+    kind.__setstate__ = _keep  # type: ignore[attr-defined]
+    return kind
+
+
+@_kept
 @dataclass(frozen=True, slots=True)
 class Storage:
     """A run of bytes in an archive: the record `data/<key>`. `dtype` None: untyped."""
-
-    __setstate__ = _keep
 
     key: str
     dtype: torch.dtype | None
     nbytes: int
 
 
+@_kept
 @dataclass(frozen=True, slots=True)
 class ArchivedTensor:
     """A tensor as a view of a storage; `offset` and `stride` count elements. It lies inside its storage."""
-
-    __setstate__ = _keep
 
     storage: Storage
     dtype: torch.dtype
@@ -114,11 +120,10 @@ def record_type(name: str) -> type[Record]:
     return cast(type[Record], _Sealed(name, (Record,), {"__slots__": ()}))
 
 
+@_kept
 @dataclass(frozen=True, slots=True)
 class _Call:
     """A callable that a pickle may name."""
-
-    __setstate__ = _keep
 
     function: Callable[..., Any]
 
@@ -126,16 +131,37 @@ class _Call:
         return self.function(*arguments)
 
 
+@_kept
 @dataclass(frozen=True, slots=True)
 class _StorageType:
-    __setstate__ = _keep
-
     dtype: torch.dtype | None
 
 
+@_kept
 @dataclass(frozen=True, slots=True)
 class _TensorType:
-    __setstate__ = _keep
+    pass
+
+
+@_kept
+@dataclass(frozen=True, slots=True)
+class Enumeration:
+    """Stands in for an enum of whole numbers. A pickle calls it with a number; one written by Python before 3.11.4
+    takes a member by name, as `getattr(the enum, name)`."""
+
+    members: tuple[tuple[str, int], ...]
+
+    def __call__(self, value: Any) -> int:
+        if type(value) is not int or value not in dict(self.members).values():
+            raise pickle.UnpicklingError(f"no member of an enum: {str(value)[:80]}")
+        return value
+
+
+def _member(kind: Any, name: Any) -> int:
+    """What `getattr` may be asked for: a member of an enum that we know. Python's own is never called."""
+    if not isinstance(kind, Enumeration) or not isinstance(name, str) or name not in dict(kind.members):
+        raise pickle.UnpicklingError(f"it asks for an attribute, {str(name)[:80]}")
+    return dict(kind.members)[name]
 
 
 def stand_in(function: Callable[..., Any]) -> Any:
@@ -215,6 +241,7 @@ def _names() -> Names:
         ("torch.serialization", "_get_layout"): _Call(_nothing),
         ("torch", "strided"): None,
         ("_codecs", "encode"): _Call(_encode),
+        ("builtins", "getattr"): _Call(_member),
     }
     names |= {("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()}
     return names | {("torch", name): dtype for name, dtype in _DTYPES.items()}

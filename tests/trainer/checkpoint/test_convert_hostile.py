@@ -25,7 +25,7 @@ from configs.errors import UserError
 from launch.__main__ import main
 from trainer.convert.convert import open_state
 from trainer.convert.state import Range, stream
-from trainer.convert.unpickle import unpickle
+from trainer.convert.unpickle import Enumeration, Names, unpickle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -164,6 +164,8 @@ OPCODES = [
     pytest.param(b"\x80\x02K\x01Q.", id="an unknown reference"),
     pytest.param(b"\x80\x02" + b"(" * 100000, id="deep"),
     pytest.param(b"\x80\x02\x82\x01.", id="an extension"),
+    pytest.param(b"cbuiltins\ngetattr\n(ctorch\nSize\nV__init__\ntR.", id="an attribute"),
+    pytest.param(b"cbuiltins\ngetattr\n(ctorch.storage\nUntypedStorage\nV__class__\ntR.", id="a class"),
 ]
 
 
@@ -172,6 +174,16 @@ def test_pickles_of_no_pickler(content: bytes) -> None:
     with pytest.raises(UserError) as caught:
         unpickle("x", content)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_enums_as_python_wrote_them_before_3_11_4() -> None:
+    """As `getattr(the enum, the member's name)`, where later ones call the enum with its value."""
+    names: Names = {("a", "Kind"): Enumeration((("one", 1), ("two", 2)))}
+    old = lambda name: f"cbuiltins\ngetattr\n(ca\nKind\nV{name}\ntR.".encode()  # noqa: E731
+    assert unpickle("x", old("two"), names) == unpickle("x", b"ca\nKind\n(I2\ntR.", names) == 2
+    for refused in (old("three"), old("__class__"), b"ca\nKind\n(I3\ntR.", b"ca\nKind\n(V2\ntR."):
+        with pytest.raises(UserError, match="not a pickle of a checkpoint"):
+            unpickle("x", refused, names)
 
 
 def drain(path: Path) -> dict[str, bytes]:
