@@ -74,7 +74,7 @@ def test_loss_does_not_depend_on_the_layout(
     size: int, changes: dict[str, Any], steps: int, reference: list[float], tmp_path: Path
 ) -> None:
     config = tiny(tmp_path, **{**COMMON, "train__steps": steps, **changes})
-    assert train(config, size) == [0] * size
+    assert train(config, size, timeout_s=280) == [0] * size  # compiling takes a while
     assert losses(config) == pytest.approx(reference[:steps], abs=ORDER_OF_SUMMATION)
 
 

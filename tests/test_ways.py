@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -69,7 +70,8 @@ def test_the_line_of_a_job_script(tmp_path: Path) -> None:
 
 def test_a_job_script_passes_the_warning_on(tmp_path: Path) -> None:
     command, environment = job_script(write_config(tmp_path), "train.steps=100000")
-    with subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, stdout=subprocess.DEVNULL) as script:
+    given: dict[str, Any] = {"env": {**os.environ, **environment}, "cwd": ROOT, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, **given, start_new_session=True) as script:
         try:
             deadline = time.monotonic() + 60
             while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -77,7 +79,8 @@ def test_a_job_script_passes_the_warning_on(tmp_path: Path) -> None:
             script.send_signal(signal.SIGUSR2)
             assert script.wait(timeout=60) == 0
         finally:
-            script.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)  # torchrun too, and with it its workers
     end = read_json(tmp_path / "run/attempts/000/end.json")
     assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", "warning", True)
     assert end["checkpoint"] == f"step-{end['step']:08d}"
