@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from trainer.terminal import go_on_unheard, say
 if TYPE_CHECKING:
     from launch.node import Nodes
 
+_OTHERS_BEGIN_S = 2.0  # until every node of a step has its Python and listens
 _FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
 
 
@@ -52,6 +54,10 @@ def main(arguments: list[str]) -> int:
     try:
         return _share(options, nodes, wish)
     except UserError as error:
+        if nodes.count > 1:
+            # srun ends the other tasks as this one leaves, and tells the highest exit code: one that does not listen yet
+            # would die of SIGTERM with 143, and a person's mistake would look like a failure.
+            time.sleep(_OTHERS_BEGIN_S)
         here = f"{node_name()}: "  # of many nodes: which one
         raise UserError(str(error) if str(error).startswith(here) else f"{here}{error}") from error
 

@@ -26,7 +26,8 @@ AS_CALL = {"create": "openat", "fsync_dir": "fsync"}
 
 
 def traced_calls(trace: str, folder: str) -> Counter[str]:
-    """Calls between the marks that name a path below `folder`, opens for reading left out."""
+    """Calls between the marks that name a path below `folder`. An open counts where it makes or empties a file: what is
+    only locked is opened for writing, too."""
     calls: Counter[str] = Counter()
     counting = False
     for line in trace.splitlines():
@@ -37,8 +38,8 @@ def traced_calls(trace: str, folder: str) -> Counter[str]:
         if "/mark-" in arguments and name.startswith("mkdir"):
             counting = "/mark-begin" in arguments
         elif counting and re.search(re.escape(folder) + r"[/\">]", arguments):
-            reads_only = name.startswith("open") and not re.search(r"O_CREAT|O_WRONLY|O_RDWR|O_TRUNC", arguments)
-            calls[name] += 0 if reads_only else 1
+            changes = not name.startswith("open") or re.search(r"O_CREAT|O_TRUNC", arguments)
+            calls[name] += 1 if changes else 0
     return +calls
 
 
