@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import sys
-import time
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> int:
         return _share(options, nodes, wish)
     except UserError as error:
         if nodes.count > 1:
-            # srun ends the other tasks as this one leaves, and tells the highest exit code: one that does not listen yet
-            # would die of SIGTERM with 143, and a person's mistake would look like a failure.
+            # srun ends the other tasks as this one leaves, and tells the highest exit code. One that does not listen
+            # yet would die of SIGTERM with 143, and a person's mistake would look like a failure.
             time.sleep(_OTHERS_BEGIN_S)
         here = f"{node_name()}: "  # of many nodes: which one
         raise UserError(str(error) if str(error).startswith(here) else f"{here}{error}") from error
