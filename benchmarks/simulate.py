@@ -2,9 +2,9 @@
 
     python benchmarks/simulate.py [--preset llama3-405b] [--tensor 1 8] [--ranks 8 64 256 1024] [--json FILE]
 
-For each number of ranks: the files of every rank are planned, reported to rank 0 and made into a manifest by the code
-that a save runs (the bytes of tensors are left out, block hashes are zeros); then a reader with three quarters as many
-ranks plans what it would read. Rank's boxes are those of FSDP2 over what tensor parallelism leaves.
+For each number of ranks, the code that a save runs plans the files of every rank, reports them to rank 0 and makes the
+manifest. The bytes of tensors are left out, and block hashes are zeros. Then a reader with three quarters as many ranks
+plans what it would read. Ranks' boxes are those of FSDP2 over what tensor parallelism leaves.
 """
 
 from __future__ import annotations

@@ -41,9 +41,8 @@ def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes; links are followed.
 
-    Raises NotAFile for a folder, pipe, socket, device or a link in a circle, FileNotFoundError and other OSErrors as
-    `open` does, and ValueError for a path that no filesystem can hold (a NUL in it). A pipe without a writer is not
-    waited for.
+    Raises NotAFile for a folder, pipe, socket, device, or link in a circle. FileNotFoundError and other OSErrors are
+    those of `open`. ValueError: no filesystem can hold such a path (a NUL in it). A pipe is not waited for.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,7 +1,7 @@
 """manifest.json: everything that a checkpoint is, except the numbers in its tensors.
 
-It is enough to load without the run's code or config, it is checked whole before anything is believed, and it carries
-the digest of `checksums.json` and of itself, so that every byte of a checkpoint is under a checksum. Format 1:
+It is enough to load without the run's code or config. It is checked whole before anything is believed. It carries the
+digest of `checksums.json` and of itself, so every byte of a checkpoint is under a checksum. Format 1:
 
     format, step, attempt, saved_s, metric              which checkpoint this is
     position, loop, config, fingerprint, model, layout, data    the trainer's own, see facts.py

@@ -37,11 +37,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Piece:
     """What one rank holds of one tensor.
 
-    `key` is "<parameter>" or "<parameter>.<state>". `tensor` is live, on any device; its row-major content is the box
-    (`offsets`, `sizes`) of the global tensor of `shape`, or, when `start` is given, the flat range of its row-major
-    order that begins there (offsets and sizes are then empty). A 0-d tensor has empty tuples. `replicas` ranks hold the
-    same piece and this is number `replica` of them; exactly one of them writes it. One that is not `original` is a copy
-    of lower precision: it is never written, and the store must carry the original over.
+    `key` is "<parameter>" or "<parameter>.<state>". `tensor` is live, on any device. Its row-major content is the box
+    (`offsets`, `sizes`) of the global tensor of `shape`. When `start` is given it is the flat range of that tensor's
+    row-major order that begins there; offsets and sizes are then empty. A 0-d tensor has empty tuples. `replicas` ranks
+    hold the same piece and this is number `replica` of them; exactly one of them writes it. One that is not `original`
+    is a copy of lower precision: it is never written, and the store must carry the original over.
     """
 
     key: str

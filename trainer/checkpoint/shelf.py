@@ -183,9 +183,11 @@ class Shelf:
         return [step for step in steps if step not in kept]
 
     def kept(self, steps: Sequence[int]) -> set[int]:
-        """Which of the committed steps stay: the `last` that open well and whatever is newer than these, those of
-        `every_steps`, those with a file KEEP, links, the best one, and what lies in `manifest.sources` of any that
-        stays."""
+        """Which of the committed steps stay.
+
+        The `last` that open well, and whatever is newer than these. Those of `every_steps`, and the best one.
+        Links, and those with a file KEEP. What stands in `manifest.sources` of any that stays.
+        """
         kept: set[int] = set()
         well = 0
         for step in sorted(steps, reverse=True):

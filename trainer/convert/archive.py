@@ -1,8 +1,8 @@
 """The files of `torch.save`: zip archives of one pickle and one record of raw bytes per storage, read and written in
 parts. DCP's files are such archives one after the other.
 
-Reading opens nothing of what the pickle names (`unpickle.py`), checks every number before it is believed, and checks a
-record's CRC-32 when it is read through, which PyTorch's own reader does not.
+Reading opens nothing of what the pickle names (`unpickle.py`). Every number is checked before it is believed.
+A record's CRC-32 is checked when it is read through, which PyTorch's own reader does not do.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
 """Tokenise every source once into the cache, or find that this was done before.
 
-`<cache>/<source>-<key>-<content>/` holds one source: `train.npy` and `validation.npy` (all tokens one after the
-other, every document followed by the end token), `<split>.documents.npy` (where each document starts), `meta.json`
-and `files.json` (of each file its size, time and hash; `files-<path>.json` is of a copy of them at another path). The
-key covers how the source is read; the content part is the fingerprint of what was read, so a changed source gets a new
-folder, and a run that still maps the old one is left alone. `<cache>/run-<hash>.json` names the folders of one config:
-it is what `Prepared.open` reads on every rank.
+`<cache>/<source>-<key>-<content>/` holds one source:
+
+    train.npy, validation.npy   all tokens one after the other, every document followed by the end token
+    <split>.documents.npy       where each document starts
+    meta.json                   how it was prepared
+    files.json                  of each file its size, time and hash; files-<path>.json: of a copy at another path
+
+The key covers how the source is read, the content part is the fingerprint of what was read. So a changed source gets a
+new folder, and a run that still maps the old one is left alone. `<cache>/run-<hash>.json` names the folders of one
+config: it is what `Prepared.open` reads on every rank.
 """
 
 from __future__ import annotations

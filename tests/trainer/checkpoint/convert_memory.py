@@ -1,5 +1,8 @@
-"""Converts a state of so many MB from each kind to each other, each in a process of its own, and prints as JSON by how
-many bytes that process's peak memory grew beyond what importing took: `python convert_memory.py FOLDER MEGABYTES`."""
+"""What memory converting takes: `python convert_memory.py FOLDER MEGABYTES`.
+
+A state of so many MB goes from each kind to each other, each time in a process of its own. Printed as JSON: by how many
+bytes the process's peak memory grew beyond what importing took.
+"""
 
 from __future__ import annotations
 
