@@ -29,8 +29,9 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
     """
     ranks, launcher = Ranks.read(os.environ), FromLauncher.read(os.environ)
     numbers = check_numbers(config, ranks.size)
-    problems = numbers if ranks.rank else check(config, ranks.size, RunFolder(Path(config.run_dir)))
-    if ranks.rank == 0:
+    problems = numbers
+    if ranks.rank == 0 and launcher is None:  # a launcher has looked already: files are not listed twice at each start
+        problems = check(config, ranks.size, RunFolder(Path(config.run_dir)))
         problems += problems_of(lambda: check_memory(config, ranks.local_size, ranks.size))
     if numbers or ranks.size == 1:  # all ranks know it; what rank 0 alone looked for is told below
         refuse(problems)
