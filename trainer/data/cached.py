@@ -56,47 +56,52 @@ def find_prepared(
     def is_own(folder: Path) -> bool:
         return began_with is not None and folder.name.endswith(f"-{began_with[:16]}")
 
-    for folder in sorted(_alike(cache, source, settings), key=lambda folder: not is_own(folder)):
-        usable = is_own(folder) or _is_cut_as_now(folder, source, places, stats)
-        if usable and _still_holds(folder, source, dict(found), stats, poll):
+    alike = _alike(cache, source, settings)
+    for folder in sorted(alike, key=lambda folder: not is_own(folder)):
+        usable = is_own(folder) or _is_cut_as_now(alike[folder], source, places, stats)
+        if usable and _still_holds(folder, alike[folder], source, dict(found), stats, poll):
             return folder
     return None
 
 
-def _alike(cache: Path, source: Source, settings: dict[str, Any]) -> list[Path]:
-    """Folders prepared under these settings, wherever the files lay then: those that know this path first."""
+def _alike(cache: Path, source: Source, settings: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """Folders prepared under these settings, and their META, wherever the files lay then: those that know this path
+    first."""
     path, found = settings["source"]["path"], []
     for folder in sorted(cache.glob(f"{source.name}-*")):
         try:
             meta = files.read_json(folder / META)
             then, now = ({**m["source"], "path": "", "pattern": ""} for m in (meta, settings))
             if then == now and all(meta[key] == settings[key] for key in settings if key != "source"):
-                found.append((not (folder / _noted(path, meta["source"]["path"])).exists(), folder))
+                found.append((not (folder / _noted(path, meta["source"]["path"])).exists(), folder, meta))
         except (OSError, ValueError, LookupError, TypeError):
             continue  # another start removes it, or it is none of ours
-    return [folder for _, folder in sorted(found)]
+    return {folder: meta for _, folder, meta in sorted(found, key=lambda one: one[:2])}
 
 
-def _is_cut_as_now(folder: Path, source: Source, places: re.Pattern[bytes], stats: dict[str, FileStat]) -> bool:
+def _is_cut_as_now(meta: dict[str, Any], source: Source, places: re.Pattern[bytes], stats: dict[str, FileStat]) -> bool:
     """Whether a folder holds what would be prepared today. Long texts were once cut where that could change ids; such
     folders do not say how they were cut."""
     if source.kind == "tokens" or places is ANYWHERE or all(s.size_bytes <= PIECE_BYTES for s in stats.values()):
         return True
-    try:
-        return bool(files.read_json(folder / META).get("cuts") == CUTS)
-    except (OSError, ValueError):
-        return False
+    return bool(meta.get("cuts") == CUTS)
 
 
-def _still_holds(folder: Path, source: Source, found: dict[str, Path], stats: dict[str, FileStat], poll: Poll) -> bool:
+def _still_holds(
+    folder: Path,
+    meta: dict[str, Any],
+    source: Source,
+    found: dict[str, Path],
+    stats: dict[str, FileStat],
+    poll: Poll,
+) -> bool:
     """Whether a prepared folder holds these files. Sizes and times are trusted only where they were noted for this very
     path: files elsewhere may have the same and hold something else. All others are read and compared by content."""
-    path = str(source_root(source))
+    noted = folder / _noted(str(source_root(source)), meta["source"]["path"])
     try:
         known: dict[str, list[Any]] = files.read_json(folder / FILES)
-        noted = folder / _noted(path, files.read_json(folder / META)["source"]["path"])
         seen: dict[str, list[Any]] = files.read_json(noted) if noted.exists() else {}
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError):
         return False
     if known.keys() != stats.keys() or any(stat.size_bytes != known[name][0] for name, stat in stats.items()):
         return False
