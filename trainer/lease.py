@@ -101,9 +101,7 @@ def alive_here(holder: dict[str, Any], node: str) -> bool | None:
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
-            return (
-                False  # a zombie: it has ended, and its parent (say in a container without an init) never waited for it
-            )
+            return False  # it has ended, and its parent (in a container without an init, say) never waited for it
         # An hour later the pid may be another process's, which began at another time. That is compared in ticks since
         # the boot, as no change of a clock moves them. A lease of an earlier version has none.
         ticks = whole(holder, "started_ticks")

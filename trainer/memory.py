@@ -9,6 +9,7 @@ import psutil
 from configs.errors import UserError
 from configs.model_section import ModelSection
 from configs.schema import Config
+from trainer.cgroups import groups_above
 
 _SAMPLE_BYTES = 20  # of each token of a batch: itself, its target, its document
 _DRIVER = Path("/dev/nvidiactl")  # where it lies, the model is in GPUs
@@ -59,10 +60,17 @@ def parameters(model: ModelSection) -> int:
 
 
 def _machine_bytes() -> int:
-    """Memory and swap of this machine, or what the cgroup of this process may have of it."""
+    """Memory and swap of this machine, or what the control groups of this process may have of it."""
     total = psutil.virtual_memory().total + psutil.swap_memory().total
-    try:
-        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(allowed)) if allowed.isdigit() else total
+    return min([total, *(limit for group in groups_above("memory") if (limit := _limit(group)) is not None)])
+
+
+def _limit(group: Path) -> int | None:
+    """Bytes that a group may have. None without a limit, which version 1 writes as a number beyond any machine."""
+    for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, and 1
+        try:
+            text = (group / name).read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text.isascii() and text.isdigit() else None
+    return None

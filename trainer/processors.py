@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path("/")
+from trainer.cgroups import groups_above, lines_of
+
 _LOOK_S = 0.2  # the kernel counts in hundredths of a second
 _TICKS = re.compile(r"cpu([0-9]{1,9})((?: +[0-9]{1,18}){5,8})")  # what follows is part of the first two
 _NEARLY = 0.3  # a core counts as idle while it is busy for less than this share
@@ -51,21 +52,7 @@ def threads(processes: int, deterministic: bool = False) -> Threads:
 
 def _quotas() -> Iterator[float]:
     """Processors that each control group above this process may use, where it is limited."""
-    for line in _lines("proc/self/cgroup"):
-        _, controllers, inside = [*line.split(":", 2), "", ""][:3]
-        for group in _groups(controllers, inside):
-            if quota := _quota(group):
-                yield quota
-
-
-def _groups(controllers: str, inside: str) -> Iterator[Path]:
-    """The folders of a control group and of those around it. A container often sees its own as the outermost."""
-    if controllers and "cpu" not in controllers.split(","):
-        return
-    mounts = (controllers, "cpu") if controllers else ("", "unified")  # version 1, and 2 alone or beside it
-    for mount in dict.fromkeys(mounts):
-        top = ROOT / "sys/fs/cgroup" / mount
-        yield from (top / parent for parent in (Path(inside.lstrip("/")), *Path(inside.lstrip("/")).parents))
+    return (quota for group in groups_above("cpu") if (quota := _quota(group)))
 
 
 def _quota(group: Path) -> float | None:
@@ -95,15 +82,8 @@ def _idle() -> float:
 def _times() -> dict[int, tuple[int, int]]:
     """(All time, idle time) of each processor, in the kernel's ticks."""
     found = {}
-    for line in _lines("proc/stat"):
+    for line in lines_of("proc/stat"):
         if match := _TICKS.match(line):
             ticks = [int(count) for count in match[2].split()]
             found[int(match[1])] = (sum(ticks), ticks[3] + ticks[4])  # idle, and waiting for a disk
     return found
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return (ROOT / path).read_text("utf-8", "surrogateescape").split("\n")  # a group may have any name
-    except OSError:
-        return []

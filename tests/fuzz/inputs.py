@@ -22,8 +22,8 @@ from configs.load import dump, load
 from configs.schema import Config, to_dict
 from launch.monitor.devices import count_visible, named
 from slurm.array import Override, labels, overrides_of
+from trainer import cgroups, processors
 from trainer import environment as env
-from trainer import processors
 from trainer.__main__ import parse
 
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -290,6 +290,6 @@ def _processors(files: dict[str, str]) -> None:
                     path.write_bytes(os.fsencode(text))
                 except OSError:  # a file where another name wants a folder
                     continue
-        with patch.object(processors, "ROOT", Path(folder)):
+        with patch.object(cgroups, "ROOT", Path(folder)):
             assert 1 <= processors.allowed() <= len(os.sched_getaffinity(0))
             processors._times()

@@ -14,7 +14,7 @@ import pytest
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny
-from trainer import processors
+from trainer import cgroups, memory, processors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 16 processors whose files are in a folder."""
-    monkeypatch.setattr(processors, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     return tmp_path
 
@@ -53,6 +53,24 @@ def test_a_quota_of_version_2(limit: str, count: int, machine: Path) -> None:
     (group / "step/cpu.max").write_text("max 100000\n")
     (group / "cpu.max").write_text(f"{limit}\n")  # of the group around it
     assert processors.allowed() == count
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits"),
+    [
+        ("0::/job/step\n", {"job/memory.max": "max\n", "job/step/memory.max": "3000\n"}),
+        ("0::/job/step\n", {"job/memory.max": "3000\n", "job/step/memory.max": "max\n"}),  # of the group around it
+        ("9:memory:/job\n", {"memory/job/memory.limit_in_bytes": "3000\n"}),
+        ("9:memory:/job\n", {"memory/job/memory.limit_in_bytes": f"{2**63 - 4096}\n", "memory.max": "1\n"}),
+        ("5:cpu:/job\n", {"cpu/job/memory.max": "1\n"}),
+    ],
+    ids=["version 2", "around it", "version 1", "no limit", "another controller"],
+)
+def test_memory_is_that_of_the_allocation(groups: str, limits: dict[str, str], machine: Path) -> None:
+    put(machine, {CGROUP: groups, **{f"sys/fs/cgroup/{name}": text for name, text in limits.items()}})
+    limited = any(text == "3000\n" for text in limits.values())
+    assert (memory._machine_bytes() == 3000) == limited
+    assert memory._machine_bytes() >= 3000
 
 
 def test_a_container_that_sees_its_own_group_as_the_outermost(machine: Path) -> None:
