@@ -12,6 +12,7 @@ import psutil
 from trainer.heartbeat import Beat
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")  # guests are in user and nice already
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -57,7 +58,9 @@ class Host:
 
     def _cpu(self, now: float) -> dict[str, Any]:
         cpu = psutil.cpu_times()
-        busy_s = sum(cpu) - cpu.idle - getattr(cpu, "iowait", 0.0) - getattr(cpu, "guest", 0.0)
+        # Added up, not what is left of all time without the idle: by its rounding that would run backwards on an idle
+        # machine, and give no rate.
+        busy_s = sum(getattr(cpu, name, 0.0) for name in _BUSY)
         return {"cpu_pct": self._rate("cpu", busy_s * 100 / self.cpus, now)}
 
     def _memory(self, now: float) -> dict[str, Any]:

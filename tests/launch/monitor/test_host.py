@@ -53,3 +53,16 @@ def test_a_process_whose_kernel_counts_no_waiting_is_not_gone(monkeypatch: pytes
     row = Processes().read(beat)
     assert "gone" not in row
     assert row["memory_gib"] > 0
+
+
+def test_an_idle_machine_is_at_0_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While only idle time grows, the sum of all less the idle one runs backwards by its rounding now and then."""
+    usual, moments = psutil.cpu_times(), iter(range(1000))
+
+    def times() -> Any:
+        return usual._replace(user=0.1, system=0.2, idle=1e5 + 0.01 * next(moments), iowait=0.3)
+
+    host = Host(lambda *words, **facts: None)
+    monkeypatch.setattr(psutil, "cpu_times", times)
+    assert "cpu_pct" not in host.read()
+    assert [host.read()["cpu_pct"] for _ in range(100)] == [0.0] * 100
