@@ -49,15 +49,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from benchmarks.plain import PAGE, Layout, cut, forget, read_directly, read_plainly, read_runs, runs_of
 from benchmarks.table import show
 from configs.schema import KeepSection
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import Group, Wanted
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
-from trainer.checkpoint.writing import bytes_of
+from trainer.checkpoint.format.boxes import Group, Wanted
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.format.writing import bytes_of
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.load.kinds import Kind
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.convert.convert import convert
-from trainer.convert.kinds import Kind
-from trainer.entries import checkpoint_name
+from trainer.life.entries import checkpoint_name
 
 KINDS = ("saving", "loading", "cold", "dcp", "converting", "frozen")
 SLACK_BYTES = 64 << 20  # the files' headers and the gaps to the next page

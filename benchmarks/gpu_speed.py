@@ -30,9 +30,9 @@ from benchmarks.table import about, line, show, write_rows
 from configs.load import load
 from configs.schema import Config
 from tests.distributed import RanksFailed, run_ranks
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 TITLE = "Muster on one device"
 SHAPES: dict[str, tuple[str, list[str]]] = {
@@ -114,9 +114,9 @@ def make_config(shape: str, length: int, steps: int, folder: Path, overrides: li
 
 def train_unsaved(config: Config) -> int:
     """The trainer's own entry, by a run that writes no checkpoint and so asks for no disk. Returns the exit code."""
+    from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
-    from trainer.stop import StopWish
 
     class Unsaved(Run):
         def save(self) -> None:

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.load import load
 from launch.monitor.keeper import Keeper
 from tests.launch.monitor.standin import build
-from trainer.console import Console
-from trainer.events import Events
-from trainer.folder import RunFolder
-from trainer.heartbeat import Heartbeat, Heartbeats
-from trainer.rows import read_rows
+from trainer.host.console import Console
+from trainer.life.events import Events
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Heartbeat, Heartbeats
+from trainer.life.rows import read_rows
 
 GPUS = 8
 TURN_S = 5.0  # a monitor that stands still for ten says so

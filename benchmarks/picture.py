@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
-from trainer.rows import read_rows
+from trainer.life.rows import read_rows
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 360, 56, 20, 52, 44
 # What each attempt of the broken run was, and how it ended.

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint.boxes import Wanted, intersect
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.writing import bytes_of
+from trainer.checkpoint.format.boxes import Wanted, intersect
+from trainer.checkpoint.format.writing import bytes_of
+from trainer.checkpoint.load.checkpoint import Checkpoint
 
 DIRECT_BYTES = 8 << 20  # of one O_DIRECT read
 PAGE = 4096

@@ -28,14 +28,14 @@ import torch
 from benchmarks.table import show
 from configs.load import load
 from models import PLANS, build_model
-from trainer.checkpoint.assemble import RunState, assemble
-from trainer.checkpoint.boxes import Group, Ints, Wanted
-from trainer.checkpoint.collector import no_collection
-from trainer.checkpoint.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
-from trainer.checkpoint.manifest import Manifest, decode
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.reading import spans_for
-from trainer.checkpoint.share import WrittenFile, plan_files, report_of
+from trainer.checkpoint.format.boxes import Group, Ints, Wanted
+from trainer.checkpoint.format.collector import no_collection
+from trainer.checkpoint.format.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
+from trainer.checkpoint.format.manifest import Manifest, decode
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.read import spans_for
+from trainer.checkpoint.save.assemble import RunState, assemble
+from trainer.checkpoint.save.share import WrittenFile, plan_files, report_of
 
 STATES = ("", ".exp_avg", ".exp_avg_sq")
 READERS = 5  # ranks of the reading layout that are planned

@@ -58,7 +58,7 @@ def main() -> None:
 
 def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
     """One rank's part; rank 0's rows count."""
-    from trainer import world as worlds
+    from trainer.ranks import world as worlds
 
     world = worlds.start(config)
     run = open_run(config, world)
@@ -76,11 +76,11 @@ def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
 
 def open_run(config: Config, world: Any) -> Any:
     """A run that says nothing, built and ready to train."""
-    from trainer.folder import RunFolder
-    from trainer.life import Attempt
-    from trainer.metrics import Meter
+    from trainer.life.attempts import Attempt
+    from trainer.life.folder import RunFolder
+    from trainer.life.stop import StopWish
     from trainer.run import Run
-    from trainer.stop import StopWish
+    from trainer.shown.metrics import Meter
 
     folder = RunFolder(Path(config.run_dir))
     attempt = Attempt(folder, world.from_first(lambda: Attempt.open(folder).number))
@@ -139,7 +139,7 @@ class BareLoop:
     def __init__(self, run: Any) -> None:
         from models import build_model
         from trainer.engines.fsdp import make_mesh
-        from trainer.engines.names import DTYPES
+        from trainer.engines.named import DTYPES
 
         self.config, self.world = run.config, run.world
         compute = DTYPES[self.config.precision.compute]

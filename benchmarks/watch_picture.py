@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from launch.watch import Watcher
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 STEP = 30  # at which it is taken
 PATIENCE_S = 240.0

@@ -76,7 +76,7 @@ def start(configs: dict[str, Config]) -> tuple[Any, dict[str, Any]]:
     """The ranks' world, and a run of each engine in it, trained for a segment."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    from trainer import world as worlds
+    from trainer.ranks import world as worlds
 
     world = worlds.start(next(iter(configs.values())))
     runs = {}
@@ -133,8 +133,8 @@ def saver(run: Any) -> Callable[[], None]:
 def loader(run: Any) -> Callable[[], None]:
     """As a start does it: the engine is built anew, then filled."""
     from trainer.begin import load, origin_at
-    from trainer.checkpoint.load import Checkpoint
-    from trainer.entries import checkpoint_name
+    from trainer.checkpoint.load.checkpoint import Checkpoint
+    from trainer.life.entries import checkpoint_name
 
     def again() -> None:
         path = run.folder.checkpoints / checkpoint_name(run.progress.step)
@@ -148,7 +148,7 @@ def memory(name: str, config: Config) -> dict[str, Any]:
     """Highest resident memory less what imports took."""
     import deepspeed  # noqa: F401 - as much for those who do without
 
-    from trainer import world as worlds
+    from trainer.ranks import world as worlds
 
     world = worlds.start(config)
     before = status_gib("VmRSS")
@@ -233,7 +233,7 @@ class BareZero:
         import torch
 
         from models import build_model
-        from trainer.seeds import generator
+        from trainer.ranks.seeds import generator
 
         config = run.config
         model = build_model(config.model)

@@ -5,13 +5,13 @@ import sys
 
 if __name__ == "__main__":  # before all other imports: the current folder may hold a `trainer.py`
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-    from trainer.shadow import stand_apart
+    from trainer.host.shadow import stand_apart
 
     del sys.path[0]
     stand_apart()
 
 from launch.verbs import Verb, run_verb
-from trainer.terminal import enter
+from trainer.host.terminal import enter
 
 VERBS = {
     "run": Verb("launch.run:main", "Run a config on this node: checks, torchrun, restarts, stopping."),

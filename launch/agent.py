@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.environment import FromLauncher
-from trainer.events import append_row
-from trainer.parents import die_with_parent
-from trainer.terminal import enter, go_on_unheard
+from trainer.host.environment import FromLauncher
+from trainer.host.parents import die_with_parent
+from trainer.host.terminal import enter, go_on_unheard
+from trainer.life.events import append_row
 
 
 def main(arguments: list[str]) -> int:

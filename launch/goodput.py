@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.run_folder import JOB_FILE
-from trainer import life
-from trainer.environment import MUSTER_CLOCK, MUSTER_LAUNCHED
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.heartbeat import Phase
-from trainer.life import Attempt, End
-from trainer.rows import PassedOver, amount, facts_in, moment, parsed, read_rows, text, whole
+from trainer.host.environment import MUSTER_CLOCK, MUSTER_LAUNCHED
+from trainer.life import attempts as life
+from trainer.life.attempts import Attempt, End
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Phase
+from trainer.life.rows import PassedOver, amount, facts_in, moment, parsed, read_rows, text, whole
 
 Row = dict[str, Any]
 CLASSES = (

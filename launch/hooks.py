@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.errors import UserError
-from trainer.life import TOLD_PREFIXES
+from trainer.life.attempts import TOLD_PREFIXES
 
 PATIENCE_S = 4.0  # a requeue leaves KillWait: 30 s at most sites, 5 s in a rehearsal
 _TO_SAY_S = 0.5  # after that, that it was too long

@@ -25,21 +25,22 @@ from configs.schema import Config
 from launch.monitor.devices import count_visible
 from launch.monitor.keeper import Keeper
 from launch.processes import kill
-from trainer import clock, environment, life, processors
-from trainer.console import Console
-from trainer.environment import LOOPBACK, FromLauncher, Job
-from trainer.events import Events, read_events, tolerate_unwritable
-from trainer.folder import RunFolder
-from trainer.heartbeat import Heartbeats
-from trainer.held import HeldFolder
-from trainer.lease import Lease
-from trainer.life import End
-from trainer.memory import check_memory
-from trainer.names import node_name
+from trainer.host import clock, environment, processors
+from trainer.host.console import Console
+from trainer.host.environment import LOOPBACK, FromLauncher, Job
+from trainer.host.held import HeldFolder
+from trainer.host.memory import check_memory
+from trainer.host.node_name import node_name
+from trainer.host.shadow import apart, python
+from trainer.life import attempts as life
+from trainer.life.attempts import End
+from trainer.life.events import Events, read_events, tolerate_unwritable
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Heartbeats
+from trainer.life.lease import Lease
+from trainer.life.rows import read_rows, text
+from trainer.life.stop import Kind, StopRequested, StopWish, write_request
 from trainer.preflight import check, check_numbers, problems_of, refuse
-from trainer.rows import read_rows, text
-from trainer.shadow import apart, python
-from trainer.stop import Kind, StopRequested, StopWish, write_request
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1

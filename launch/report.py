@@ -9,10 +9,10 @@ from pathlib import Path
 from configs.errors import UserError
 from launch.goodput import Goodput, goodput
 from launch.run_folder import readable
-from trainer.arguments import Parser, typed
-from trainer.console import duration
-from trainer.folder import RunFolder
-from trainer.terminal import say
+from trainer.host.arguments import Parser, typed
+from trainer.host.console import duration
+from trainer.host.terminal import say
+from trainer.life.folder import RunFolder
 
 _BAR = 30
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from trainer.arguments import config_parser, take
-from trainer.stop import StopWish
-from trainer.terminal import go_on_unheard
+from trainer.host.arguments import config_parser, take
+from trainer.host.terminal import go_on_unheard
+from trainer.life.stop import StopWish
 
 
 def main(arguments: list[str]) -> int:

@@ -15,13 +15,13 @@ from typing import Any
 
 from configs.errors import UserError
 from launch.monitor.rows import phase_now
-from trainer import life
-from trainer.entries import MANIFEST, checkpoint_name
-from trainer.folder import RunFolder
-from trainer.lease import alive_here
-from trainer.life import Attempt, End
-from trainer.names import node_name
-from trainer.rows import PassedOver, amount, facts_in, moment, record_in, rows_backwards, text, whole
+from trainer.host.node_name import node_name
+from trainer.life import attempts as life
+from trainer.life.attempts import Attempt, End
+from trainer.life.entries import MANIFEST, checkpoint_name
+from trainer.life.folder import RunFolder
+from trainer.life.lease import alive_here
+from trainer.life.rows import PassedOver, amount, facts_in, moment, record_in, rows_backwards, text, whole
 
 JOB_FILE = Path("slurm/job.json")  # `slurm submit` notes there which job has the folder
 LIVES = Path("slurm/lives")  # and `slurm after` what the lives of jobs came to

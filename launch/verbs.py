@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import NamedTuple
 
 from configs.errors import UserError, tell
-from trainer import life
-from trainer.arguments import Parser, typed
+from trainer.host.arguments import Parser, typed
+from trainer.life import attempts as life
 
 
 class Verb(NamedTuple):

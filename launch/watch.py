@@ -18,12 +18,12 @@ from configs.errors import UserError, printable
 from launch.monitor.rows import OLD_S, OtherVersion, age_s, changed_s, newest_rows, phase_now
 from launch.run_folder import holder_of, last_row, readable, running
 from launch.screen import Picture, show, show_once
-from trainer import life
-from trainer.arguments import Parser, typed
-from trainer.console import duration, si
-from trainer.folder import RunFolder
-from trainer.life import Attempt
-from trainer.rows import PassedOver, Row, amount, rows_backwards, text, whole
+from trainer.host.arguments import Parser, typed
+from trainer.host.console import duration, si
+from trainer.life import attempts as life
+from trainer.life.attempts import Attempt
+from trainer.life.folder import RunFolder
+from trainer.life.rows import PassedOver, Row, amount, rows_backwards, text, whole
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _HISTORY = 12

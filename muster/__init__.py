@@ -8,12 +8,12 @@ from typing import NoReturn
 def script() -> NoReturn:
     """What pip installs as `muster`."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-    from trainer.shadow import stand_apart
+    from trainer.host.shadow import stand_apart
 
     del sys.path[0]
     stand_apart()  # before all other imports: PYTHONPATH may hold the current folder, and that a `configs`
 
     from muster.command import main
-    from trainer.terminal import enter
+    from trainer.host.terminal import enter
 
     enter(main)

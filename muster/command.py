@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 import launch.__main__
 import slurm.__main__
 from launch.verbs import Verb, run_verb
-from trainer.arguments import Parser, be_muster, typed
-from trainer.shadow import OURS
-from trainer.terminal import say
+from trainer.host.arguments import Parser, be_muster, typed
+from trainer.host.shadow import OURS
+from trainer.host.terminal import say
 
 _DESCRIPTION = "Train Transformers on clusters: stop anywhere, resume exactly. `muster --version` says which this is."
 _OF_A_JOB = ("job", "after")  # what batch scripts run, not people

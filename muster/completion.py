@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from configs.presets import FOLDER, presets
-from trainer.arguments import Parser, typed
-from trainer.terminal import say, say_exactly
+from trainer.host.arguments import Parser, typed
+from trainer.host.terminal import say, say_exactly
 
 SHELLS = ("bash", "zsh", "fish")
 WORDS = {  # verbs whose first word is one of few

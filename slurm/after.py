@@ -20,15 +20,15 @@ from launch.run_folder import Outcome
 from slurm import again, hooks
 from slurm.hooks import Happened
 from slurm.lives import Life, end_of_life, failures_without_progress
-from trainer import life as lives
-from trainer.arguments import config_parser, take
-from trainer.environment import SLURM_JOB_NODELIST
-from trainer.events import Events
-from trainer.folder import RunFolder
-from trainer.life import End
-from trainer.names import node_name
-from trainer.rows import read_rows
-from trainer.terminal import go_on_unheard, say
+from trainer.host.arguments import config_parser, take
+from trainer.host.environment import SLURM_JOB_NODELIST
+from trainer.host.node_name import node_name
+from trainer.host.terminal import go_on_unheard, say
+from trainer.life import attempts as lives
+from trainer.life.attempts import End
+from trainer.life.events import Events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 _PATIENCE_S = 10.0  # for the last words of nodes after srun has ended, on a filesystem that caches
 _TAKEN_DOWN_PATIENCE_S = 120.0  # Slurm ends the job: srun at once, the tasks and this process after KillWait

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from configs.errors import UserError
 from launch.run_folder import JOB_FILE
 from slurm.ask import ask, facts_of
-from trainer.environment import SLURM_ARRAY_TASK_ID, SLURM_JOB_NUM_NODES, SLURM_RESTART_COUNT
-from trainer.folder import RunFolder, write_json
-from trainer.rows import facts_in
+from trainer.host.environment import SLURM_ARRAY_TASK_ID, SLURM_JOB_NUM_NODES, SLURM_RESTART_COUNT
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.rows import facts_in
 
 _CONTROLLER_PATIENCE_S = 600.0  # it may just be started again
 _NOBODY_ANSWERS = ("Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes")

@@ -23,9 +23,9 @@ from configs.slurm_section import SlurmSection
 from configs.typed import list_items
 from slurm import snapshot
 from slurm.submit import Submission, lives
-from trainer import life
+from trainer.host.terminal import say
+from trainer.life import attempts as life
 from trainer.preflight import Problem, problems_of
-from trainer.terminal import say
 
 _POLL_S = 2.0
 _LABEL_BYTES = 200  # of a folder's name: a filesystem takes 255, and tools add something of their own

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 from configs.errors import UserError
-from trainer.inherited import without_job
+from trainer.host.inherited import without_job
 
 
 def ask(*command: str, script: str | None = None, timeout_s: float = 60.0, **more: str) -> str:

@@ -32,9 +32,9 @@ from slurm.cluster_net import (
     one_at_a_time,
     remove_all,
 )
-from trainer.arguments import typed
-from trainer.environment import PATH
-from trainer.inherited import CLUSTERS, without_job
+from trainer.host.arguments import typed
+from trainer.host.environment import PATH
+from trainer.host.inherited import CLUSTERS, without_job
 
 # program -> the Debian and Ubuntu package that has it
 _NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}

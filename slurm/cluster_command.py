@@ -8,8 +8,8 @@ from pathlib import Path
 
 from slurm.cluster import GPUS, NODES, Cluster, default_home, find, how_to, start
 from slurm.cluster_config import Home
-from trainer.arguments import Parser, typed
-from trainer.terminal import say
+from trainer.host.arguments import Parser, typed
+from trainer.host.terminal import say
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from configs.errors import UserError
-from trainer.environment import MUSTER_PRETEND_GPUS
-from trainer.folder import write_text
+from trainer.host.environment import MUSTER_PRETEND_GPUS
+from trainer.life.folder import write_text
 
 MARK = "MUSTER_CLUSTER"  # environment of every process of a cluster, and of its jobs: its folder
 ACCOUNTED = "AccountingStorageType=accounting_storage/slurmdbd"

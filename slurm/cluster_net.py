@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from slurm.cluster_config import Home, Settings
-from trainer.arguments import typed
+from trainer.host.arguments import typed
 
 _HOSTS = Path("/etc/hosts")
 _NAMESPACES = ("--net", "--uts", "--pid", "--mount", "--fork")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from configs.slurm_section import SlurmSection
 from launch.hooks import Hooks
-from trainer.life import End
+from trainer.life.attempts import End
 
 
 @dataclass(frozen=True)

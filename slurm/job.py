@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING
 from configs.errors import UserError
 from slurm.again import names
 from slurm.lives import Left, Life
-from trainer import life
-from trainer.arguments import config_parser, take
-from trainer.environment import (
+from trainer.host.arguments import config_parser, take
+from trainer.host.environment import (
     SLURM_NODEID,
     SLURM_STEP_NODELIST,
     SLURM_STEP_NUM_NODES,
     SLURM_STEP_NUM_TASKS,
     Job,
 )
-from trainer.folder import RunFolder
-from trainer.names import node_name
-from trainer.stop import SIGNALS, StopWish
-from trainer.terminal import go_on_unheard, say
+from trainer.host.node_name import node_name
+from trainer.host.terminal import go_on_unheard, say
+from trainer.life import attempts as life
+from trainer.life.folder import RunFolder
+from trainer.life.stop import SIGNALS, StopWish
 
 if TYPE_CHECKING:
     from launch.node import Nodes

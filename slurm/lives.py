@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.run_folder import LIVES, Outcome, outcomes
-from trainer.environment import SLURM_JOB_ID, SLURM_RESTART_COUNT
-from trainer.folder import RunFolder, write_json
-from trainer.life import USER_ERROR, End, newest
-from trainer.rows import record_in, text, whole
+from trainer.host.environment import SLURM_JOB_ID, SLURM_RESTART_COUNT
+from trainer.life.attempts import USER_ERROR, End, newest
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.rows import record_in, text, whole
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from launch import run_folder
 from slurm import queue
 from slurm.find import folder_named, is_job
 from slurm.state import lives
-from trainer import life
-from trainer.arguments import Parser, typed
-from trainer.folder import RunFolder
-from trainer.life import Attempt
-from trainer.terminal import say
+from trainer.host.arguments import Parser, typed
+from trainer.host.terminal import say
+from trainer.life import attempts as life
+from trainer.life.attempts import Attempt
+from trainer.life.folder import RunFolder
 
 _POLL_S = 0.5
 _ASK_EVERY_S, _ASK_SOON_S = 15.0, 2.0  # whether it still lives: a question to Slurm

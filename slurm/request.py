@@ -17,8 +17,8 @@ from configs.parse import Place, Problem, parse
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from configs.typed import settle
-from trainer.environment import SLURM_JOB_ID, XDG_CONFIG_HOME
-from trainer.inherited import CLUSTERS, NEEDED
+from trainer.host.environment import SLURM_JOB_ID, XDG_CONFIG_HOME
+from trainer.host.inherited import CLUSTERS, NEEDED
 
 # Where a person's own defaults for sbatch stand. `sbatch` itself would take them over what the script says.
 _VARIABLES = {

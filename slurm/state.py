@@ -8,7 +8,7 @@ from launch.monitor.rows import age_s
 from launch.run_folder import Outcome, RunView, running
 from launch.text import age_text
 from slurm.queue import Job, Life, Queue
-from trainer.rows import amount, whole
+from trainer.life.rows import amount, whole
 
 _SILENT_S = 300.0  # without a row; and ten steps
 

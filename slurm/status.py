@@ -19,10 +19,10 @@ from slurm.find import folders_named
 from slurm.logs import mistake_in
 from slurm.queue import Job, Life, Queue
 from slurm.state import job_of, lives, state_of, unexplained
-from trainer.arguments import Parser, typed
-from trainer.console import duration, si
-from trainer.rows import amount, whole
-from trainer.terminal import say
+from trainer.host.arguments import Parser, typed
+from trainer.host.console import duration, si
+from trainer.host.terminal import say
+from trainer.life.rows import amount, whole
 
 NOTHING = "no run below runs/, and no job of yours in the queue"
 _READERS = 16  # a folder on a shared filesystem answers in milliseconds, many at once just as fast

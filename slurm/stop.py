@@ -10,8 +10,8 @@ from slurm import queue
 from slurm.ask import ask
 from slurm.find import folder_named, is_job
 from slurm.state import job_of, lives, may_live, state_of
-from trainer.arguments import Parser, typed
-from trainer.terminal import say
+from trainer.host.arguments import Parser, typed
+from trainer.host.terminal import say
 
 
 def stop_main(arguments: list[str]) -> int:

@@ -23,14 +23,14 @@ from launch.run_folder import JOB_FILE, outcomes
 from slurm import limits, queue, snapshot
 from slurm.ask import ask
 from slurm.request import add_flags, minutes, not_heard, request_of
-from trainer import life
-from trainer.arguments import config_parser, take, typed
-from trainer.events import read_events
-from trainer.folder import RunFolder, write_json
-from trainer.locks import lock
+from trainer.host.arguments import config_parser, take, typed
+from trainer.host.locks import lock
+from trainer.host.terminal import say, say_exactly
+from trainer.life import attempts as life
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.rows import amount, facts_in, text
 from trainer.preflight import Problem, check, problems_of, refuse
-from trainer.rows import amount, facts_in, text
-from trainer.terminal import say, say_exactly
 
 _ELSEWHERE = "where only the nodes see such a path: --no-check-data, and the job looks"
 _POLL_S = 2.0

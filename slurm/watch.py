@@ -12,7 +12,7 @@ from rich.text import Text
 from launch.screen import Picture, show, show_once
 from launch.watch import Watcher
 from slurm.status import NOTHING, Look, Row, runs_parser, table_of
-from trainer.console import duration
+from trainer.host.console import duration
 
 
 def main(arguments: list[str]) -> int:

@@ -184,8 +184,8 @@ def train(config: dict[str, Any], size: int = 1, timeout_s: float = 120.0, debug
 
 def train_here(config: dict[str, Any], debug: bool) -> int:
     from configs.schema import Config
+    from trainer.life.stop import StopWish
     from trainer.start import start
-    from trainer.stop import StopWish
 
     built = Config.model_validate(config)
     wish = StopWish()

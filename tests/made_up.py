@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.entries import checkpoint_name
-from trainer.folder import RunFolder
-from trainer.life import End, numbers
+from trainer.life.attempts import End, numbers
+from trainer.life.entries import checkpoint_name
+from trainer.life.folder import RunFolder
 
 
 def write(path: Path, data: Any) -> None:

@@ -11,7 +11,7 @@ import torch.distributed.fsdp  # noqa: F401
 import trainer.attempt
 import trainer.debug
 import trainer.engines.fsdp
-import trainer.engines.zero
+import trainer.engines.zero.engine
 import trainer.run
 import trainer.start  # noqa: F401
 

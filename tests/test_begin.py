@@ -14,10 +14,10 @@ from tests.distributed import run_ranks, tiny, train, train_here
 from tests.engines import under_both
 from tests.test_mistakes import flip_a_bit
 from tests.test_train import losses, tensors
-from trainer.checkpoint.load import Checkpoint
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.rows import read_json, read_rows
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json, read_rows
 
 
 def manifest(run: Path, step: int) -> dict:
@@ -113,7 +113,7 @@ def test_early_stopping_and_the_best_checkpoint(engine: dict[str, Any], tmp_path
 
 
 def with_a_first_save_that_fails(config: dict[str, Any]) -> int:
-    from trainer.checkpoint import disk
+    from trainer.checkpoint.format import disk
 
     left = [errno.ENOSPC]
 

@@ -11,13 +11,13 @@ import pytest
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny
-from trainer.console import Console
-from trainer.events import Events
-from trainer.folder import RunFolder, write_json
+from trainer.host.console import Console
+from trainer.life.events import Events
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.stop import Cause, StopWish
 from trainer.run import Run
 from trainer.start import start
 from trainer.step import RunFailed
-from trainer.stop import Cause, StopWish
 
 
 def move_away(run: Run) -> None:

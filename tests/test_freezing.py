@@ -12,9 +12,9 @@ import torch
 from tests.distributed import RanksFailed, run_ranks, tiny, train
 from tests.stored import Stored
 from tests.test_train import losses
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.rows import read_json
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json
 
 BOTTOM = ["embed.*", "blocks.0.*"]
 
@@ -182,11 +182,11 @@ def held(folder: Path) -> tuple[dict[str, torch.dtype], str]:
     """Build an engine that computes in bf16 with the bottom held elsewhere: number formats in memory, and what a store
     that carries nothing says to its pieces."""
     from configs.schema import Config
-    from trainer.checkpoint.assemble import RunState
-    from trainer.checkpoint.store import CheckpointStore
+    from trainer.checkpoint.save.assemble import RunState
+    from trainer.checkpoint.save.store import CheckpointStore
     from trainer.engines.fsdp import FsdpEngine
+    from trainer.ranks.world import leave, start
     from trainer.tasks.lm import LanguageModelling
-    from trainer.world import leave, start
 
     config = Config.model_validate(tiny(folder, precision__compute="bf16"))
     world = start(config)

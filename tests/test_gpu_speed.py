@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks import packages
 from benchmarks.gpu_speed import ABOUT_S, ROWS, SHAPES, main, make_config, measure
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 TINY = ["--rows", "tiny@64", "--steps", "5"]
 

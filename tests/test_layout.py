@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.schema import ParallelSection
-from trainer.layout import Layout, resolve
+from trainer.life.layout import Layout, resolve
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.sampled_from(["replicate", "shard"]))

@@ -128,8 +128,8 @@ def test_run_folder_of_another_config(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_already_running(tmp_path: Path) -> None:
     path = str(write_config(tmp_path))
-    from trainer.folder import RunFolder
-    from trainer.lease import Lease
+    from trainer.life.folder import RunFolder
+    from trainer.life.lease import Lease
 
     lease = Lease.take(RunFolder(tmp_path / "run"), "here", 0, print)
     refused(tmp_path, [path], "already running", "STOP")
@@ -195,7 +195,7 @@ def test_a_source_that_was_moved(tmp_path: Path) -> None:
     """The same content at another place goes on without a word of admission; other content there does not."""
     from configs.schema import Config
     from trainer.begin import fingerprints_to_find
-    from trainer.folder import RunFolder
+    from trainer.life.folder import RunFolder
 
     config = tiny(tmp_path)
     assert train(config) == [0]
@@ -242,9 +242,9 @@ def test_a_run_folder_that_cannot_be_made(size: int, tmp_path: Path) -> None:
 
 def _slow_preparation(config: dict[str, Any], seconds: float) -> int:
     from configs.schema import Config
+    from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
-    from trainer.stop import StopWish
 
     class Slow(Run):
         def _prepare(self) -> Path:

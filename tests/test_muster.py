@@ -23,7 +23,7 @@ MUSTER = Path(sys.executable).with_name("muster")
 
 @pytest.fixture(autouse=True)
 def _as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.arguments._as_muster", False)
+    monkeypatch.setattr("trainer.host.arguments._as_muster", False)
 
 
 @pytest.mark.parametrize("path", ["", f"{os.pathsep}nowhere"])

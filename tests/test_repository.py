@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.everything import files_of_tests
-from trainer.folder import RunFolder
+from trainer.life.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "muster", "benchmarks")

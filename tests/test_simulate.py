@@ -29,10 +29,10 @@ def cut_by_torch(overrides: list[str]) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     from models import build_model
-    from trainer import world as worlds
     from trainer.engines.boxes import box_of, replica_of
     from trainer.engines.fsdp import make_mesh
     from trainer.engines.tensor import data_mesh, split_model, tensor_mesh
+    from trainer.ranks import world as worlds
 
     config = load("demo", overrides)
     world = worlds.start(config)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from launch.text import table
-from trainer import terminal
-from trainer.console import Console
+from trainer.host import terminal
+from trainer.host.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "models", "trainer", "launch", "slurm", "muster")
@@ -170,7 +170,7 @@ def test_a_table_of_rich_shows_markup(capfd: pytest.CaptureFixture[str]) -> None
     assert "[bold]gpu[/] :tada:" in capfd.readouterr().out
 
 
-DOORS = {"trainer/terminal.py", "trainer/console.py", "configs/errors.py", "trainer/shadow.py"}
+DOORS = {"trainer/host/terminal.py", "trainer/host/console.py", "configs/errors.py", "trainer/host/shadow.py"}
 WRITES = {  # what is not for a person to read as it is, or makes a line that moves
     "launch/checkpoint/text.py": ["sys.stderr.write(text)"],
     "slurm/logs.py": ["sys.stdout.buffer.write(chunk)"],

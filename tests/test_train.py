@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from tests.distributed import run_ranks, tiny, train
 from tests.engines import ENGINES, rows, under_both
-from trainer.folder import RunFolder
-from trainer.rows import read_json, read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json, read_rows
 
 # The order in which fp32 terms are added differs between layouts. Over 50 steps of this model the losses part by about
 # 1e-6 (measured); a lost sample, a wrong divisor or a doubled gradient parts them by more than 1e-2, in step 2 already.
@@ -122,9 +122,9 @@ def stop_at(step: int, config: dict[str, Any]) -> int:
     """A run in which somebody touches STOP while `step` is being made."""
     from configs.schema import Config
     from trainer.data.loader import StepBatch
+    from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
-    from trainer.stop import StopWish
 
     class Stopped(Run):
         def record_samples(self, batch: StepBatch) -> None:

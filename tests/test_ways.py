@@ -17,9 +17,9 @@ import pytest
 from tests.distributed import free_port, tiny, train, write_config
 from tests.engines import under_both
 from tests.traps import fill
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.rows import read_json, read_rows
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json, read_rows
 
 ROOT = Path(__file__).parent.parent
 MUSTER = str(Path(sys.executable).with_name("muster"))

@@ -1,6 +1,6 @@
 """`python -m trainer [CONFIG] [--debug] [key=value ...]`, alone or under torchrun."""
 
-from trainer.shadow import stand_apart
+from trainer.host.shadow import stand_apart
 
 if __name__ == "__main__":  # before any import that a folder of the user's could answer
     stand_apart()
@@ -10,12 +10,13 @@ import os
 
 from configs.errors import UserError, printable, tell
 from configs.load import dump, load
-from trainer import environment, life
-from trainer.arguments import config_parser, take
-from trainer.environment import FromLauncher, Ranks
-from trainer.parents import die_with_parent
-from trainer.stop import StopWish
-from trainer.terminal import can_spell, enter, go_on_unheard, say_exactly
+from trainer.host import environment
+from trainer.host.arguments import config_parser, take
+from trainer.host.environment import FromLauncher, Ranks
+from trainer.host.parents import die_with_parent
+from trainer.host.terminal import can_spell, enter, go_on_unheard, say_exactly
+from trainer.life import attempts as life
+from trainer.life.stop import StopWish
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

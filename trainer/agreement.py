@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.stop import Cause, Kind, StopWish
-from trainer.world import World
+from trainer.life.stop import Cause, Kind, StopWish
+from trainer.ranks.world import World
 
 
 class Agreement:

@@ -13,24 +13,24 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Config
-from trainer import life
-from trainer.console import Console
-from trainer.events import UNWRITABLE, tolerate_unwritable
-from trainer.folder import RunFolder
-from trainer.heartbeat import Phase
-from trainer.lease import Lease, writable
-from trainer.life import Attempt, End
+from trainer.host.console import Console
+from trainer.host.terminal import say
+from trainer.life import attempts as life
+from trainer.life.attempts import Attempt, End
+from trainer.life.events import UNWRITABLE, tolerate_unwritable
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Phase
+from trainer.life.lease import Lease, writable
+from trainer.life.stop import Cause, Kind, StopRequested, StopWish
 from trainer.loop import train
-from trainer.metrics import Meter
 from trainer.preflight import check_folder, write_config
+from trainer.ranks.world import World
 from trainer.run import Run
-from trainer.sample import write_sample
 from trainer.schedule import rate_change, remarks
+from trainer.shown.metrics import Meter
+from trainer.shown.sample import write_sample
+from trainer.shown.summary import say_end, say_start
 from trainer.step import RunFailed
-from trainer.stop import Cause, Kind, StopRequested, StopWish
-from trainer.summary import say_end, say_start
-from trainer.terminal import say
-from trainer.world import World
 
 Changes = list[dict[str, Any]]  # admitted differences from the config that a folder was begun with
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint, read_manifest
-from trainer.checkpoint.loading import Loading
-from trainer.checkpoint.plan import Plan, Target, frozen_in, plan, some
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.load.checkpoint import Checkpoint, read_manifest
+from trainer.checkpoint.load.plan import Plan, Target, frozen_in, plan, some
+from trainer.checkpoint.load.request import Loading
+from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.prepared import check_unchanged
+from trainer.engines.optim import counts_steps, state_keys
 from trainer.freeze import check_schedule, choose_trainable
 from trainer.loop import Progress
-from trainer.optim import counts_steps, state_keys
 from trainer.preflight import DATA_CONTENT
-from trainer.start_from import checkpoint_named
 
 if TYPE_CHECKING:
     from trainer.run import Run

@@ -12,18 +12,18 @@ import torch
 from configs.errors import UserError
 from configs.schema import Config, to_dict
 from models import IGNORE
-from trainer.arguments import typed
 from trainer.data.loader import MicroBatch
 from trainer.engines.base import Engine
-from trainer.environment import Ranks
-from trainer.folder import RunFolder
-from trainer.held import HeldFolder
-from trainer.life import FINISHED
+from trainer.host.arguments import typed
+from trainer.host.environment import Ranks
+from trainer.host.held import HeldFolder
+from trainer.host.terminal import say
+from trainer.life.attempts import FINISHED
+from trainer.life.folder import RunFolder
+from trainer.life.stop import StopWish
 from trainer.run import Run
 from trainer.start import start
 from trainer.step import RunFailed
-from trainer.stop import StopWish
-from trainer.terminal import say
 
 STEPS = 5
 LOSS_TOLERANCE = 0.5  # nats around log(vocabulary); a cut model's first logits spread by about 0.2

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from trainer.data.loader import StepBatch
-from trainer.events import Events
+from trainer.life.events import Events
 from trainer.step import RunFailed, StepResult
 
 if TYPE_CHECKING:

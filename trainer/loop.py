@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.agreement import Agreement
 from trainer.health import Health
-from trainer.heartbeat import Phase
+from trainer.life.heartbeat import Phase
+from trainer.life.stop import Cause, Kind
 from trainer.step import RunFailed, StepResult, train_step
-from trainer.stop import Cause, Kind
 from trainer.validation import validate
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from trainer.checkpoint.manifest import Manifest
+    from trainer.checkpoint.format.manifest import Manifest
     from trainer.run import Run
 
 

@@ -16,15 +16,15 @@ from configs.errors import UserError
 from configs.load import dump, load
 from configs.paths import fitting
 from configs.schema import Config, differences, fields, fingerprint, result_fields
+from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.listing import check_source
 from trainer.engines import check_engine, check_package
-from trainer.entries import refuse_to_pass_over
-from trainer.folder import RunFolder, write_text, wrong_kinds
 from trainer.freeze import check_schedule
-from trainer.layout import resolve
+from trainer.life.entries import refuse_to_pass_over
+from trainer.life.folder import RunFolder, write_text, wrong_kinds
+from trainer.life.layout import resolve
 from trainer.schedule import check_rates
-from trainer.series import check_series
-from trainer.start_from import checkpoint_named
+from trainer.shown.series import check_series
 
 DATA_CONTENT = "data.content"  # what the sources hold: not a key, and admitted like one in `run.accept_changes`
 _SHOWN = 3
@@ -77,7 +77,7 @@ def _check_freezing(config: Config) -> None:
     is imported, seconds, by those who freeze."""
     freeze = config.freeze
     if freeze.frozen or freeze.trainable or freeze.schedule:
-        from trainer.engines.names import names_of
+        from trainer.engines.named import names_of
 
         check_schedule(freeze, *names_of(config.model))
 

@@ -11,29 +11,29 @@ import torch
 
 from configs.schema import Config, fingerprint, to_dict
 from trainer.begin import begin, fingerprints_to_find, load, look_ahead, origin_at, target_of, trainable_after
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore, SaveResult
-from trainer.console import Console, gib
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore, SaveResult
 from trainer.data.loader import Loader, StepBatch, validation_batches
 from trainer.data.prepare import Interrupted, prepare
 from trainer.data.prepared import Prepared
 from trainer.engines import build_engine
-from trainer.entries import checkpoint_name
-from trainer.events import Events, append_row
-from trainer.folder import RunFolder
-from trainer.heartbeat import Phase
-from trainer.layout import resolve
-from trainer.life import Attempt
+from trainer.host.console import Console, gib
+from trainer.life.attempts import Attempt
+from trainer.life.entries import checkpoint_name
+from trainer.life.events import Events, append_row
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Phase
+from trainer.life.layout import resolve
+from trainer.life.stop import Cause, StopRequested, StopWish
 from trainer.loop import Progress, saves_to_come
-from trainer.metrics import Meter
-from trainer.profiling import Profiling
+from trainer.ranks.world import World
+from trainer.shown.metrics import Meter
+from trainer.shown.profiling import Profiling
 from trainer.step import RunFailed
-from trainer.stop import Cause, StopRequested, StopWish
 from trainer.tasks.lm import LanguageModelling
-from trainer.world import World
 
 
 class Run:

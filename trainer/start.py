@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from configs.errors import UserError
 from configs.schema import Config
-from trainer import life
-from trainer.environment import FromLauncher, Ranks
-from trainer.folder import RunFolder
-from trainer.heartbeat import Heartbeat
-from trainer.memory import check_memory
+from trainer.host.environment import FromLauncher, Ranks
+from trainer.host.memory import check_memory
+from trainer.host.stacks import answer_monitor
+from trainer.host.terminal import say
+from trainer.life import attempts as life
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Heartbeat
+from trainer.life.stop import Kind, StopRequested, StopWish, write_request
 from trainer.preflight import check, check_numbers, problems_of, refuse
-from trainer.stacks import answer_monitor
-from trainer.stop import Kind, StopRequested, StopWish, write_request
-from trainer.terminal import say
 
 if TYPE_CHECKING:
     from trainer.run import Run
@@ -39,8 +39,8 @@ def start(config: Config, wish: StopWish, kind: type[Run] | None = None) -> int:
         answer_monitor()
     heartbeat = Heartbeat.of(ranks, launcher)
 
-    from trainer import world as worlds  # imports torch: only now that the config is known to be good
     from trainer.attempt import Recorded, run_attempt
+    from trainer.ranks import world as worlds  # imports torch: only now that the config is known to be good
     from trainer.run import Run
 
     if config.precision.deterministic:

@@ -10,9 +10,9 @@ from configs.schema import Config
 from trainer.agreement import Agreement
 from trainer.data.loader import StepBatch
 from trainer.engines.base import Engine
-from trainer.heartbeat import Phase
+from trainer.life.heartbeat import Phase
+from trainer.ranks.seeds import seed_micro_batch
 from trainer.schedule import lr_factor
-from trainer.seeds import seed_micro_batch
 
 
 class RunFailed(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from configs.errors import UserError
-from trainer.arguments import Parser, typed
+from trainer.host.arguments import Parser, typed
 
 EXIT_CODES = "exit codes: 0 good or equal or done, 1 bad or different, 2 user error"
 

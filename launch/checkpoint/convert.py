@@ -7,11 +7,11 @@ from pathlib import Path
 from configs.errors import UserError
 from launch.checkpoint.text import Progress
 from launch.text import size_text
-from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.load.kinds import Kind, Target
 from trainer.convert.convert import convert
-from trainer.convert.kinds import Kind, Target
 from trainer.convert.state import State
-from trainer.terminal import say
+from trainer.host.terminal import say
 
 
 def convert_checkpoint(source: Path, target: Path, to: Target, kind: Kind | None, weights_only: bool) -> int:

@@ -17,10 +17,10 @@ import torch
 from configs.errors import UserError
 from launch.checkpoint.text import Progress
 from launch.text import size_text, table
-from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.convert.convert import open_state
 from trainer.convert.state import Range, State, StateTensor, stream
-from trainer.terminal import say
+from trainer.host.terminal import say
 
 _SHOWN = 20
 # What differs between any two saves of one run and says nothing about what was learned.

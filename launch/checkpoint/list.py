@@ -15,13 +15,13 @@ from typing import Any
 from configs.errors import UserError
 from launch.checkpoint.text import layout_text
 from launch.text import age_text, size_text, table
-from trainer.checkpoint.boxes import GROUPS
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import Manifest
-from trainer.entries import Entry, Kind, entries
-from trainer.folder import RunFolder
-from trainer.terminal import say
+from trainer.checkpoint.format.boxes import GROUPS
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.host.terminal import say
+from trainer.life.entries import Entry, Kind, entries
+from trainer.life.folder import RunFolder
 
 _VERDICTS = {
     Kind.ASIDE: "bad: set aside",

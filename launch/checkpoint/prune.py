@@ -13,13 +13,13 @@ from configs.load import load
 from configs.schema import KeepSection
 from launch.run_folder import readable
 from launch.text import size_text
-from trainer.checkpoint import disk
-from trainer.checkpoint.shelf import Shelf
-from trainer.entries import checkpoint_name
-from trainer.folder import RunFolder
-from trainer.lease import Lease
-from trainer.names import node_name
-from trainer.terminal import say
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.host.node_name import node_name
+from trainer.host.terminal import say
+from trainer.life.entries import checkpoint_name
+from trainer.life.folder import RunFolder
+from trainer.life.lease import Lease
 
 _TAG = "pruned"
 

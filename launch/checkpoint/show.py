@@ -13,10 +13,10 @@ from configs.errors import UserError
 from launch.checkpoint.list import trained_share
 from launch.checkpoint.text import layout_text, open_named
 from launch.text import age_text, size_text, table
-from trainer.checkpoint.boxes import WIDTHS
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import Manifest
-from trainer.terminal import say
+from trainer.checkpoint.format.boxes import WIDTHS
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.host.terminal import say
 
 
 def show(path: Path, patterns: list[str], as_json: bool) -> int:

@@ -10,11 +10,11 @@ from typing import Any
 
 from configs.errors import UserError, printable
 from launch.text import size_text
-from trainer.arguments import typed
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
-from trainer.convert.kinds import find_kind, open_checkpoint
-from trainer.terminal import say
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.load.kinds import find_kind, open_checkpoint
+from trainer.host.arguments import typed
+from trainer.host.terminal import say
 
 _LOG_EVERY_S = 5.0
 _DRAW_EVERY_S = 0.1

@@ -12,15 +12,15 @@ from configs.errors import UserError
 from launch.checkpoint.list import shelves
 from launch.checkpoint.text import Progress
 from launch.text import size_text
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.files import BLOCK_BYTES, FileReader
-from trainer.checkpoint.inside import check_file
-from trainer.checkpoint.load import file_path, read_manifest
-from trainer.checkpoint.threads import in_threads
-from trainer.convert.kinds import open_checkpoint
-from trainer.entries import MANIFEST, Kind, entry_at
-from trainer.processors import allowed
-from trainer.terminal import say
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.files import BLOCK_BYTES, FileReader
+from trainer.checkpoint.format.inside import check_file
+from trainer.checkpoint.format.threads import in_threads
+from trainer.checkpoint.load.checkpoint import file_path, read_manifest
+from trainer.checkpoint.load.kinds import open_checkpoint
+from trainer.host.processors import allowed
+from trainer.host.terminal import say
+from trainer.life.entries import MANIFEST, Kind, entry_at
 
 _THREADS = 8
 _BLOCKS_PER_TASK = 16

@@ -8,10 +8,10 @@ import signal
 from launch.monitor.journal import Taken
 from launch.monitor.keeper import TAKEN, Orders
 from launch.monitor.monitor import Monitor
-from trainer.heartbeat import Heartbeats
-from trainer.names import node_name
-from trainer.parents import die_with_parent
-from trainer.terminal import enter, go_on_unheard, say
+from trainer.host.node_name import node_name
+from trainer.host.parents import die_with_parent
+from trainer.host.terminal import enter, go_on_unheard, say
+from trainer.life.heartbeat import Heartbeats
 
 
 def main(arguments: list[str]) -> int:

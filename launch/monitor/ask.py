@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.events import tolerate_unwritable
-from trainer.heartbeat import Beat
-from trainer.rows import parsed, whole
-from trainer.stacks import FLIGHT, FLIGHT_SIGNAL, STACKS, STACKS_SIGNAL
+from trainer.host.stacks import FLIGHT, FLIGHT_SIGNAL, STACKS, STACKS_SIGNAL
+from trainer.life.events import tolerate_unwritable
+from trainer.life.heartbeat import Beat
+from trainer.life.rows import parsed, whole
 
 STOPPED = "T"
 _ANSWER_S = 3.0

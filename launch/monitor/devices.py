@@ -10,7 +10,7 @@ from typing import Any
 
 import pynvml
 
-from trainer.environment import CUDA_VISIBLE_DEVICES
+from trainer.host.environment import CUDA_VISIBLE_DEVICES
 
 DRIVER_GONE = {
     pynvml.NVML_ERROR_UNINITIALIZED,

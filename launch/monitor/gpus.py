@@ -13,7 +13,7 @@ import pynvml
 from launch.monitor.devices import Device, all_devices, choose
 from launch.monitor.gpm import Gpm, dcgm_process
 from launch.monitor.readings import DriverGone, Gpu, GpuLost
-from trainer.environment import CUDA_VISIBLE_DEVICES
+from trainer.host.environment import CUDA_VISIBLE_DEVICES
 
 Tell = Callable[..., None]  # (event, line for people, facts): something worth noting happened
 _AGAIN_S = 60.0  # until a driver or a GPU that went away is asked again

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.monitor.ask import STOPPED, Standstill
-from trainer.events import tolerate_unwritable
-from trainer.folder import write_json
-from trainer.heartbeat import Beat, Phase
-from trainer.rows import facts_in, read_json, record
+from trainer.life.events import tolerate_unwritable
+from trainer.life.folder import write_json
+from trainer.life.heartbeat import Beat, Phase
+from trainer.life.rows import facts_in, read_json, record
 
 _NODES_S = 10.0  # that the other nodes' findings may take to be seen
 

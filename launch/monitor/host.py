@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from trainer.heartbeat import Beat
+from trainer.life.heartbeat import Beat
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")  # guests are in user and nice already

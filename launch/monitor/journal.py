@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer.events import tolerate_unwritable
-from trainer.locks import lock
+from trainer.host.locks import lock
+from trainer.life.events import tolerate_unwritable
 
 VERSION = 1
 Row = dict[str, Any]

@@ -12,13 +12,13 @@ from typing import Any
 
 from configs.schema import Config
 from launch.monitor.hang import read_verdict
-from trainer.clock import booted_s
-from trainer.console import Console
-from trainer.environment import MUSTER_CLOCK
-from trainer.events import Events
-from trainer.folder import RunFolder
-from trainer.heartbeat import Heartbeats
-from trainer.shadow import python
+from trainer.host.clock import booted_s
+from trainer.host.console import Console
+from trainer.host.environment import MUSTER_CLOCK
+from trainer.host.shadow import python
+from trainer.life.events import Events
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Heartbeats
 
 TAKEN = 4  # exit code: another monitor of this node writes the same file
 _SILENT_S = 60.0  # beyond its interval, without a beat

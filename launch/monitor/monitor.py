@@ -22,14 +22,14 @@ from launch.monitor.others import Others
 from launch.monitor.prometheus import Endpoint
 from launch.monitor.rollup import Minute
 from launch.monitor.windows import Windows
-from trainer import clock
-from trainer.events import Events, tolerate_unwritable
-from trainer.folder import RunFolder, write_json
-from trainer.heartbeat import Beat, Heartbeat, Heartbeats, Phase
-from trainer.life import Attempt, End
-from trainer.names import node_name
-from trainer.rows import facts_in
-from trainer.terminal import say
+from trainer.host import clock
+from trainer.host.node_name import node_name
+from trainer.host.terminal import say
+from trainer.life.attempts import Attempt, End
+from trainer.life.events import Events, tolerate_unwritable
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.heartbeat import Beat, Heartbeat, Heartbeats, Phase
+from trainer.life.rows import facts_in
 
 ROLLUP_S = 60.0
 ALERTS = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone"}  # of which the user's hooks are told

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.monitor.rows import newest
-from trainer.rows import Row
+from trainer.life.rows import Row
 
 T = TypeVar("T")
 

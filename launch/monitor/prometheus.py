@@ -14,7 +14,7 @@ from socketserver import TCPServer
 from typing import Any
 
 from launch.run_folder import last_row
-from trainer.folder import RunFolder
+from trainer.life.folder import RunFolder
 
 Row = dict[str, Any]
 _CLIENT_S = 2.0  # that one may take to say what it wants

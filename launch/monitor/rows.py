@@ -9,8 +9,8 @@ from pathlib import Path
 
 from configs.files import NotAFile, open_regular
 from launch.monitor.journal import VERSION
-from trainer.heartbeat import Phase
-from trainer.rows import PassedOver, Row, amount, lines_backwards, row_in, whole
+from trainer.life.heartbeat import Phase
+from trainer.life.rows import PassedOver, Row, amount, lines_backwards, row_in, whole
 
 _PHASES = {phase.word for phase in Phase}
 _LONGEST_HEAD_BYTES = 1 << 20

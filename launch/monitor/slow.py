@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from trainer.heartbeat import Beat, Phase
+from trainer.life.heartbeat import Beat, Phase
 
 _BUILDING = (Phase.STARTING, Phase.PREPARING, Phase.COMPILING, Phase.LEAVING)
 _OWN = (Phase.WAITING_FOR_DATA, Phase.SAVING)

@@ -12,9 +12,9 @@ from configs.monitor_section import MonitorSection
 from launch.monitor.others import Others
 from launch.monitor.rollup import Minute
 from launch.monitor.slow import RankWindow, idle, is_training, rank_window, stragglers
-from trainer.events import tolerate_unwritable
-from trainer.folder import write_json
-from trainer.heartbeat import Beat
+from trainer.life.events import tolerate_unwritable
+from trainer.life.folder import write_json
+from trainer.life.heartbeat import Beat
 
 Tell = Callable[..., None]
 _READINGS = ("sm_pct", "tensor_pct", "dram_pct", "gpu_pct", "memory_gib", "power_w", "temperature_c", "sm_clock_mhz")

@@ -19,7 +19,7 @@ from configs.load import dump, load
 from configs.paths import MOST_NAME_BYTES, MOST_PATH_BYTES, expanded
 from configs.schema import Config
 from configs.section import Section, keys
-from trainer.memory import check_memory, parameters
+from trainer.host.memory import check_memory, parameters
 from trainer.schedule import check_rates, lr_factor, rate_change, remarks
 
 
@@ -107,8 +107,8 @@ def test_what_people_write_for_ever_is_taken() -> None:
 
 
 def test_what_this_machine_cannot_hold_is_said_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("trainer.memory._machine_bytes", lambda: 10**9)
-    monkeypatch.setattr("trainer.memory._DRIVER", tmp_path / "gone")
+    monkeypatch.setattr("trainer.host.memory._machine_bytes", lambda: 10**9)
+    monkeypatch.setattr("trainer.host.memory._DRIVER", tmp_path / "gone")
     check_memory(load("demo", []), 2, 2)
     with pytest.raises(UserError, match=r"train.global_batch 1000000 of data.seq_len 256 needs 15 GB.* has 1 GB"):
         check_memory(load("demo", ["train.global_batch=1000000"]), 2, 2)
@@ -120,7 +120,7 @@ def test_what_this_machine_cannot_hold_is_said_before(monkeypatch: pytest.Monkey
     eight = load("llama3-8b", ["train.global_batch=8", "data.seq_len=128"])
     check_memory(eight, 1, 1000)  # a thousandth of it fits
     check_memory(load("llama3-8b", ["train.global_batch=8", "freeze.frozen=['*']"]), 1, 20)
-    monkeypatch.setattr("trainer.memory._DRIVER", Path("/"))  # the model is in GPUs
+    monkeypatch.setattr("trainer.host.memory._DRIVER", Path("/"))  # the model is in GPUs
     check_memory(eight, 1, 1)
 
 

@@ -25,17 +25,17 @@ from launch.verbs import run_verb
 from muster.command import VERBS
 from slurm import lives
 from tests.fuzz.targets import apply, goes_on_as_it_says, sealed, seems_same
-from trainer import life
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.shelf import Shelf
-from trainer.entries import MANIFEST, newest_checkpoint
-from trainer.entries import entries as entries_of
-from trainer.folder import RunFolder
-from trainer.lease import Lease
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.life import attempts as life
+from trainer.life.entries import MANIFEST, newest_checkpoint
+from trainer.life.entries import entries as entries_of
+from trainer.life.folder import RunFolder
+from trainer.life.lease import Lease
+from trainer.life.rows import PassedOver, facts_in, read_rows, rows_backwards
 from trainer.loop import Progress
 from trainer.preflight import check
-from trainer.rows import PassedOver, facts_in, read_rows, rows_backwards
 
 RUN = Path(__file__).with_name("run")  # two attempts, two checkpoints of 58 KiB, as a run left them
 STORED = {path.relative_to(RUN): path.read_bytes() for path in sorted(RUN.rglob("*")) if path.is_file()}

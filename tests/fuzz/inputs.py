@@ -22,9 +22,9 @@ from configs.load import dump, load
 from configs.schema import Config, to_dict
 from launch.monitor.devices import count_visible, named
 from slurm.array import Override, labels, overrides_of
-from trainer import cgroups, processors
-from trainer import environment as env
 from trainer.__main__ import parse
+from trainer.host import cgroups, processors
+from trainer.host import environment as env
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _PATHS = {"run.dir", "start.from", "data.tokenizer", "data.cache", "slurm.container", "slurm.python"}

@@ -286,7 +286,7 @@ def of_environment(rng: Random, seeds: list[Bytes]) -> Bytes:
     """Variables that we read, with odd texts; and what tells how many processors there are."""
     if rng.random() < 0.15:
         return of_bytes(rng, seeds)
-    from trainer.environment import VARIABLES
+    from trainer.host.environment import VARIABLES
 
     pairs = rng.choice(seeds).split(b"\0") if rng.random() < 0.6 else []
     for _ in range(rng.choice([1, 1, 2, 4])):

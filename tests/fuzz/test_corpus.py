@@ -16,8 +16,8 @@ import pytest
 from tests.fuzz.drive import drive
 from tests.fuzz.kinds import CORPUS, KINDS
 from tests.fuzz.targets import header, manifest, sealed
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.manifest import decode
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.manifest import decode
 
 
 def test_the_corpus_is_there() -> None:

@@ -15,8 +15,8 @@ from configs.load import _Dumper, in_shell
 from tests.fuzz import drive as driver
 from tests.fuzz.drive import Tally, drive, fresh, keep, table
 from tests.fuzz.kinds import KINDS, SIX, Kind
-from trainer.entries import Kind as Entry
-from trainer.entries import entries
+from trainer.life.entries import Kind as Entry
+from trainer.life.entries import entries
 
 FEW = {"rows": 25, "signed": 25, "entries": 20}  # of the others 60: each of these has a run folder of its own
 MANY = 10_000  # over the six kinds
@@ -89,11 +89,11 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], None]]:
         return lambda: monkeypatch.setattr(place, new)
 
     return {
-        "rows": change("trainer.rows.parsed", json.loads),  # what is no JSON raises
+        "rows": change("trainer.life.rows.parsed", json.loads),  # what is no JSON raises
         "yaml": lambda: monkeypatch.setitem(_Dumper.yaml_representers, str, SafeRepresenter.represent_str),
         "overrides": change("configs.load.in_shell", lambda text, *rest: in_shell(text.split(" #")[0], *rest)),
-        "signed": change("trainer.checkpoint.manifest.contradiction", lambda *facts: None),
-        "environment": change("trainer.environment.check", lambda environ: None),
+        "signed": change("trainer.checkpoint.format.manifest.contradiction", lambda *facts: None),
+        "environment": change("trainer.host.environment.check", lambda environ: None),
         "entries": change(
             "launch.checkpoint.list.entries", lambda path: [e for e in entries(path) if e.kind is not Entry.UNUSABLE]
         ),

@@ -11,7 +11,7 @@ import torch
 from tests.distributed import run_ranks, tiny, train, train_here
 from tests.test_begin import values
 from tests.test_train import losses, tensors
-from trainer.rows import read_rows
+from trainer.life.rows import read_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -16,12 +16,12 @@ import torch
 
 from configs.schema import KeepSection
 from launch.__main__ import main
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.files import BLOCK_BYTES
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
-from trainer.folder import RunFolder
-from trainer.lease import Lease
+from trainer.checkpoint.format.files import BLOCK_BYTES
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
+from trainer.life.folder import RunFolder
+from trainer.life.lease import Lease
 from trainer.loop import Progress
 
 STEPS = (10, 20, 30, 40)
@@ -195,7 +195,7 @@ def test_verify_names_every_bad_block(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_verify_looks_at_headers_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A header with checksums that agree, but not with the manifest: the work of a writer that was wrong."""
-    from trainer.checkpoint import manifest as format_1
+    from trainer.checkpoint.format import manifest as format_1
 
     checkpoint = path_of(run, 40)
     path = file_of(run, 40, "model")

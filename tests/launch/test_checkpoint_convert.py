@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dcp
 
 from launch.__main__ import main
 from tests.nobody import as_nobody
-from trainer.checkpoint import disk
-from trainer.checkpoint.manifest import digest
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.manifest import digest
 
 GOLDEN = Path(__file__).parent.parent / "trainer" / "checkpoint" / "golden" / "step-00000500"
 

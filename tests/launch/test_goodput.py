@@ -16,9 +16,9 @@ from launch.report import lines
 from launch.report import main as report
 from tests.distributed import scratch, write_config
 from tests.life.runs import LAUNCH, running
-from trainer.events import append_row
-from trainer.folder import RunFolder, write_json
-from trainer.heartbeat import Phase
+from trainer.life.events import append_row
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.heartbeat import Phase
 
 
 class MadeUp:

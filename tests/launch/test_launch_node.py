@@ -21,13 +21,13 @@ from configs.schema import Config
 from launch.node import Nodes, Supervisor, _first_to_fall, default_processes, run_node
 from slurm.lives import Life
 from tests.distributed import tiny, write_config
-from trainer.console import Console
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.lease import Lease
-from trainer.life import FAILED, REQUEUE, STOPPED, USER_ERROR
+from trainer.host.console import Console
+from trainer.life.attempts import FAILED, REQUEUE, STOPPED, USER_ERROR
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.lease import Lease
+from trainer.life.stop import SIGNALS, Cause, StopWish, write_request
 from trainer.preflight import Problem
-from trainer.stop import SIGNALS, Cause, StopWish, write_request
 
 PATIENCE_S = 20.0
 KILLED, RAISED, ENDED = -9, 1, -15  # by somebody's SIGKILL, by an exception, by torchrun's SIGTERM
@@ -57,7 +57,7 @@ def test_the_first_to_fall(codes: tuple[int, ...], events: list[dict[str, Any]],
 
 
 def test_when_this_process_began() -> None:
-    code = "from trainer.clock import began_s; print(began_s())"
+    code = "from trainer.host.clock import began_s; print(began_s())"
     before = time.time()
     began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
     assert before - 0.02 <= began <= before + 0.5
@@ -185,7 +185,7 @@ def test_whoever_runs_a_node_listens_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_others_wait_as_long_as_the_first_node_may_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.lease._FIRST_NODE_S", 0.1)
+    monkeypatch.setattr("trainer.life.lease._FIRST_NODE_S", 0.1)
     path = write_config(tmp_path, parallel__load_timeout_s=0.5)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(UserError, match=r"node1 has not taken .* within 0.5 s"):

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from launch.run_folder import all_attempts, last_row, runs_in, view
 from tests import made_up
-from trainer import rows
-from trainer.folder import RunFolder
-from trainer.lease import _self_description
-from trainer.life import End
-from trainer.rows import rows_backwards
+from trainer.life import rows
+from trainer.life.attempts import End
+from trainer.life.folder import RunFolder
+from trainer.life.lease import _self_description
+from trainer.life.rows import rows_backwards
 
 _ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 _JSON = st.recursive(_ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))

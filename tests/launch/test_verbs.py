@@ -16,7 +16,7 @@ VERBS = [(command, verb) for command, main in MAINS.items() for verb in main.VER
 
 @pytest.fixture(autouse=True)
 def _as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.arguments._as_muster", False)
+    monkeypatch.setattr("trainer.host.arguments._as_muster", False)
 
 
 @pytest.mark.parametrize(("command", "verb"), VERBS)
@@ -54,7 +54,7 @@ def test_words_of_other_programs(verb: str, words: list[str], advice: str, capsy
 
 
 def test_advice_names_the_command_that_was_typed() -> None:
-    from trainer.arguments import be_muster, typed
+    from trainer.host.arguments import be_muster, typed
 
     assert typed("slurm stop", "my run") == "python -m slurm stop 'my run'"
     assert typed("trainer", "CONFIG") == "python -m trainer CONFIG"

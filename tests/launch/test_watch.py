@@ -25,9 +25,9 @@ from configs.errors import UserError
 from launch.monitor.rows import newest_rows
 from launch.watch import Watcher, main
 from tests.made_up import second
-from trainer.events import append_row
-from trainer.folder import RunFolder, write_json
-from trainer.life import End
+from trainer.life.attempts import End
+from trainer.life.events import append_row
+from trainer.life.folder import RunFolder, write_json
 
 
 def a_run(root: Path, nodes: int, gpus: int = 8, seconds: int = 20, age_s: float = 0.0, **changes: Any) -> RunFolder:

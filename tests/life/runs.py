@@ -21,10 +21,10 @@ import yaml
 
 from launch.processes import kill
 from tests.distributed import train
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.names import node_name
-from trainer.rows import read_json, read_rows
+from trainer.host.node_name import node_name
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (sys.executable, "-m", "launch", "run")

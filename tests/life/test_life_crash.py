@@ -16,9 +16,9 @@ from tests.distributed import RanksFailed
 from tests.life.runs import Watched, finish_here, samples_are_consecutive
 from tests.life.test_life_steps import on_ranks
 from tests.stored import Stored
-from trainer.checkpoint import disk
+from trainer.checkpoint.format import disk
+from trainer.life.stop import StopWish
 from trainer.run import Run
-from trainer.stop import StopWish
 
 STEPS = 8  # saved after 3 and 6, and at the end
 CHANGES = {"train__steps": STEPS, "optim__schedule": "constant", "data__record_samples": True}

@@ -19,11 +19,11 @@ from configs.schema import Config
 from tests.distributed import run_ranks, tiny, write_config
 from tests.engines import under_both
 from tests.life.runs import LAUNCH, Watched, clean_end, running
-from trainer.checkpoint import disk
+from trainer.checkpoint.format import disk
 from trainer.data.loader import MicroBatch
+from trainer.life.stop import Cause, StopWish
 from trainer.run import Run
 from trainer.start import start
-from trainer.stop import Cause, StopWish
 
 Outcome = tuple[int, int]  # exit code and last step
 

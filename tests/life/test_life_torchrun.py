@@ -25,8 +25,8 @@ from tests.life.runs import (
     samples_are_consecutive,
 )
 from tests.life.test_life_stops import CAUSES, StopCause
+from trainer.life.stop import StopWish
 from trainer.start import start
-from trainer.stop import StopWish
 
 UNDER_TORCHRUN = [cause for cause in CAUSES if cause.name in ("STOP file", "SIGINT", "SIGTERM")]
 TORCHRUN_ONCE = [("saving", "SIGTERM", "fsdp")]

@@ -12,8 +12,8 @@ from tests.matrix.cells import GLOBAL_BATCH, MORE, STEPS
 from tests.matrix.expected import BUFFERS, STATE, History
 from tests.matrix.ranks import Memory
 from tests.stored import Stored, bits
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 Tensors = dict[str, torch.Tensor]
 

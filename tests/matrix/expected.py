@@ -15,7 +15,7 @@ from tests.stored import Stored
 from trainer.data.loader import Loader, StepBatch
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
-from trainer.folder import RunFolder
+from trainer.life.folder import RunFolder
 
 STATE = ("exp_avg", "exp_avg_sq")
 BUFFERS = ("drop.count", "drop.gain")

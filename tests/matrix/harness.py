@@ -15,8 +15,8 @@ from tests.matrix.expected import History, model_of, plain_losses
 from tests.matrix.ranks import Memory, Told, go
 from tests.pool import Pool
 from tests.stored import Stored, bits
-from trainer.entries import checkpoint_name
-from trainer.folder import RunFolder
+from trainer.life.entries import checkpoint_name
+from trainer.life.folder import RunFolder
 
 # Of losses between 3 and 6: about ten times what was seen, 3.5e-7 (a number's last bit is 4.8e-7) and 2.3e-4. In bf16 a
 # sum that is rounded another way is another bf16 number.

@@ -13,13 +13,14 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from configs.errors import UserError
 from configs.schema import Config, ParallelSection
 from tests.matrix.model import Gain, register
-from trainer import attempt, world
-from trainer.checkpoint.store import SaveResult
+from trainer import attempt
+from trainer.checkpoint.save.store import SaveResult
 from trainer.engines import fsdp
-from trainer.layout import resolve
-from trainer.life import FINISHED
+from trainer.life.attempts import FINISHED
+from trainer.life.layout import resolve
+from trainer.life.stop import StopWish
+from trainer.ranks import world
 from trainer.run import Run
-from trainer.stop import StopWish
 
 _state: dict[str, Any] = {"calls": 0}
 

@@ -19,9 +19,9 @@ from slurm.cluster import Cluster
 from slurm.lives import lives_of
 from tests.distributed import tiny
 from tests.slurm.jobs import ROOT, call, environment, job_state, wait_for
-from trainer.events import read_events
-from trainer.folder import RunFolder, write_text
-from trainer.rows import read_json, read_rows
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder, write_text
+from trainer.life.rows import read_json, read_rows
 
 STEPS = 20
 EVERY = 5  # steps between checkpoints

@@ -21,7 +21,7 @@ from slurm.cluster_command import tell
 from slurm.cluster_config import MARK, Home, Settings
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, job_state, submit, wait_for, wait_for_end
-from trainer.rows import read_json
+from trainer.life.rows import read_json
 
 
 def cluster_command(*words: str) -> subprocess.CompletedProcess[str]:

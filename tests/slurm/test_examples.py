@@ -10,8 +10,8 @@ from slurm.cluster import Cluster
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, submit, wait_for, wait_for_end
 from tests.slurm.test_look import slurm
-from trainer.folder import RunFolder
-from trainer.rows import read_json, read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json, read_rows
 
 REQUEUEING = str(ROOT / "slurm/examples/requeueing.sbatch")
 

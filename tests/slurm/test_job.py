@@ -12,7 +12,7 @@ from slurm.cluster import Cluster
 from slurm.job import nodes_of_step
 from tests.distributed import tiny, train, write_config
 from tests.slurm.jobs import ROOT, call, submit, wait_for_end
-from trainer.rows import read_json, read_rows
+from trainer.life.rows import read_json, read_rows
 
 SCRIPT = str(ROOT / "slurm/examples/several-nodes.sbatch")
 SMALL = ("--gpus-per-node=2", "--cpus-per-task=2")  # the script asks for 8 and 64

@@ -22,7 +22,7 @@ from tests.slurm.conftest import Note
 from tests.slurm.jobs import ROOT, call, job_state, submit, wait_for
 from tests.slurm.otherwise import preempting_by_user_signal, read_only, requeueing_on_exit_75
 from tests.slurm.runs import STEPS, Rehearsed, config_of, losses
-from trainer.folder import RunFolder
+from trainer.life.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from tests import made_up
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import SLURM, commands, in_queue, verb
-from trainer.events import append_row
-from trainer.life import End
+from trainer.life.attempts import End
+from trainer.life.events import append_row
 
 RUNNING = in_queue("7")
 

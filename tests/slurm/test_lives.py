@@ -16,10 +16,10 @@ from slurm.again import Job
 from slurm.lives import Left, Life, end_of_life, failures_without_progress, lives_of
 from slurm.state import _last_outcome
 from tests.distributed import tiny
-from trainer.events import Events, append_row
-from trainer.folder import RunFolder
-from trainer.life import FAILED, REQUEUE, USER_ERROR, Attempt, End
-from trainer.life import STOPPED as BY_A_PERSON
+from trainer.life.attempts import FAILED, REQUEUE, USER_ERROR, Attempt, End
+from trainer.life.attempts import STOPPED as BY_A_PERSON
+from trainer.life.events import Events, append_row
+from trainer.life.folder import RunFolder
 
 STOPPED = End("stopped", 5, "step-00000005", requeue=True, cause="warning")
 

@@ -11,8 +11,8 @@ from slurm.cluster import Cluster
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, environment, wait_for
 from tests.slurm.stand_ins import commands
-from trainer.folder import RunFolder
-from trainer.rows import read_json, read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json, read_rows
 
 
 def slurm(cluster: Cluster, cwd: Path, *words: str, **own: str) -> str:

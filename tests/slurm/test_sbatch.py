@@ -28,9 +28,9 @@ from slurm.submit import Submission
 from tests.distributed import tiny, write_config
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import commands, in_queue, verb
-from trainer.folder import RunFolder
-from trainer.inherited import without_job
-from trainer.rows import read_json
+from trainer.host.inherited import without_job
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json
 
 SMALL = ("--nodes=2", "--gpus-per-node=2")
 # What Slurm sets in a job, and what an outer `SBATCH_TIMELIMIT=10 sbatch ...` leaves there.

@@ -16,9 +16,9 @@ from slurm.state import state_of
 from tests import made_up
 from tests.slurm.stand_ins import SLURM, verb
 from tests.slurm.test_status import begun, one, over, requeued, silent, training
-from trainer.events import append_row
-from trainer.folder import RunFolder
-from trainer.life import End
+from trainer.life.attempts import End
+from trainer.life.events import append_row
+from trainer.life.folder import RunFolder
 
 RUNNING = Queue({"7": Job("7", "RUNNING", "None", 2, "node[1-2]", 600.0, 0, None)})
 STOPPED_BY_HAND = End("stopped", 50, "step-00000050", False, "stop_file")

@@ -17,8 +17,8 @@ from slurm import queue
 from tests import made_up
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import SLURM, commands, in_queue, verb
-from trainer.lease import _self_description
-from trainer.life import End
+from trainer.life.attempts import End
+from trainer.life.lease import _self_description
 
 STOPPED = End("stopped", 40, "step-00000040", True, "warning")
 FINISHED = End("finished", 1000, "step-00001000", False)

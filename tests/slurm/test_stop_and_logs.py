@@ -14,8 +14,8 @@ from slurm import logs
 from tests import made_up
 from tests.slurm.jobs import ROOT, wait_for
 from tests.slurm.stand_ins import SLURM, commands, in_queue, verb
-from trainer.lease import _self_description
-from trainer.life import End
+from trainer.life.attempts import End
+from trainer.life.lease import _self_description
 
 RANK_DIED = End("failed", 40, None, True, "SIGKILL")
 RUNNING, QUEUED = in_queue("7"), in_queue("7", "PENDING", "Priority")

@@ -19,9 +19,9 @@ from slurm.limits import Partition, check, gpus_of, partition_of
 from slurm.request import _read_file, cluster_file, minutes
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, environment, wait_for
-from trainer.events import Events
-from trainer.folder import RunFolder
-from trainer.rows import read_json, read_rows
+from trainer.life.events import Events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_json, read_rows
 
 SMALL = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2")
 

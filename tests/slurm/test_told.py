@@ -10,7 +10,7 @@ from configs.slurm_section import SlurmSection
 from slurm.hooks import Happened, tell
 from tests.distributed import write_config
 from tests.slurm.stand_ins import verb
-from trainer.life import End
+from trainer.life.attempts import End
 
 STOPPED = End("stopped", 40, "step-00000040", True, "warning")
 

@@ -9,9 +9,9 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load
-from trainer.arguments import config_parser, take
 from trainer.debug import cut_to_size
-from trainer.folder import RunFolder
+from trainer.host.arguments import config_parser, take
+from trainer.life.folder import RunFolder
 from trainer.preflight import check_folder, write_config
 from trainer.schedule import check_rates
 

@@ -13,15 +13,15 @@ import pytest
 from configs.schema import Config
 from launch.goodput import goodput
 from tests.distributed import run_ranks, tiny
-from trainer import clock
 from trainer.data import files
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.lease import _self_description, alive_here
-from trainer.rows import read_rows
+from trainer.host import clock
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.lease import _self_description, alive_here
+from trainer.life.rows import read_rows
+from trainer.life.stop import StopWish
 from trainer.run import Run
 from trainer.start import start
-from trainer.stop import StopWish
 
 FIVE_YEARS_S = 5 * 365 * 24 * 3600.0
 JUMPS = pytest.mark.parametrize("jump_s", [FIVE_YEARS_S, -FIVE_YEARS_S], ids=["forwards", "back"])

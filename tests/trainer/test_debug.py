@@ -92,7 +92,7 @@ def _debug_on_two(config: dict) -> str:
     from configs.errors import UserError
     from configs.schema import Config
     from trainer.debug import debug
-    from trainer.stop import StopWish
+    from trainer.life.stop import StopWish
 
     try:
         debug(Config.model_validate(config), StopWish())

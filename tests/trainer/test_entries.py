@@ -18,16 +18,16 @@ from launch.checkpoint.text import open_named
 from tests.distributed import run_ranks, tiny, train_here, write_config
 from tests.test_mistakes import refused
 from trainer.begin import named_checkpoint
-from trainer.checkpoint import disk
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.recover import recover
-from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore
-from trainer.entries import Kind, committed_steps, entries, newest_checkpoint
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.keep.recover import recover
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
+from trainer.life.entries import Kind, committed_steps, entries, newest_checkpoint
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 
 def save(root: Path, *steps: int, **keep: int) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import UserError
 from tests.test_repository import PACKAGES, python_files
-from trainer.environment import VARIABLES, FromLauncher, Job, Ranks, check
+from trainer.host.environment import VARIABLES, FromLauncher, Job, Ranks, check
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_1 = {

@@ -15,11 +15,11 @@ import pytest
 
 from tests.distributed import tiny, train
 from tests.engines import under_both
-from trainer.environment import FromLauncher, Ranks
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.heartbeat import RECORD_BYTES, Heartbeat, Heartbeats, Phase
-from trainer.rows import read_rows
+from trainer.host.environment import FromLauncher, Ranks
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import RECORD_BYTES, Heartbeat, Heartbeats, Phase
+from trainer.life.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def test_a_reader_never_sees_a_mixture() -> None:
     """The writer, another process, gives its step the value of its beats."""
     heartbeats = Heartbeats.make(1)
     code = (
-        "import sys\nfrom trainer.heartbeat import *\nh = Heartbeat.at(sys.argv[1], 0, 0)\n"
+        "import sys\nfrom trainer.life.heartbeat import *\nh = Heartbeat.at(sys.argv[1], 0, 0)\n"
         "while True:\n    h.enter(Phase.COMPUTING, h._beats + 1)"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, heartbeats.path], cwd=ROOT)
@@ -99,7 +99,8 @@ def test_a_mixture_is_not_believed() -> None:
 
 def test_nothing_is_left_when_its_maker_is_killed() -> None:
     """The records have no name on any disk; a reader that holds them reads on."""
-    code = "from trainer.heartbeat import *\nimport time\nprint(Heartbeats.make(2).path, flush=True)\ntime.sleep(60)"
+    code = "from trainer.life.heartbeat import *\nimport time\nprint(Heartbeats.make(2).path, flush=True)\n"
+    code += "time.sleep(60)"
     maker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert maker.stdout is not None
     path = maker.stdout.readline().strip()

@@ -12,9 +12,9 @@ import pytest
 
 from configs.errors import UserError
 from tests.distributed import run_ranks
-from trainer import held
-from trainer.held import HeldFolder, remove_left
-from trainer.names import node_name
+from trainer.host import held
+from trainer.host.held import HeldFolder, remove_left
+from trainer.host.node_name import node_name
 
 PREFIX = "muster-test-"
 

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from configs.errors import UserError
-from trainer.clock import started_ticks
-from trainer.folder import RunFolder
-from trainer.lease import Lease
+from trainer.host.clock import started_ticks
+from trainer.life.folder import RunFolder
+from trainer.life.lease import Lease
 
 
 def held_by(folder: RunFolder, pid: int, **changes: Any) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.folder import RunFolder, write_json
-from trainer.life import Attempt, End, attempts_without_progress
+from trainer.life.attempts import Attempt, End, attempts_without_progress
+from trainer.life.folder import RunFolder, write_json
 
 
 @pytest.mark.parametrize(

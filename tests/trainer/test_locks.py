@@ -14,13 +14,13 @@ import pytest
 
 from configs.errors import UserError
 from launch.monitor.journal import Journal
-from trainer import lease as module
 from trainer.convert.convert import _clear, _partial
 from trainer.data import files
-from trainer.folder import RunFolder
-from trainer.held import HeldFolder, remove_left
-from trainer.lease import Lease
-from trainer.locks import lock
+from trainer.host.held import HeldFolder, remove_left
+from trainer.host.locks import lock
+from trainer.life import lease as module
+from trainer.life.folder import RunFolder
+from trainer.life.lease import Lease
 
 
 @pytest.fixture(params=["ENOLCK", "ENOSYS", "EOPNOTSUPP"])

@@ -17,12 +17,12 @@ import pytest
 from configs.errors import UserError
 from configs.schema import Config
 from tests.distributed import free_port, run_ranks, tiny
-from trainer import meeting
-from trainer.environment import FromLauncher, Ranks
-from trainer.heartbeat import Heartbeats
-from trainer.meeting import meet, where
+from trainer.host.environment import FromLauncher, Ranks
+from trainer.life.heartbeat import Heartbeats
+from trainer.life.stop import Cause, StopRequested, StopWish
+from trainer.ranks import meeting
+from trainer.ranks.meeting import meet, where
 from trainer.start import start
-from trainer.stop import Cause, StopRequested, StopWish
 
 PATIENCE_S = 30.0
 

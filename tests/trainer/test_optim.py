@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from configs.schema import OptimSection
 from tests.distributed import tiny, train
 from tests.test_train import losses
-from trainer.optim import Muon, build_optimizers
+from trainer.engines.optim import Muon, build_optimizers
 from trainer.schedule import lr_factor
 
 SCHEDULES = ["cosine", "linear", "wsd", "constant"]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from trainer.environment import FromLauncher
+from trainer.host.environment import FromLauncher
 
 PROGRAM = """
 import os
 from trainer.__main__ import launcher_of_this
-from trainer.environment import Ranks
+from trainer.host.environment import Ranks
 launcher_of_this(Ranks.read(os.environ))
 print("alive")
 """

@@ -17,11 +17,11 @@ from configs.schema import Config
 from models import build_model
 from tests.distributed import tiny
 from tests.nobody import as_nobody
+from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.prepare import prepare
-from trainer.engines.names import find_aliases, names_of
-from trainer.folder import RunFolder
+from trainer.engines.named import find_aliases, names_of
+from trainer.life.folder import RunFolder
 from trainer.preflight import Problem, check, check_numbers, check_place, refuse
-from trainer.start_from import checkpoint_named
 
 
 def problems(folder: Path, processes: int = 1, **changes: Any) -> list[Problem]:

@@ -14,7 +14,7 @@ import pytest
 
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny
-from trainer import cgroups, memory, processors
+from trainer.host import cgroups, memory, processors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,8 +126,8 @@ def test_a_deterministic_run_gets_as_many_whatever_else_runs(machine: Path, monk
 
 def _a_run(config: dict[str, Any], threads: int) -> str:
     """What a run says that computes with so many."""
+    from trainer.life.stop import StopWish
     from trainer.start import start
-    from trainer.stop import StopWish
 
     os.environ.pop("OMP_NUM_THREADS")
     processors.threads = lambda processes, deterministic=False: processors.Threads(threads, 8, 3.0)
@@ -160,7 +160,7 @@ def test_on_one_allowed_core_or_busy_ones_there_is_one_thread() -> None:
             process.kill()
             process.communicate()
     only = f"import os; os.sched_setaffinity(0, [{min(usable)}])"
-    code = f"{only}; from trainer.processors import allowed; print(allowed())"
+    code = f"{only}; from trainer.host.processors import allowed; print(allowed())"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
 
 
@@ -168,7 +168,7 @@ def _a_rank(config: dict[str, Any], user: str | None) -> tuple[int, str]:
     """(Threads that a rank computes with, what it says), where the processors would give it three."""
     import torch
 
-    from trainer import world
+    from trainer.ranks import world
 
     os.environ.pop("OMP_NUM_THREADS")
     if user is not None:

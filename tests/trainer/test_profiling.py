@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from configs.schema import Config
 from tests.distributed import tiny, train
 from tests.engines import under_both
-from trainer.events import read_events
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 
 def profiled(config: dict[str, Any], ranks: int) -> tuple[RunFolder, list[str]]:

@@ -25,13 +25,13 @@ from launch.watch import Watcher
 from slurm import status
 from slurm.lives import Left, Life
 from tests import made_up
-from trainer import life
-from trainer.events import append_row, read_events
-from trainer.folder import RunFolder
-from trainer.lease import Lease
-from trainer.life import Attempt, End
-from trainer.rows import PassedOver, facts_in, record, row_in, rows_backwards
-from trainer.rows import read_rows as read
+from trainer.life import attempts as life
+from trainer.life.attempts import Attempt, End
+from trainer.life.events import append_row, read_events
+from trainer.life.folder import RunFolder
+from trainer.life.lease import Lease
+from trainer.life.rows import PassedOver, facts_in, record, row_in, rows_backwards
+from trainer.life.rows import read_rows as read
 
 END = End("failed", 40, None, True, "rank_failed")
 BAD_ROWS = [

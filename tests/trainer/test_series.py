@@ -26,11 +26,11 @@ from configs.schema import Config
 from launch.node import run_node
 from tests.distributed import run_ranks, tiny, train_here, write_config
 from tests.engines import under_both
-from trainer.entries import checkpoint_name
-from trainer.folder import RunFolder, write_json
-from trainer.rows import read_rows
-from trainer.series import Readings, TensorBoard, WeightsAndBiases, check_series, open_series
-from trainer.stop import StopWish
+from trainer.life.entries import checkpoint_name
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.rows import read_rows
+from trainer.life.stop import StopWish
+from trainer.shown.series import Readings, TensorBoard, WeightsAndBiases, check_series, open_series
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef012"
 

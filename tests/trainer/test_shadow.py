@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.traps import fill
-from trainer import shadow
+from trainer.host import shadow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +56,7 @@ def test_libraries_that_lie_beside_ours_are_found_and_hide_nothing(tmp_path: Pat
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "only_here.py").write_text("")
     (tmp_path / "colorsys.py").write_text("raise SystemExit('the wrong module ran')\n")
-    code = "import sys; sys.path.insert(0, ''); from trainer.shadow import stand_apart; stand_apart(); "
+    code = "import sys; sys.path.insert(0, ''); from trainer.host.shadow import stand_apart; stand_apart(); "
     code += "import only_here, colorsys, trainer; print(trainer.__file__)"
     for env in ({}, {"PYTHONPATH": str(tmp_path)}):
         command = [sys.executable, "-S", "-c", code]  # -S: an editable install would find what is missing

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.console import duration, gib, si
-from trainer.events import Events, append_row, read_events
-from trainer.folder import RunFolder, write_json
-from trainer.life import Attempt, End
-from trainer.peaks import peak_of_name
-from trainer.rows import read_json, read_rows
-from trainer.seeds import derive, generator
+from trainer.host.console import duration, gib, si
+from trainer.life.attempts import Attempt, End
+from trainer.life.events import Events, append_row, read_events
+from trainer.life.folder import RunFolder, write_json
+from trainer.life.rows import read_json, read_rows
+from trainer.ranks.seeds import derive, generator
+from trainer.shown.peaks import peak_of_name
 
 
 def test_a_row_after_a_torn_one_stands_on_a_line_of_its_own(tmp_path: Path) -> None:

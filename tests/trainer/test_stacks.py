@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from trainer.stacks import _flight
+from trainer.host.stacks import _flight
 
 EMPTY, MADE = b'{"pg_config":{},"version":"2.10"}', '{"entries":[{"collective_seq_id":1}]}'
 

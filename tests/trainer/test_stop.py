@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.stop import Cause, Kind, StopWish, write_request
+from trainer.life.stop import Cause, Kind, StopWish, write_request
 
 PROGRAM = """
 import os, pathlib, signal, sys, time
-from trainer import stop
+from trainer.life import stop
 stop._AGENT_PATIENCE_S = 0.2
 request = os.environ.get("REQUEST")
 wish = stop.StopWish(pathlib.Path(request) if request else None)

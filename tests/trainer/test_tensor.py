@@ -17,8 +17,8 @@ from configs.load import load
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, train, write_config
 from tests.engines import rows as once
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 ORDER_OF_SUMMATION = 2e-5  # of losses; see tests/test_train.py
 BF16 = 5e-4
@@ -163,9 +163,9 @@ def test_every_sample_is_given_once_and_noted_once(tmp_path: Path) -> None:
 def wish_on(rank: int, config: dict[str, Any]) -> int:
     """A run that one rank alone wishes to leave at step 2."""
     from trainer.data.loader import StepBatch
+    from trainer.life.stop import Cause, StopWish
     from trainer.run import Run
     from trainer.start import start
-    from trainer.stop import Cause, StopWish
 
     class Wishing(Run):
         def record_samples(self, batch: StepBatch) -> None:
@@ -184,9 +184,9 @@ def test_a_wish_of_a_rank_that_counts_nothing_is_heard(tmp_path: Path) -> None:
 def spoil(config: dict[str, Any]) -> int:
     """A run in which the loss of step 2 is not finite on the second data rank, as both of its ranks see it."""
     from trainer.data.loader import MicroBatch
+    from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
-    from trainer.stop import StopWish
 
     class Spoilt(Run):
         def build(self) -> None:
@@ -216,8 +216,8 @@ def test_bad_samples_are_named_once(tmp_path: Path) -> None:
 
 
 def logits(config: dict[str, Any]) -> list[list[float]]:
-    from trainer import world as worlds
     from trainer.engines.fsdp import FsdpEngine
+    from trainer.ranks import world as worlds
     from trainer.tasks.lm import LanguageModelling
 
     built = Config.model_validate(config)
@@ -251,12 +251,12 @@ def test_dropout_differs_between_ranks_and_survives_recomputing(tmp_path: Path) 
 
 def dropped(config: dict[str, Any]) -> list[bool]:
     """Which channels of this rank's first token are dropped after the embedding."""
-    from trainer import world as worlds
     from trainer.agreement import Agreement
     from trainer.data.loader import MicroBatch, StepBatch
     from trainer.engines.fsdp import FsdpEngine
+    from trainer.life.stop import StopWish
+    from trainer.ranks import world as worlds
     from trainer.step import train_step
-    from trainer.stop import StopWish
     from trainer.tasks.lm import LanguageModelling
 
     built = Config.model_validate(config)
@@ -291,9 +291,9 @@ class LargestLocal(TorchDispatchMode):
 
 
 def largest(config: dict[str, Any]) -> tuple[int, ...]:
-    from trainer import world as worlds
     from trainer.data.loader import MicroBatch
     from trainer.engines.fsdp import FsdpEngine
+    from trainer.ranks import world as worlds
     from trainer.tasks.lm import LanguageModelling
 
     built = Config.model_validate(config)
@@ -356,8 +356,8 @@ def test_every_parameter_has_a_place_in_the_plan(tmp_path: Path) -> None:
 def split_with_a_norm_of_its_own(config: dict[str, Any]) -> str:
     import models
     from models import Decoder
+    from trainer.life.stop import StopWish
     from trainer.start import start
-    from trainer.stop import StopWish
 
     class Scaled(torch.nn.RMSNorm):
         """What it computes beside the norm would be lost: parts of a norm compute as a norm does."""

@@ -13,8 +13,8 @@ from torch import nn
 from configs.schema import Config
 from tests.distributed import run_ranks, tiny, train
 from tests.stored import Stored
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 ORDER_OF_SUMMATION = 2e-5  # of losses; see tests/test_train.py
 STEP = 3
@@ -37,9 +37,9 @@ SHAPE: dict[str, Any] = {
 
 def write(config: dict[str, Any], place: str) -> int:
     """A run that also puts down what torch says the whole tensors are, when it saves."""
+    from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
-    from trainer.stop import StopWish
 
     class Writing(Run):
         def save(self) -> None:

@@ -16,9 +16,9 @@ from launch.node import run_node
 from tests import made_up
 from tests.distributed import write_config
 from tests.test_mistakes import files_below, refused
-from trainer.folder import RunFolder, wrong_kinds
+from trainer.life.folder import RunFolder, wrong_kinds
+from trainer.life.stop import StopWish
 from trainer.preflight import check, check_contents
-from trainer.stop import StopWish
 
 FILES = [
     *("config.yaml", "metrics.jsonl", "LEASE", "STOP", "PROFILE", "slurm/job.json", "gpu/readings.json"),

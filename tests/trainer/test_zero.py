@@ -18,8 +18,8 @@ from tests.matrix.ranks import go
 from tests.pool import Pool
 from tests.stored import bits
 from trainer.engines import check_engine, check_package
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
 
 STEPS = 8
 # Of losses between 5 and 5.6; seen: 5e-7 in fp32, where a number's last bit is 4.8e-7, and 1.2e-4 in bf16.

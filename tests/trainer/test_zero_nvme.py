@@ -26,11 +26,11 @@ from tests.matrix.harness import Matrix
 from tests.matrix.ranks import Told, go
 from tests.pool import Pool
 from tests.stored import Stored
-from trainer.engines import swapped
-from trainer.engines.swapped import Mappings, Swapping, _building, _check_extension
-from trainer.folder import RunFolder
-from trainer.rows import read_rows
-from trainer.world import World
+from trainer.engines.zero import swapped
+from trainer.engines.zero.swapped import Mappings, Swapping, _building, _check_extension
+from trainer.life.folder import RunFolder
+from trainer.life.rows import read_rows
+from trainer.ranks.world import World
 
 BUILD_TIME_S = 600.0  # of the extension, at its first start on a machine; here 210 s
 pytestmark = pytest.mark.timeout(BUILD_TIME_S + 300)

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.boxes import Ints
-from trainer.checkpoint.files import STEP_BYTES
-from trainer.checkpoint.pieces import DTYPE_NAMES
-from trainer.checkpoint.writing import WRITE_BYTES, bytes_of
+from trainer.checkpoint.format.boxes import Ints
+from trainer.checkpoint.format.files import STEP_BYTES
+from trainer.checkpoint.format.pieces import DTYPE_NAMES
+from trainer.checkpoint.format.writing import WRITE_BYTES, bytes_of
 from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, Names, unpickle
 
 _OPEN_FILES = 64

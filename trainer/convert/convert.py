@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import UserError
-from trainer.checkpoint import disk
-from trainer.console import gib
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.load.kinds import Kind, Target, find_kind, open_checkpoint
 from trainer.convert.dcp import read_dcp, write_dcp
 from trainer.convert.deepspeed import read_deepspeed
-from trainer.convert.kinds import Kind, Target, find_kind, open_checkpoint
 from trainer.convert.muster import write_muster
 from trainer.convert.state import State, state_of
 from trainer.convert.torch_file import read_torch, write_torch
-from trainer.locks import lock
+from trainer.host.console import gib
+from trainer.host.locks import lock
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint import disk
-from trainer.checkpoint.boxes import Box, Ints, boxes_of_range, intersect, tiling_fault
-from trainer.checkpoint.writing import bytes_of
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.boxes import Box, Ints, boxes_of_range, intersect, tiling_fault
+from trainer.checkpoint.format.writing import bytes_of
+from trainer.checkpoint.load.kinds import METADATA
 from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
-from trainer.convert.kinds import METADATA
 from trainer.convert.names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
 from trainer.convert.state import PART_BYTES, Content, Range, State, stream, take
 from trainer.convert.unpickle import (

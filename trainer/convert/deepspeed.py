@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.boxes import Ints
+from trainer.checkpoint.format.boxes import Ints
+from trainer.checkpoint.load.kinds import deepspeed_states
 from trainer.convert.archive import Archive, ArchivedContent, Files
-from trainer.convert.kinds import deepspeed_states
 from trainer.convert.names import add_value, is_content, leaves_of, whole_number
 from trainer.convert.state import Content, State, StateTensor
 from trainer.convert.torch_file import with_contents

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.strict import parse
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.strict import parse
 from trainer.convert.state import Content, State, StateTensor
 
 Path_ = tuple[str | int, ...]

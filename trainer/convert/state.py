@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 import torch
 
-from trainer.checkpoint.boxes import Group, Ints
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import DTYPES
-from trainer.checkpoint.writing import bytes_of
-from trainer.convert.kinds import Kind
+from trainer.checkpoint.format.boxes import Group, Ints
+from trainer.checkpoint.format.pieces import DTYPES
+from trainer.checkpoint.format.writing import bytes_of
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.load.kinds import Kind
 
 PART_BYTES = 8 << 20
 _PARTS_AHEAD = 4

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from trainer.checkpoint import disk
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.load.kinds import ZIP_MAGIC
 from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
-from trainer.convert.kinds import ZIP_MAGIC
 from trainer.convert.names import is_content, leaves_of, nested, sort_leaves
 from trainer.convert.state import Content, Range, State, stream, take
 from trainer.convert.unpickle import ArchivedTensor

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trainer.locks import lock
+from trainer.host.locks import lock
 
 _HEADER_BYTES = 128
 _TEMPORARY = ".tmp-"
@@ -92,7 +92,7 @@ def sync_folder(path: Path) -> None:
 def temporary_folder(cache: Path) -> Iterator[Path]:
     """A new folder in the cache, removed at the end unless `publish` renamed it. Locked while its maker lives.
 
-    No `HeldFolder` (`trainer/held.py`): that is private, and only its own user on its own node removes it.
+    No `HeldFolder` (`trainer/host/held.py`): that is private, and only its own user on its own node removes it.
     """
     folder = _temporary_name(cache)
     folder.mkdir()

@@ -11,8 +11,8 @@ from configs.schema import Config, ParallelSection
 
 if TYPE_CHECKING:
     from trainer.engines.base import Engine
+    from trainer.ranks.world import World
     from trainer.tasks.lm import LanguageModelling
-    from trainer.world import World
 
 # Before 0.19.8 a step full of NaN was applied, and gradients were off in bf16; after 0.19 its inside may lie otherwise.
 DEEPSPEED = (0, 19, 8), (0, 20)
@@ -47,7 +47,7 @@ def check_package(parallel: ParallelSection) -> None:
 def build_engine(config: Config, world: World, task: LanguageModelling) -> Engine:
     """The engine that the config names."""
     if config.parallel.engine == "zero":
-        from trainer.engines.zero import ZeroEngine
+        from trainer.engines.zero.engine import ZeroEngine
 
         return ZeroEngine(config, world, task)
     from trainer.engines.fsdp import FsdpEngine

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from trainer.checkpoint.loading import Loading
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.plan import TensorInfo
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.plan import TensorInfo
+from trainer.checkpoint.load.request import Loading
 from trainer.data.loader import MicroBatch
 
 

@@ -21,20 +21,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from configs.schema import Config, ParallelSection
 from models import Decoder, build_model
 from models.flops import flops_per_token
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.loading import Loading
-from trainer.checkpoint.pieces import Piece
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.request import Loading
 from trainer.data.loader import MicroBatch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
-from trainer.engines.names import DTYPES, Named
+from trainer.engines.named import DTYPES, Named
+from trainer.engines.optim import build_optimizers, counts_steps, state_keys
 from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
-from trainer.layout import resolve
-from trainer.optim import build_optimizers, counts_steps, state_keys
-from trainer.seeds import generator
+from trainer.life.layout import resolve
+from trainer.ranks.seeds import generator
+from trainer.ranks.world import World
 from trainer.tasks.lm import LanguageModelling
-from trainer.world import World
 
 
 def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:

@@ -12,12 +12,12 @@ import pytest
 from configs.schema import Config
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
-from trainer.console import Console
-from trainer.events import Events
-from trainer.folder import RunFolder
-from trainer.heartbeat import Heartbeat, Heartbeats, Phase
-from trainer.names import node_name
-from trainer.rows import read_rows
+from trainer.host.console import Console
+from trainer.host.node_name import node_name
+from trainer.life.events import Events
+from trainer.life.folder import RunFolder
+from trainer.life.heartbeat import Heartbeat, Heartbeats, Phase
+from trainer.life.rows import read_rows
 
 
 class Node:

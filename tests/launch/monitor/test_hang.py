@@ -17,8 +17,8 @@ from launch.monitor.ask import Standstill, collectives, where
 from launch.monitor.hang import HangWatch, culprits, describe
 from tests.distributed import write_config
 from tests.life.runs import LAUNCH, clean_end, running
-from trainer.heartbeat import Beat, Phase
-from trainer.names import node_name
+from trainer.host.node_name import node_name
+from trainer.life.heartbeat import Beat, Phase
 
 ROOT = Path(__file__).resolve().parents[3]
 SEEDED = str(Path(__file__).with_name("seeded"))

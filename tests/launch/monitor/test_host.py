@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from launch.monitor.host import Host, Processes
-from trainer.heartbeat import Beat, Phase
+from trainer.life.heartbeat import Beat, Phase
 
 OF = {"cpu": {"cpu_pct"}, "memory": {"memory_gib"}, "network": {"network_in_mib_s", "network_out_mib_s"}}
 

@@ -12,7 +12,7 @@ import pytest
 
 from launch.monitor.journal import Journal, Taken
 from launch.monitor.rollup import Minute
-from trainer.rows import read_rows
+from trainer.life.rows import read_rows
 
 
 def row(kind: str, number: int, size: int = 100) -> dict[str, Any]:

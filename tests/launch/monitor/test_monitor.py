@@ -18,11 +18,11 @@ from launch.monitor import monitor as module
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
 from tests.launch.monitor.node import Node
-from trainer import clock
-from trainer.console import Console
-from trainer.events import append_row
-from trainer.names import node_name
-from trainer.rows import read_json
+from trainer.host import clock
+from trainer.host.console import Console
+from trainer.host.node_name import node_name
+from trainer.life.events import append_row
+from trainer.life.rows import read_json
 
 
 def test_rows_rollups_and_ranks(node: Callable[..., Node]) -> None:

@@ -21,7 +21,7 @@ from prometheus_client.samples import Sample
 from launch.monitor.prometheus import exposition
 from tests.launch.monitor.node import Node
 from tests.made_up import rows, second
-from trainer.names import node_name
+from trainer.host.node_name import node_name
 
 DASHBOARD = Path(__file__).resolve().parents[3] / "launch/monitor/grafana.json"
 

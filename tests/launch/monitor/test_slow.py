@@ -17,7 +17,7 @@ import pytest
 from launch.monitor.slow import RankWindow, idle, rank_window, stragglers
 from tests.distributed import write_config
 from tests.life.runs import LAUNCH, Running, running
-from trainer.heartbeat import Beat, Phase
+from trainer.life.heartbeat import Beat, Phase
 
 ROOT = Path(__file__).resolve().parents[3]
 SEEDED = str(Path(__file__).with_name("seeded"))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.kinds import TARGETS, Kind
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.convert.convert import convert
-from trainer.convert.kinds import TARGETS, Kind
 
 
 def peak_bytes() -> int:

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 
 from configs.schema import KeepSection
-from trainer.checkpoint import disk
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.load.kinds import Kind
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.convert.convert import convert, open_state
-from trainer.convert.kinds import Kind
 
 MODEL, FROZEN, OPTIM = (f"{group}/rank-00000.safetensors" for group in ("model", "frozen", "optim"))
 EVERYTHING = KeepSection(last=99, best=False)

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.pieces import DTYPES, Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.pieces import DTYPES, Piece
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 STEP = 500
 FOLDER = Path(__file__).with_name("golden") / "step-00000500"

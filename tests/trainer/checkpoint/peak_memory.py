@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 
 def peak_bytes() -> int:

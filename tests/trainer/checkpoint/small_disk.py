@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from configs.schema import KeepSection
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 
 def main(folder: Path) -> None:

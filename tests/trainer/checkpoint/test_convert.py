@@ -17,12 +17,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from configs.errors import UserError
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.files import FileReader
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.files import FileReader
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.convert import dcp as convert_dcp
 from trainer.convert import muster as convert_muster
 from trainer.convert import state as convert_state

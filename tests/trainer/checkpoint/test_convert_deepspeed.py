@@ -27,8 +27,8 @@ from tests.matrix.model import register
 from tests.matrix.ranks import go
 from tests.pool import Pool
 from tests.stored import Stored, bits
-from trainer.convert.kinds import find_kind
-from trainer.start_from import checkpoint_named
+from trainer.checkpoint.load.kinds import find_kind
+from trainer.checkpoint.load.start_from import checkpoint_named
 
 OLD = Path(__file__).parent / "deepspeed-0.10.0"  # stage-1, stage-2, stage-3: two ranks in bf16
 STAGES = (1, 2, 3)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint import disk
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.convert.convert import convert, open_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")

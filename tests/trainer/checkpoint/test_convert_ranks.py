@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.distributed import run_ranks
-from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.convert.convert import convert
 
 

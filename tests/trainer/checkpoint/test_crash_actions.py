@@ -17,7 +17,7 @@ from power_loss import Disk, Step, choices, materialise
 from test_crash import AS_CALL, TRACED, told_by, traced_calls
 
 from configs.errors import UserError
-from trainer.checkpoint.errors import BadCheckpoint
+from trainer.checkpoint.format.errors import BadCheckpoint
 
 
 @pytest.mark.parametrize("points", ["kill", pytest.param("kill-all", marks=pytest.mark.full)])

@@ -23,14 +23,14 @@ from configs.errors import UserError
 from configs.schema import Config, KeepSection
 from tests.distributed import run_ranks, tiny, train
 from trainer.begin import begin
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.engines.base import Engine
-from trainer.entries import checkpoint_name
+from trainer.life.entries import checkpoint_name
+from trainer.life.stop import StopWish
 from trainer.run import Run
 from trainer.start import start
-from trainer.stop import StopWish
 
 STEPS = (1, 2)
 FALLS_BACK, RECOVERS, LOADS, REFUSED = "falls back", "recovers", "loads", "refused"

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.schema import KeepSection
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.files import BLOCK_BYTES, parse_header
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import Manifest, decode, decode_checksums, digest
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.files import BLOCK_BYTES, parse_header
+from trainer.checkpoint.format.manifest import Manifest, decode, decode_checksums, digest
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 MODEL, OPTIM = "model/rank-00000.safetensors", "optim/rank-00000.safetensors"
 

@@ -10,7 +10,7 @@ import torch
 from golden_state import FOLDER, STEP, tensors
 from safetensors import safe_open
 
-from trainer.checkpoint.load import Checkpoint
+from trainer.checkpoint.load.checkpoint import Checkpoint
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

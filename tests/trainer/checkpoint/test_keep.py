@@ -14,11 +14,11 @@ from test_faults import flip, signed, whole
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import KeepSection
-from trainer.checkpoint import shelf as shelf_module
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.keep import shelf as shelf_module
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.loop import saves_to_come
 
 MODEL = "model/rank-00000.safetensors"

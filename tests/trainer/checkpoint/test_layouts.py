@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import GROUPS, Box, boxes_of_range, tiling_fault
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import DTYPES, Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.boxes import GROUPS, Box, boxes_of_range, tiling_fault
+from trainer.checkpoint.format.pieces import DTYPES, Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 SHAPES = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(tuple)
 

@@ -20,14 +20,14 @@ from configs.schema import KeepSection
 from launch.checkpoint import main
 from tests.fuzz.targets import SAVED, manifest_signed, sealed
 from trainer.begin import named_checkpoint
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.facts import LOOP
-from trainer.checkpoint.files import parse_header
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import Manifest, decode, decode_checksums, digest
-from trainer.checkpoint.recover import recover
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.facts import LOOP
+from trainer.checkpoint.format.files import parse_header
+from trainer.checkpoint.format.manifest import Manifest, decode, decode_checksums, digest
+from trainer.checkpoint.keep.recover import recover
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.convert.convert import convert, open_state
 from trainer.loop import Progress
 

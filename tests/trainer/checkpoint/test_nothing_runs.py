@@ -24,10 +24,10 @@ from test_faults import whole
 from configs.errors import UserError
 from configs.schema import Config, KeepSection
 from tests.distributed import run_ranks, tiny, train
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
+from trainer.life.stop import StopWish
 from trainer.start import start
-from trainer.stop import StopWish
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = (

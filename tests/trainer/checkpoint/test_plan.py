@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.schema import StartSection
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.manifest import FlatPiece, Manifest, Partition
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.plan import Plan, Target, TensorInfo, plan
-from trainer.checkpoint.rename import rename_all
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format.manifest import FlatPiece, Manifest, Partition
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.load.plan import Plan, Target, TensorInfo, plan
+from trainer.checkpoint.load.rename import rename_all
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 ADAM = ("exp_avg", "exp_avg_sq")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -19,9 +19,9 @@ import two_ranks
 from power_loss import Disk, Step, choices, materialise
 from test_crash import told_by
 
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.shelf import Shelf
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.load.checkpoint import Checkpoint
 
 ROOT = "checkpoints"
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.checkpoint import files, reading
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import WIDTHS, Wanted
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.files import BLOCK_BYTES
-from trainer.checkpoint.load import Checkpoint, file_path
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format import files
+from trainer.checkpoint.format.boxes import WIDTHS, Wanted
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.files import BLOCK_BYTES
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load import read as reading
+from trainer.checkpoint.load.checkpoint import Checkpoint, file_path
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 SMALL = [f"small.{i}" for i in range(60)]
 WIDE = 3 * BLOCK_BYTES // 4  # elements of a row that is three blocks long

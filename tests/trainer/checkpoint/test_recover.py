@@ -15,15 +15,15 @@ from test_faults import flip, signed, truncate, whole
 from configs.errors import UserError
 from configs.schema import KeepSection
 from tests.distributed import tiny, train
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.errors import BadCheckpoint
-from trainer.checkpoint.files import BLOCK_BYTES
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.recover import recover
-from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore
-from trainer.events import read_events
-from trainer.folder import RunFolder
+from trainer.checkpoint.format.errors import BadCheckpoint
+from trainer.checkpoint.format.files import BLOCK_BYTES
+from trainer.checkpoint.keep.recover import recover
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
+from trainer.life.events import read_events
+from trainer.life.folder import RunFolder
 
 MODEL, FROZEN = "model/rank-00000.safetensors", "frozen/rank-00000.safetensors"
 FIXED = torch.arange(2 * BLOCK_BYTES // 4 + 1000, dtype=torch.float32)  # two blocks and a bit
@@ -226,7 +226,7 @@ def test_no_room_for_the_copy_is_a_persons_matter(shelf: Shelf, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     (shelf.path(3) / FROZEN).unlink()
-    monkeypatch.setattr("trainer.checkpoint.disk.os.write", full)
+    monkeypatch.setattr("trainer.checkpoint.format.disk.os.write", full)
     with pytest.raises(UserError, match="No space left"):
         shelf.newest_good()
     assert shelf.steps() == [1, 2, 3]

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.checkpoint import disk, share
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.share import plan_files
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save import share
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.share import plan_files
+from trainer.checkpoint.save.store import CheckpointStore
 
 BOUND = 100
 

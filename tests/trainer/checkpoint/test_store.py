@@ -18,14 +18,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from configs.errors import UserError
 from configs.schema import KeepSection
-from trainer.checkpoint import disk
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.boxes import Group
-from trainer.checkpoint.errors import Superseded
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore, SaveResult
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.boxes import Group
+from trainer.checkpoint.format.errors import Superseded
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore, SaveResult
 
 
 def whole(key: str, group: Group, tensor: torch.Tensor) -> Piece:

@@ -23,12 +23,13 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from configs.schema import KeepSection
-from trainer.checkpoint import disk, share
-from trainer.checkpoint.assemble import RunState
-from trainer.checkpoint.load import Checkpoint
-from trainer.checkpoint.pieces import Piece
-from trainer.checkpoint.shelf import Shelf
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.keep.shelf import Shelf
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save import share
+from trainer.checkpoint.save.assemble import RunState
+from trainer.checkpoint.save.store import CheckpointStore
 
 ATTEMPT = 3
 KEEP = KeepSection(last=1, best=False)

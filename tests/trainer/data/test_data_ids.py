@@ -14,7 +14,7 @@ from small_data import bpe, config, prepared
 from configs.errors import UserError
 from configs.load import load
 from trainer.data import files
-from trainer.folder import RunFolder
+from trainer.life.folder import RunFolder
 from trainer.preflight import check, check_folder, write_config
 
 README = Path(__file__).parents[3] / "README.md"

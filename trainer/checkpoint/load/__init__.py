@@ -1,0 +1,1 @@
+"""Opening a checkpoint, and loading it into any layout."""

@@ -1,0 +1,1 @@
+"""Saving: every rank writes its share, and rank 0 commits."""

@@ -1,0 +1,71 @@
+"""The part of an engine that does not depend on where numbers lie: names and forms of tensors, and a model's modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from configs.model_section import ModelSection
+from models import Decoder, build_model
+from trainer.checkpoint.load.plan import TensorInfo
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def find_aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters -> first name."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if first[id(p)] != name}
+
+
+def names_of(section: ModelSection) -> tuple[list[str], dict[str, str]]:
+    """(names of a model's parameters, further names of tied ones), of a model that takes no memory."""
+    with torch.device("meta"):
+        model = build_model(section)
+    return [name for name, _ in model.named_parameters()], find_aliases(model)
+
+
+class Named:
+    """Every engine's base. What it says of names holds for each model that is built anew in the same form."""
+
+    def __init__(self, model: Decoder) -> None:
+        """`model`: on meta, parameters in the format in which they are stored."""
+        self.model = model
+        self._aliases = find_aliases(model)
+        self._infos = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+        kept = model.state_dict().keys()
+        self._buffer_infos = {
+            name: TensorInfo(tuple(b.shape), b.dtype) for name, b in model.named_buffers() if name in kept
+        }
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No gradients, and layers as they are for evaluating: no dropout."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    @staticmethod
+    def _weighted(total: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """What to differentiate of a micro batch. A loss that is not finite makes NaN of its gradients, even of
+        finite ones: they reach all ranks by the reduction that is made anyway, and all skip the update alike."""
+        return total * (scale + 0.0 * sums.detach().sum().to(scale.dtype))
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}
+
+    def parameters(self) -> dict[str, TensorInfo]:
+        return dict(self._infos)
+
+    def buffers(self) -> dict[str, TensorInfo]:
+        return dict(self._buffer_infos)
+
+    def aliases(self) -> dict[str, str]:
+        return dict(self._aliases)
