@@ -49,6 +49,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from benchmarks.plain import PAGE, Layout, cut, forget, read_directly, read_plainly, read_runs, runs_of
 from benchmarks.table import show
 from configs.schema import KeepSection
+from launch.checkpoint.convert.convert import convert
 from trainer.checkpoint.format.boxes import Group, Wanted
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.format.writing import bytes_of
@@ -56,7 +57,6 @@ from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.load.kinds import Kind
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.convert.convert import convert
 from trainer.life.entries import checkpoint_name
 
 KINDS = ("saving", "loading", "cold", "dcp", "converting", "frozen")

@@ -136,6 +136,6 @@ def _prune(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     _existing(options.source)
-    from launch.checkpoint.convert import convert_checkpoint
+    from launch.checkpoint.convert.command import convert_checkpoint
 
     return convert_checkpoint(options.source, options.target, options.to, options.kind, options.take == "weights")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from launch.checkpoint.convert.convert import open_state
+from launch.checkpoint.convert.state import Range, State, StateTensor, stream
 from launch.checkpoint.text import Progress
 from launch.text import size_text, table
 from trainer.checkpoint.format.errors import BadCheckpoint
-from trainer.convert.convert import open_state
-from trainer.convert.state import Range, State, StateTensor, stream
 from trainer.host.terminal import say
 
 _SHOWN = 20

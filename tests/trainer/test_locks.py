@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
+from launch.checkpoint.convert.convert import _clear, _partial
 from launch.monitor.journal import Journal
-from trainer.convert.convert import _clear, _partial
 from trainer.data import files
 from trainer.host.held import HeldFolder, remove_left
 from trainer.host.locks import lock

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from launch.checkpoint.convert.convert import convert
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.kinds import TARGETS, Kind
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.convert.convert import convert
 
 
 def peak_bytes() -> int:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from configs.schema import KeepSection
+from launch.checkpoint.convert.convert import convert, open_state
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.boxes import Group
 from trainer.checkpoint.format.errors import BadCheckpoint
@@ -32,7 +33,6 @@ from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.load.kinds import Kind
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.convert.convert import convert, open_state
 
 MODEL, FROZEN, OPTIM = (f"{group}/rank-00000.safetensors" for group in ("model", "frozen", "optim"))
 EVERYTHING = KeepSection(last=99, best=False)

@@ -17,17 +17,17 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from configs.errors import UserError
+from launch.checkpoint.convert import dcp as convert_dcp
+from launch.checkpoint.convert import muster as convert_muster
+from launch.checkpoint.convert import state as convert_state
+from launch.checkpoint.convert.convert import convert, open_state
+from launch.checkpoint.convert.state import Range, stream
 from trainer.checkpoint.format.files import FileReader
 from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.convert import dcp as convert_dcp
-from trainer.convert import muster as convert_muster
-from trainer.convert import state as convert_state
-from trainer.convert.convert import convert, open_state
-from trainer.convert.state import Range, stream
 from trainer.loop import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from launch.checkpoint.convert.convert import convert, open_state
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.boxes import Group
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.convert.convert import convert, open_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from configs.errors import UserError
 from launch.__main__ import main
-from trainer.convert.convert import open_state
-from trainer.convert.state import Range, stream
-from trainer.convert.unpickle import Enumeration, Names, unpickle
+from launch.checkpoint.convert.convert import open_state
+from launch.checkpoint.convert.state import Range, stream
+from launch.checkpoint.convert.unpickle import Enumeration, Names, unpickle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from launch.checkpoint.convert.convert import convert
 from tests.distributed import run_ranks
 from trainer.checkpoint.load.checkpoint import Checkpoint
-from trainer.convert.convert import convert
 
 
 def write_fsdp(folder: str, flatten: bool, told: str) -> None:
@@ -87,7 +87,7 @@ def whole(shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tensors_cut_along_any_dimension(tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run_ranks(ranks, write_cut, str(tmp_path / "d"))
-    monkeypatch.setattr("trainer.convert.state.PART_BYTES", 40)  # parts that begin and end inside of rows
+    monkeypatch.setattr("launch.checkpoint.convert.state.PART_BYTES", 40)  # parts that begin and end inside of rows
     convert(tmp_path / "d", tmp_path / "m", "muster")
     checkpoint = Checkpoint(tmp_path / "m")
     checkpoint.verify()

@@ -18,6 +18,7 @@ from test_faults import signed, whole
 from configs.errors import UserError
 from configs.schema import KeepSection
 from launch.checkpoint import main
+from launch.checkpoint.convert.convert import convert, open_state
 from tests.fuzz.targets import SAVED, manifest_signed, sealed
 from trainer.begin import named_checkpoint
 from trainer.checkpoint.format.errors import BadCheckpoint
@@ -28,7 +29,6 @@ from trainer.checkpoint.keep.recover import recover
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.convert.convert import convert, open_state
 from trainer.loop import Progress
 
 Change = Callable[[dict[str, Any]], object]

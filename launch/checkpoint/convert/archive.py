@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from launch.checkpoint.convert.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, Names, unpickle
 from trainer.checkpoint.format.boxes import Ints
 from trainer.checkpoint.format.files import STEP_BYTES
 from trainer.checkpoint.format.pieces import DTYPE_NAMES
 from trainer.checkpoint.format.writing import WRITE_BYTES, bytes_of
-from trainer.convert.unpickle import PICKLE_LIMIT_BYTES, STORAGE_NAMES, ArchivedTensor, Names, unpickle
 
 _OPEN_FILES = 64
 _SPAN_LIMIT_BYTES = 1 << 30

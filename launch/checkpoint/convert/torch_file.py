@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.checkpoint.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
+from launch.checkpoint.convert.names import is_content, leaves_of, nested, sort_leaves
+from launch.checkpoint.convert.state import Content, Range, State, stream, take
+from launch.checkpoint.convert.unpickle import ArchivedTensor
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.load.kinds import ZIP_MAGIC
-from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
-from trainer.convert.names import is_content, leaves_of, nested, sort_leaves
-from trainer.convert.state import Content, Range, State, stream, take
-from trainer.convert.unpickle import ArchivedTensor
 
 
 def read_torch(path: Path, weights_only: bool) -> State:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from launch.checkpoint.convert.archive import Archive, ArchivedContent, Files
+from launch.checkpoint.convert.names import add_value, is_content, leaves_of, whole_number
+from launch.checkpoint.convert.state import Content, State, StateTensor
+from launch.checkpoint.convert.torch_file import with_contents
+from launch.checkpoint.convert.unpickle import Enumeration, Names, record_type, stand_in
 from trainer.checkpoint.format.boxes import Ints
 from trainer.checkpoint.load.kinds import deepspeed_states
-from trainer.convert.archive import Archive, ArchivedContent, Files
-from trainer.convert.names import add_value, is_content, leaves_of, whole_number
-from trainer.convert.state import Content, State, StateTensor
-from trainer.convert.torch_file import with_contents
-from trainer.convert.unpickle import Enumeration, Names, record_type, stand_in
 
 MODEL = "mp_rank_00_model_states.pt"
 _FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")

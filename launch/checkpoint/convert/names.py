@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from launch.checkpoint.convert.state import Content, State, StateTensor
 from trainer.checkpoint.format.boxes import Group
 from trainer.checkpoint.format.strict import parse
-from trainer.convert.state import Content, State, StateTensor
 
 Path_ = tuple[str | int, ...]
 FACTS = "muster"  # the leaf under which our own targets keep a manifest's fields

@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 
 from configs.errors import UserError
+from launch.checkpoint.convert.state import STORAGE_FIELDS, Range, State, StateTensor, stream, take
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.boxes import GROUPS, Group, Ints
 from trainer.checkpoint.format.files import BLOCK_BYTES
 from trainer.checkpoint.format.manifest import CHECKSUMS, Manifest, digest, encode_checksums
 from trainer.checkpoint.format.pieces import DTYPE_NAMES, Piece
 from trainer.checkpoint.format.writing import FileLayout, write_bytes, write_file
-from trainer.convert.state import STORAGE_FIELDS, Range, State, StateTensor, stream, take
 from trainer.life.entries import MANIFEST
 
 FILE_LIMIT_BYTES = 4 << 30

@@ -21,14 +21,10 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from trainer.checkpoint.format import disk
-from trainer.checkpoint.format.boxes import Box, Ints, boxes_of_range, intersect, tiling_fault
-from trainer.checkpoint.format.writing import bytes_of
-from trainer.checkpoint.load.kinds import METADATA
-from trainer.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
-from trainer.convert.names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
-from trainer.convert.state import PART_BYTES, Content, Range, State, stream, take
-from trainer.convert.unpickle import (
+from launch.checkpoint.convert.archive import Archive, ArchivedContent, ArchiveWriter, Files, NewTensor
+from launch.checkpoint.convert.names import FACTS, Path_, is_content, leaves_of, nested, sort_leaves
+from launch.checkpoint.convert.state import PART_BYTES, Content, Range, State, stream, take
+from launch.checkpoint.convert.unpickle import (
     PICKLE_LIMIT_BYTES,
     ArchivedTensor,
     Enumeration,
@@ -37,6 +33,10 @@ from trainer.convert.unpickle import (
     record_type,
     unpickle,
 )
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.boxes import Box, Ints, boxes_of_range, intersect, tiling_fault
+from trainer.checkpoint.format.writing import bytes_of
+from trainer.checkpoint.load.kinds import METADATA
 
 FILE_LIMIT_BYTES = 4 << 30  # a new file begins beyond this
 CHUNK_LIMIT_BYTES = 1 << 30  # DCP loads a chunk whole before it takes a rank's part of it

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import UserError
+from launch.checkpoint.convert.dcp import read_dcp, write_dcp
+from launch.checkpoint.convert.deepspeed import read_deepspeed
+from launch.checkpoint.convert.muster import write_muster
+from launch.checkpoint.convert.state import State, state_of
+from launch.checkpoint.convert.torch_file import read_torch, write_torch
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.load.kinds import Kind, Target, find_kind, open_checkpoint
-from trainer.convert.dcp import read_dcp, write_dcp
-from trainer.convert.deepspeed import read_deepspeed
-from trainer.convert.muster import write_muster
-from trainer.convert.state import State, state_of
-from trainer.convert.torch_file import read_torch, write_torch
 from trainer.host.console import gib
 from trainer.host.locks import lock
 
