@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from launch.watch import Watcher
+from launch.look.watch import Watcher
 from trainer.life.folder import RunFolder
 from trainer.life.rows import read_rows
 

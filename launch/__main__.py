@@ -14,10 +14,10 @@ from launch.verbs import Verb, run_verb
 from trainer.host.terminal import enter
 
 VERBS = {
-    "run": Verb("launch.run:main", "Run a config on this node: checks, torchrun, restarts, stopping."),
+    "run": Verb("launch.run.command:main", "Run a config on this node: checks, torchrun, restarts, stopping."),
     "checkpoint": Verb("launch.checkpoint:main", "List, show, verify, diff, prune and convert checkpoints."),
-    "watch": Verb("launch.watch:main", "A run while it runs: every GPU, loss and speed, the last events."),
-    "report": Verb("launch.report:main", "What a run's time went into, and what it bought."),
+    "watch": Verb("launch.look.watch:main", "A run while it runs: every GPU, loss and speed, the last events."),
+    "report": Verb("launch.look.report:main", "What a run's time went into, and what it bought."),
 }
 
 

@@ -53,7 +53,7 @@ def _version(package: str) -> str:
 def presets_main(arguments: list[str]) -> int:
     """Returns the exit code."""
     from configs.presets import about, presets
-    from launch.text import table
+    from launch.look.text import table
 
     Parser(prog=typed("muster presets"), description=VERBS["presets"].help).parse_args(arguments)
     say("\n".join(table(("preset", "what it is"), [(name, about(name)) for name in presets()])))

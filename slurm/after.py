@@ -16,7 +16,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
-from launch.run_folder import Outcome
+from launch.look.run_folder import Outcome
 from slurm import again, hooks
 from slurm.hooks import Happened
 from slurm.lives import Life, end_of_life, failures_without_progress

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from configs.errors import UserError
-from launch.run_folder import JOB_FILE
+from launch.look.run_folder import JOB_FILE
 from slurm.ask import ask, facts_of
 from trainer.host.environment import SLURM_ARRAY_TASK_ID, SLURM_JOB_NUM_NODES, SLURM_RESTART_COUNT
 from trainer.life.folder import RunFolder, write_json

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from configs.errors import UserError
-from launch.processes import kill
+from launch.run.processes import kill
 from slurm.cluster_config import MARK, MOST_NODES, Home, Settings, slurm_conf, write_files
 from slurm.cluster_net import (
     add_bridge,

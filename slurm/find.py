@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.errors import UserError
-from launch import run_folder
+from launch.look import run_folder
 from slurm import queue
 
 _RUNS = Path("runs")  # where a config without run.dir has its runs

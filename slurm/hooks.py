@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from configs.slurm_section import SlurmSection
-from launch.hooks import Hooks
+from launch.run.hooks import Hooks
 from trainer.life.attempts import End
 
 

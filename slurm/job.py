@@ -35,7 +35,7 @@ from trainer.life.folder import RunFolder
 from trainer.life.stop import SIGNALS, StopWish
 
 if TYPE_CHECKING:
-    from launch.node import Nodes
+    from launch.run.node import Nodes
 
 _OTHERS_BEGIN_S = 2.0  # until every node of a step has its Python and listens
 _FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
     """This node's share of the run, and its last word."""
     from configs.load import load  # late, as what follows: it takes a while, and `main` already listens
-    from launch.node import run_node
+    from launch.run.node import run_node
 
     folder = RunFolder(Path(load(options.config, options.overrides).run_dir))
     before, code = max(life.numbers(folder), default=-1), life.FAILED
@@ -89,7 +89,7 @@ def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
     """The nodes that srun started this task on. Raises UserError when it is not one task on each."""
-    from launch.node import Nodes
+    from launch.run.node import Nodes
 
     job, node_list = Job.read(environment), SLURM_STEP_NODELIST.read(environment)
     told = [v.read(environment) for v in (SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS, SLURM_NODEID)]

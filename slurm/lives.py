@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.run_folder import LIVES, Outcome, outcomes
+from launch.look.run_folder import LIVES, Outcome, outcomes
 from trainer.host.environment import SLURM_JOB_ID, SLURM_RESTART_COUNT
 from trainer.life.attempts import USER_ERROR, End, newest
 from trainer.life.folder import RunFolder, write_json

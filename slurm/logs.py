@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.files import kind_fault, open_regular
-from launch import run_folder
+from launch.look import run_folder
 from slurm import queue
 from slurm.find import folder_named, is_job
 from slurm.state import lives

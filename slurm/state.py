@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launch.look.run_folder import Outcome, RunView, running
+from launch.look.text import age_text
 from launch.monitor.rows import age_s
-from launch.run_folder import Outcome, RunView, running
-from launch.text import age_text
 from slurm.queue import Job, Life, Queue
 from trainer.life.rows import amount, whole
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
-from launch import run_folder
-from launch.run_folder import AttemptView, RunView
-from launch.text import age_text, table
+from launch.look import run_folder
+from launch.look.run_folder import AttemptView, RunView
+from launch.look.text import age_text, table
 from slurm import queue
 from slurm.find import folders_named
 from slurm.logs import mistake_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import UserError
-from launch import run_folder
+from launch.look import run_folder
 from slurm import queue
 from slurm.ask import ask
 from slurm.find import folder_named, is_job

@@ -18,8 +18,8 @@ from configs.errors import UserError
 from configs.load import dump, load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
-from launch.hooks import refuse_written_down
-from launch.run_folder import JOB_FILE, outcomes
+from launch.look.run_folder import JOB_FILE, outcomes
+from launch.run.hooks import refuse_written_down
 from slurm import limits, queue, snapshot
 from slurm.ask import ask
 from slurm.request import add_flags, minutes, not_heard, request_of

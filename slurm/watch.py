@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
-from launch.screen import Picture, show, show_once
-from launch.watch import Watcher
+from launch.look.screen import Picture, show, show_once
+from launch.look.watch import Watcher
 from slurm.status import NOTHING, Look, Row, runs_parser, table_of
 from trainer.host.console import duration
 

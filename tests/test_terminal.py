@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.text import table
+from launch.look.text import table
 from trainer.host import terminal
 from trainer.host.console import Console
 
@@ -138,7 +138,7 @@ SHOWN = r"run\x1b]0;owned[red]\x9b2J\u202e"
 def test_no_door_lets_a_name_give_orders(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from rich.text import Text
 
-    from launch.screen import show_once
+    from launch.look.screen import show_once
 
     console = Console(rank=0)
     console.open_log(tmp_path / "log")
@@ -162,7 +162,7 @@ def test_columns_are_as_wide_as_what_is_shown() -> None:
 def test_a_table_of_rich_shows_markup(capfd: pytest.CaptureFixture[str]) -> None:
     from rich.table import Table
 
-    from launch.screen import show_once
+    from launch.look.screen import show_once
 
     shown = Table("node", box=None)
     shown.add_row("[bold]gpu[/] :tada:")

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from launch.checkpoint.convert.convert import open_state
 from launch.checkpoint.convert.state import Range, State, StateTensor, stream
 from launch.checkpoint.text import Progress
-from launch.text import size_text, table
+from launch.look.text import size_text, table
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.host.terminal import say
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.errors import UserError
 from launch.checkpoint.text import layout_text
-from launch.text import age_text, size_text, table
+from launch.look.text import age_text, size_text, table
 from trainer.checkpoint.format.boxes import GROUPS
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.manifest import Manifest

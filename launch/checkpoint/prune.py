@@ -11,8 +11,8 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import KeepSection
-from launch.run_folder import readable
-from launch.text import size_text
+from launch.look.run_folder import readable
+from launch.look.text import size_text
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.keep.shelf import Shelf
 from trainer.host.node_name import node_name

@@ -12,7 +12,7 @@ from typing import Any
 from configs.errors import UserError
 from launch.checkpoint.list import trained_share
 from launch.checkpoint.text import layout_text, open_named
-from launch.text import age_text, size_text, table
+from launch.look.text import age_text, size_text, table
 from trainer.checkpoint.format.boxes import WIDTHS
 from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.load.checkpoint import Checkpoint

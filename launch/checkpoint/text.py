@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, printable
-from launch.text import size_text
+from launch.look.text import size_text
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.load.kinds import find_kind, open_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.errors import UserError
 from launch.checkpoint.list import shelves
 from launch.checkpoint.text import Progress
-from launch.text import size_text
+from launch.look.text import size_text
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.files import BLOCK_BYTES, FileReader
 from trainer.checkpoint.format.inside import check_file

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer
 from typing import Any
 
-from launch.run_folder import last_row
+from launch.look.run_folder import last_row
 from trainer.life.folder import RunFolder
 
 Row = dict[str, Any]

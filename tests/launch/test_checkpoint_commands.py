@@ -310,7 +310,7 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, told, _ = say(capsys, "prune", run, "--last", 1, "--every-steps", 20, "--yes")
     assert code == 0
     assert left(run) == ["step-00000020", "step-00000040"]
-    from launch.text import size_text
+    from launch.look.text import size_text
 
     assert f"{size_text(size - sum(unique().values()))} freed" in told
     assert say(capsys, "verify", run)[0] == 0

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.goodput import CLASSES, goodput
-from launch.report import lines
-from launch.report import main as report
+from launch.look.goodput import CLASSES, goodput
+from launch.look.report import lines
+from launch.look.report import main as report
 from tests.distributed import scratch, write_config
 from tests.life.runs import LAUNCH, running
 from trainer.life.events import append_row

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import launch.run
+import launch.run.command
 import slurm.job
 from configs.errors import UserError
 from configs.schema import Config
-from launch.node import Nodes, Supervisor, _first_to_fall, default_processes, run_node
+from launch.run.node import Nodes, Supervisor, _first_to_fall, default_processes, run_node
 from slurm.lives import Life
 from tests.distributed import tiny, write_config
 from trainer.host.console import Console
@@ -89,7 +89,7 @@ def test_a_process_per_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def second_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     """The supervisor of a node that is not the first, before an attempt."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it takes a moment to look what is idle
-    monkeypatch.setattr("launch.node._adopt_orphans", lambda: None)  # this process is none
+    monkeypatch.setattr("launch.run.node._adopt_orphans", lambda: None)  # this process is none
     config, local = Config.model_validate(tiny(tmp_path)), tmp_path / "local"
     folder = RunFolder(Path(config.run_dir))
     local.mkdir()
@@ -145,8 +145,8 @@ def test_a_signal_ends_slow_checks_and_leaves_nothing(
         time.sleep(PATIENCE_S)  # a filesystem that does not answer
         return []
 
-    monkeypatch.setattr("launch.node.check", slow)
-    monkeypatch.setattr("launch.node.check_numbers", slow)
+    monkeypatch.setattr("launch.run.node.check", slow)
+    monkeypatch.setattr("launch.run.node.check_numbers", slow)
     wish, began = StopWish(), time.monotonic()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -168,14 +168,14 @@ def test_whoever_runs_a_node_listens_first(monkeypatch: pytest.MonkeyPatch) -> N
         heard.append(signal.getsignal(signal.SIGUSR2) == wish._note)
         return 0
 
-    monkeypatch.setattr("launch.node.run_node", seen)
+    monkeypatch.setattr("launch.run.node.run_node", seen)
     monkeypatch.setattr("slurm.job._share", seen)
     monkeypatch.setattr("slurm.job.nodes_of_step", lambda environment: Nodes())
-    monkeypatch.setattr("launch.run.go_on_unheard", lambda: None)
+    monkeypatch.setattr("launch.run.command.go_on_unheard", lambda: None)
     monkeypatch.setattr("slurm.job.go_on_unheard", lambda: None)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        for main in (launch.run.main, slurm.job.main):
+        for main in (launch.run.command.main, slurm.job.main):
             signal.signal(signal.SIGUSR2, signal.SIG_DFL)
             assert main(["demo"]) == 0
     finally:
@@ -208,5 +208,5 @@ def test_torchrun_and_openmp_hear_the_launcher_not_what_is_left_in_the_environme
     assert environment["OMP_NUM_THREADS"] == "1"
     monkeypatch.setattr(os, "environ", environment)
     command = second_of_two._agent_command()
-    options = parse_args(command[command.index("launch.agent") + 1 :])
+    options = parse_args(command[command.index("launch.run.agent") + 1 :])
     assert (options.nnodes, options.node_rank, options.standalone) == ("1", 0, False)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from launch.run_folder import all_attempts, last_row, runs_in, view
+from launch.look.run_folder import all_attempts, last_row, runs_in, view
 from tests import made_up
 from trainer.life import rows
 from trainer.life.attempts import End

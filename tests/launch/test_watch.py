@@ -22,8 +22,8 @@ import pytest
 from rich.console import Console
 
 from configs.errors import UserError
+from launch.look.watch import Watcher, main
 from launch.monitor.rows import newest_rows
-from launch.watch import Watcher, main
 from tests.made_up import second
 from trainer.life.attempts import End
 from trainer.life.events import append_row

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from launch.processes import kill
+from launch.run.processes import kill
 from tests.distributed import train
 from trainer.host.node_name import node_name
 from trainer.life.events import read_events
@@ -116,7 +116,7 @@ class Running(Watched):
         return found
 
     def agent(self) -> psutil.Process:
-        return next(p for p in psutil.Process(self.process.pid).children() if "launch.agent" in p.cmdline())
+        return next(p for p in psutil.Process(self.process.pid).children() if "launch.run.agent" in p.cmdline())
 
     def workers(self) -> dict[int, psutil.Process]:
         """Ranks whose program has begun: between fork and exec a worker still looks like its agent."""

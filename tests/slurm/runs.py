@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import yaml
 
-from launch.run_folder import Outcome, outcomes
+from launch.look.run_folder import Outcome, outcomes
 from slurm.cluster import Cluster
 from slurm.lives import lives_of
 from tests.distributed import tiny
@@ -100,7 +100,7 @@ class Rehearsed:
         return [s | {"life": int(s["environment"].get("SLURM_RESTART_COUNT", "0"))} for s in found if s]
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """`trainer`, `launch.agent` or `slurm` processes of this run, on whichever node: this machine sees them all."""
+        """`trainer`, `launch.run.agent` or `slurm` processes of this run, on whichever node: all are seen from here."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -110,7 +110,7 @@ class Rehearsed:
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found += {
                         "rank": [process] if rank else [],
-                        "agent": [process] if "launch.agent" in words else [],
+                        "agent": [process] if "launch.run.agent" in words else [],
                         "supervisor": [process] if words[1:4] == ["-m", "slurm", "job"] else [],
                     }[kind]
             except (psutil.Error, OSError):

@@ -81,7 +81,7 @@ def test_two_tasks_on_a_node_are_refused() -> None:
 
 
 def test_a_name_that_does_not_resolve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.node import Nodes
+    from launch.run.node import Nodes
     from slurm.job import _find_names
 
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Config
-from launch import run_folder
-from launch.run_folder import Outcome, outcomes
+from launch.look import run_folder
+from launch.look.run_folder import Outcome, outcomes
 from slurm import again
 from slurm.after import After
 from slurm.again import Job

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_folder import view
-from launch.watch import Watcher
+from launch.look.run_folder import view
+from launch.look.watch import Watcher
 from slurm.queue import Job, Queue
 from slurm.state import state_of
 from tests import made_up

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from configs.schema import Config
-from launch.goodput import goodput
+from launch.look.goodput import goodput
 from tests.distributed import run_ranks, tiny
 from trainer.data import files
 from trainer.host import clock

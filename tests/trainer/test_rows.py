@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from configs.errors import UserError
-from launch import report
-from launch.goodput import goodput
+from launch.look import report
+from launch.look.goodput import goodput
+from launch.look.run_folder import outcomes, view
+from launch.look.watch import Watcher
 from launch.monitor.ask import collectives
 from launch.monitor.rows import newest_rows
-from launch.run_folder import outcomes, view
-from launch.watch import Watcher
 from slurm import status
 from slurm.lives import Left, Life
 from tests import made_up

@@ -23,7 +23,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
-from launch.node import run_node
+from launch.run.node import run_node
 from tests.distributed import run_ranks, tiny, train_here, write_config
 from tests.engines import under_both
 from trainer.life.entries import checkpoint_name

@@ -35,13 +35,13 @@ def test_what_is_started_keeps_the_folder_off_its_path(tmp_path: Path, monkeypat
     fill(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f":{tmp_path}:{ROOT}")
-    found = [sys.executable, "-c", "import launch.agent, trainer, models, yaml; print(launch.agent.__file__)"]
+    found = [sys.executable, "-c", "import launch.run.agent, trainer, models, yaml; print(launch.run.agent.__file__)"]
     env = {**os.environ, **shadow.apart()}
     done = subprocess.run(found, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == (f"{ROOT}/launch/agent.py\n", "")
+    assert (done.stdout, done.stderr) == (f"{ROOT}/launch/run/agent.py\n", "")
     monkeypatch.delenv("PYTHONPATH")
     done = subprocess.run([*shadow.python(), *found[1:]], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == (f"{ROOT}/launch/agent.py\n", "")
+    assert (done.stdout, done.stderr) == (f"{ROOT}/launch/run/agent.py\n", "")
 
 
 def test_in_our_own_folder_the_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load
-from launch.node import run_node
+from launch.run.node import run_node
 from tests import made_up
 from tests.distributed import write_config
 from tests.test_mistakes import files_below, refused

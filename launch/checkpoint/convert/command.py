@@ -8,7 +8,7 @@ from configs.errors import UserError
 from launch.checkpoint.convert.convert import convert
 from launch.checkpoint.convert.state import State
 from launch.checkpoint.text import Progress
-from launch.text import size_text
+from launch.look.text import size_text
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.load.kinds import Kind, Target
 from trainer.host.terminal import say

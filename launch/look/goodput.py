@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.run_folder import JOB_FILE
+from launch.look.run_folder import JOB_FILE
 from trainer.host.environment import MUSTER_CLOCK, MUSTER_LAUNCHED
 from trainer.life import attempts as life
 from trainer.life.attempts import Attempt, End

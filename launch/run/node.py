@@ -24,7 +24,7 @@ from configs.load import load
 from configs.schema import Config
 from launch.monitor.devices import count_visible
 from launch.monitor.keeper import Keeper
-from launch.processes import kill
+from launch.run.processes import kill
 from trainer.host import clock, environment, processors
 from trainer.host.console import Console
 from trainer.host.environment import LOOPBACK, FromLauncher, Job
@@ -232,7 +232,7 @@ class Supervisor:
             torchrun += ["--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in meet.items())]
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
         torchrun += [f"--log-dir={self._local}"]  # else it makes a folder among the temporary files, and leaves it
-        return [*python(), "-m", "launch.agent", *torchrun, "-m", "trainer", *self.command]
+        return [*python(), "-m", "launch.run.agent", *torchrun, "-m", "trainer", *self.command]
 
     def _choose_threads(self) -> int:
         threads = processors.threads(self.processes, self.config.precision.deterministic)

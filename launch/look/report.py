@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configs.errors import UserError
-from launch.goodput import Goodput, goodput
-from launch.run_folder import readable
+from launch.look.goodput import Goodput, goodput
+from launch.look.run_folder import readable
 from trainer.host.arguments import Parser, typed
 from trainer.host.console import duration
 from trainer.host.terminal import say

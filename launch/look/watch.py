@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.errors import UserError, printable
+from launch.look.run_folder import holder_of, last_row, readable, running
+from launch.look.screen import Picture, show, show_once
 from launch.monitor.rows import OLD_S, OtherVersion, age_s, changed_s, newest_rows, phase_now
-from launch.run_folder import holder_of, last_row, readable, running
-from launch.screen import Picture, show, show_once
 from trainer.host.arguments import Parser, typed
 from trainer.host.console import duration, si
 from trainer.life import attempts as life

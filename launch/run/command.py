@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     options = take(parser, arguments)
     wish = StopWish()
     wish.listen()
-    from launch.node import run_node
+    from launch.run.node import run_node
 
     go_on_unheard()
 

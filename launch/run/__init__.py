@@ -1,0 +1,1 @@
+"""`python -m launch run`: one node's share of a run, supervised."""
