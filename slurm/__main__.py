@@ -14,17 +14,17 @@ from launch.verbs import Verb, run_verb
 from trainer.host.terminal import enter
 
 VERBS = {
-    "submit": Verb("slurm.submit:main", "Submit a run; --dry-run prints the batch script."),
-    "status": Verb("slurm.status:main", "How runs are: a table of all, or all lives of one."),
-    "watch": Verb("slurm.watch:main", "The same table, live; of one run every GPU."),
-    "logs": Verb("slurm.logs:main", "What a run printed; -f follows it."),
-    "stop": Verb("slurm.stop:stop_main", "Let a run save and end."),
-    "cancel": Verb("slurm.stop:cancel_main", "Take a job out of the queue, or end it now."),
+    "submit": Verb("slurm.submit.submit:main", "Submit a run; --dry-run prints the batch script."),
+    "status": Verb("slurm.look.status:main", "How runs are: a table of all, or all lives of one."),
+    "watch": Verb("slurm.look.watch:main", "The same table, live; of one run every GPU."),
+    "logs": Verb("slurm.look.logs:main", "What a run printed; -f follows it."),
+    "stop": Verb("slurm.look.stop:stop_main", "Let a run save and end."),
+    "cancel": Verb("slurm.look.stop:cancel_main", "Take a job out of the queue, or end it now."),
     "cluster": Verb(
-        "slurm.cluster_command:main", "A real Slurm cluster on this machine, to rehearse on: up, down, status."
+        "slurm.rehearsal.command:main", "A real Slurm cluster on this machine, to rehearse on: up, down, status."
     ),
-    "job": Verb("slurm.job:main", "What runs on each node of a job, by srun, one task a node."),
-    "after": Verb("slurm.after:main", "What follows srun: says what came of the run, and has it started again."),
+    "job": Verb("slurm.job.job:main", "What runs on each node of a job, by srun, one task a node."),
+    "after": Verb("slurm.job.after:main", "What follows srun: says what came of the run, and has it started again."),
 }
 
 

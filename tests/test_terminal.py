@@ -173,8 +173,8 @@ def test_a_table_of_rich_shows_markup(capfd: pytest.CaptureFixture[str]) -> None
 DOORS = {"trainer/host/terminal.py", "trainer/host/console.py", "configs/errors.py", "trainer/host/shadow.py"}
 WRITES = {  # what is not for a person to read as it is, or makes a line that moves
     "launch/checkpoint/text.py": ["sys.stderr.write(text)"],
-    "slurm/logs.py": ["sys.stdout.buffer.write(chunk)"],
-    "slurm/submit.py": ["sys.stdout.write(new.decode(errors='replace'))"],
+    "slurm/look/logs.py": ["sys.stdout.buffer.write(chunk)"],
+    "slurm/submit/submit.py": ["sys.stdout.write(new.decode(errors='replace'))"],
     "configs/reference.py": ["print(f'wrote {path.relative_to(ROOT)}')"],
 }
 

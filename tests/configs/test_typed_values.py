@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.load import dump, load
 from configs.parse import MOST_COPIES, MOST_LEVELS
 from configs.typed import list_items
-from slurm.array import overrides_of
+from slurm.submit.array import overrides_of
 
 Write = Callable[[str], str]
 

@@ -23,7 +23,7 @@ from configs.schema import KeepSection
 from launch.look import run_folder
 from launch.verbs import run_verb
 from muster.command import VERBS
-from slurm import lives
+from slurm.job import lives
 from tests.fuzz.targets import apply, goes_on_as_it_says, sealed, seems_same
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.keep.shelf import Shelf

@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.load import dump, load
 from configs.schema import Config, to_dict
 from launch.monitor.devices import count_visible, named
-from slurm.array import Override, labels, overrides_of
+from slurm.submit.array import Override, labels, overrides_of
 from trainer.__main__ import parse
 from trainer.host import cgroups, processors
 from trainer.host import environment as env

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import launch.run.command
-import slurm.job
+import slurm.job.job
 from configs.errors import UserError
 from configs.schema import Config
 from launch.run.node import Nodes, Supervisor, _first_to_fall, default_processes, run_node
-from slurm.lives import Life
+from slurm.job.lives import Life
 from tests.distributed import tiny, write_config
 from trainer.host.console import Console
 from trainer.life.attempts import FAILED, REQUEUE, STOPPED, USER_ERROR
@@ -169,13 +169,13 @@ def test_whoever_runs_a_node_listens_first(monkeypatch: pytest.MonkeyPatch) -> N
         return 0
 
     monkeypatch.setattr("launch.run.node.run_node", seen)
-    monkeypatch.setattr("slurm.job._share", seen)
-    monkeypatch.setattr("slurm.job.nodes_of_step", lambda environment: Nodes())
+    monkeypatch.setattr("slurm.job.job._share", seen)
+    monkeypatch.setattr("slurm.job.job.nodes_of_step", lambda environment: Nodes())
     monkeypatch.setattr("launch.run.command.go_on_unheard", lambda: None)
-    monkeypatch.setattr("slurm.job.go_on_unheard", lambda: None)
+    monkeypatch.setattr("slurm.job.job.go_on_unheard", lambda: None)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        for main in (launch.run.command.main, slurm.job.main):
+        for main in (launch.run.command.main, slurm.job.job.main):
             signal.signal(signal.SIGUSR2, signal.SIG_DFL)
             assert main(["demo"]) == 0
     finally:

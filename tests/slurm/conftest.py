@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm import cluster as clusters
-from slurm.cluster import Cluster
-from slurm.cluster_config import Home
-from slurm.cluster_net import namespaces_allowed
+from slurm.rehearsal import cluster as clusters
+from slurm.rehearsal.cluster import Cluster
+from slurm.rehearsal.config import Home
+from slurm.rehearsal.net import namespaces_allowed
 from tests.left_out import LEFT_OUT
 
 _REQUIRED = "MUSTER_TEST_SLURM"

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 from configs.errors import UserError
-from slurm import cluster as clusters
-from slurm.cluster_config import Home
+from slurm.rehearsal import cluster as clusters
+from slurm.rehearsal.config import Home
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole session

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slurm.cluster import Cluster
+from slurm.rehearsal.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 

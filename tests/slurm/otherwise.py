@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slurm.cluster import Cluster
+from slurm.rehearsal.cluster import Cluster
 from tests.slurm.jobs import call
 
 

@@ -15,8 +15,8 @@ import psutil
 import yaml
 
 from launch.look.run_folder import Outcome, outcomes
-from slurm.cluster import Cluster
-from slurm.lives import lives_of
+from slurm.job.lives import lives_of
+from slurm.rehearsal.cluster import Cluster
 from tests.distributed import tiny
 from tests.slurm.jobs import ROOT, call, environment, job_state, wait_for
 from trainer.life.events import read_events

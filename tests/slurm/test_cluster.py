@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from configs.errors import UserError
-from slurm import cluster as clusters
-from slurm import cluster_net
-from slurm.cluster import Cluster
-from slurm.cluster_command import tell
-from slurm.cluster_config import MARK, Home, Settings
+from slurm.rehearsal import cluster as clusters
+from slurm.rehearsal import net as cluster_net
+from slurm.rehearsal.cluster import Cluster
+from slurm.rehearsal.command import tell
+from slurm.rehearsal.config import MARK, Home, Settings
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, job_state, submit, wait_for, wait_for_end
 from trainer.life.rows import read_json

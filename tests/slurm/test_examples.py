@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.cluster import Cluster
+from slurm.rehearsal.cluster import Cluster
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, submit, wait_for, wait_for_end
 from tests.slurm.test_look import slurm

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from slurm.cluster import Cluster
-from slurm.job import nodes_of_step
+from slurm.job.job import nodes_of_step
+from slurm.rehearsal.cluster import Cluster
 from tests.distributed import tiny, train, write_config
 from tests.slurm.jobs import ROOT, call, submit, wait_for_end
 from trainer.life.rows import read_json, read_rows
@@ -62,7 +62,7 @@ STEP = {
 
 
 def test_nodes_meet_at_the_first_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.job._first_host", lambda node_list: {"node[1-2]": "node1"}[node_list])
+    monkeypatch.setattr("slurm.job.job._first_host", lambda node_list: {"node[1-2]": "node1"}[node_list])
     nodes = nodes_of_step(STEP)
     assert (nodes.count, nodes.index, nodes.first, nodes.port) == (2, 1, "node1", 23278)
     assert not nodes.is_first
@@ -82,7 +82,7 @@ def test_two_tasks_on_a_node_are_refused() -> None:
 
 def test_a_name_that_does_not_resolve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from launch.run.node import Nodes
-    from slurm.job import _find_names
+    from slurm.job.job import _find_names
 
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")
     with pytest.raises(UserError, match="localhost: the name of node gone"):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm import snapshot
-from slurm.cluster import Cluster
+from slurm.rehearsal.cluster import Cluster
+from slurm.submit import snapshot
 from tests.distributed import scratch, train
 from tests.slurm.conftest import Note
 from tests.slurm.jobs import ROOT, call, job_state, submit, wait_for
@@ -298,7 +298,7 @@ def test_edited_working_tree(cluster: Cluster, tmp_path: Path, note: Note) -> No
         shutil.copyfile(ROOT / path, tree / path)
     run = Rehearsed(cluster, tmp_path, tree=tree)
     run.wait_for_step(7)
-    for path in ("trainer/loop.py", "slurm/after.py", "slurm/job.py"):
+    for path in ("trainer/loop.py", "slurm/job/after.py", "slurm/job/job.py"):
         (tree / path).write_text("raise SystemExit('edited')\n")
     began = time.time()
     call(cluster, "scancel", "--signal=USR2", run.job)

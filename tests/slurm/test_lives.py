@@ -10,11 +10,11 @@ import pytest
 from configs.schema import Config
 from launch.look import run_folder
 from launch.look.run_folder import Outcome, outcomes
-from slurm import again
-from slurm.after import After
-from slurm.again import Job
-from slurm.lives import Left, Life, end_of_life, failures_without_progress, lives_of
-from slurm.state import _last_outcome
+from slurm.job import again
+from slurm.job.after import After
+from slurm.job.again import Job
+from slurm.job.lives import Left, Life, end_of_life, failures_without_progress, lives_of
+from slurm.look.state import _last_outcome
 from tests.distributed import tiny
 from trainer.life.attempts import FAILED, REQUEUE, USER_ERROR, Attempt, End
 from trainer.life.attempts import STOPPED as BY_A_PERSON

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slurm.cluster import Cluster
+from slurm.rehearsal.cluster import Cluster
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, environment, wait_for
 from tests.slurm.stand_ins import commands

@@ -19,12 +19,13 @@ from configs.load import load
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from configs.typed import list_items
-from slurm import again, queue
 from slurm.__main__ import main
-from slurm.array import Override, configs_of, labels, overrides_of
 from slurm.ask import ask, facts_of
-from slurm.request import not_heard, of_environment
-from slurm.submit import Submission
+from slurm.job import again
+from slurm.look import queue
+from slurm.submit.array import Override, configs_of, labels, overrides_of
+from slurm.submit.request import not_heard, of_environment
+from slurm.submit.submit import Submission
 from tests.distributed import tiny, write_config
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import commands, in_queue, verb
@@ -322,7 +323,7 @@ def test_runs_of_an_array_that_share_a_mistake_say_it_once(tmp_path: Path) -> No
 
 def test_no_torch_for_a_config_that_freezes_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from slurm.submit import Submission; from configs.load import load\n"
+        "import sys; from slurm.submit.submit import Submission; from configs.load import load\n"
         "config = load(sys.argv[1], []); job = Submission(config, config.slurm)\n"
         "assert job.problems(paths=True) == []; assert 'torch' not in sys.modules"
     )
@@ -337,7 +338,7 @@ def test_a_user_id_without_a_name_and_without_home(tmp_path: Path, may_mount: No
     config = write_config(tmp_path)
     bare = ["env", "-i", f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
     words = [*bare, sys.executable, "-m", "slurm", "submit", str(config), *SMALL, "--dry-run"]
-    code = "from slurm.submit import _user; print('user', _user())"
+    code = "from slurm.submit.submit import _user; print('user', _user())"
     nobody = [f"mount --bind /dev/null {file}" for file in ("/etc/passwd", "/etc/nsswitch.conf")]  # systemd knows root
     inner = " && ".join([*nobody, shlex.join(words), shlex.join([*bare, sys.executable, "-c", code])])
     done = subprocess.run(

@@ -11,8 +11,8 @@ import pytest
 
 from launch.look.run_folder import view
 from launch.look.watch import Watcher
-from slurm.queue import Job, Queue
-from slurm.state import state_of
+from slurm.look.queue import Job, Queue
+from slurm.look.state import state_of
 from tests import made_up
 from tests.slurm.stand_ins import SLURM, verb
 from tests.slurm.test_status import begun, one, over, requeued, silent, training

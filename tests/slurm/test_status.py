@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from slurm import queue
+from slurm.look import queue
 from tests import made_up
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import SLURM, commands, in_queue, verb
@@ -232,7 +232,7 @@ def test_without_accounting_the_controller_is_asked(tmp_path: Path) -> None:
 
 def test_a_shared_folder_holds_jobs_of_others(tmp_path: Path) -> None:
     training(tmp_path / "runs/r")
-    with patch("slurm.queue.mine", return_value=queue.Queue()):
+    with patch("slurm.look.queue.mine", return_value=queue.Queue()):
         done = verb(tmp_path, "status", **SLURM | {"squeue": RUNNING})
     assert one(done)["state"] == "running"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm import logs
+from slurm.look import logs
 from tests import made_up
 from tests.slurm.jobs import ROOT, wait_for
 from tests.slurm.stand_ins import SLURM, commands, in_queue, verb

@@ -13,10 +13,10 @@ import yaml
 
 from configs.errors import UserError
 from configs.slurm_section import SlurmSection
-from slurm.array import overrides_of
-from slurm.cluster import Cluster
-from slurm.limits import Partition, check, gpus_of, partition_of
-from slurm.request import _read_file, cluster_file, minutes
+from slurm.rehearsal.cluster import Cluster
+from slurm.submit.array import overrides_of
+from slurm.submit.limits import Partition, check, gpus_of, partition_of
+from slurm.submit.request import _read_file, cluster_file, minutes
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, environment, wait_for
 from trainer.life.events import Events

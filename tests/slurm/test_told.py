@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.slurm_section import SlurmSection
-from slurm.hooks import Happened, tell
+from slurm.job.hooks import Happened, tell
 from tests.distributed import write_config
 from tests.slurm.stand_ins import verb
 from trainer.life.attempts import End

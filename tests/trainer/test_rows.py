@@ -22,8 +22,8 @@ from launch.look.run_folder import outcomes, view
 from launch.look.watch import Watcher
 from launch.monitor.ask import collectives
 from launch.monitor.rows import newest_rows
-from slurm import status
-from slurm.lives import Left, Life
+from slurm.job.lives import Left, Life
+from slurm.look import status
 from tests import made_up
 from trainer.life import attempts as life
 from trainer.life.attempts import Attempt, End

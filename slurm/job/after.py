@@ -17,9 +17,9 @@ from configs.errors import UserError
 from configs.load import load
 from configs.schema import Config
 from launch.look.run_folder import Outcome
-from slurm import again, hooks
-from slurm.hooks import Happened
-from slurm.lives import Life, end_of_life, failures_without_progress
+from slurm.job import again, hooks
+from slurm.job.hooks import Happened
+from slurm.job.lives import Life, end_of_life, failures_without_progress
 from trainer.host.arguments import config_parser, take
 from trainer.host.environment import SLURM_JOB_NODELIST
 from trainer.host.node_name import node_name

@@ -21,8 +21,8 @@ import psutil
 
 from configs.errors import UserError
 from launch.run.processes import kill
-from slurm.cluster_config import MARK, MOST_NODES, Home, Settings, slurm_conf, write_files
-from slurm.cluster_net import (
+from slurm.rehearsal.config import MARK, MOST_NODES, Home, Settings, slurm_conf, write_files
+from slurm.rehearsal.net import (
     add_bridge,
     add_node,
     hosts_add,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from launch.look import run_folder
-from slurm import queue
+from slurm.look import queue
 
 _RUNS = Path("runs")  # where a config without run.dir has its runs
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
-from slurm.again import names
-from slurm.lives import Left, Life
+from slurm.job.again import names
+from slurm.job.lives import Left, Life
 from trainer.host.arguments import config_parser, take
 from trainer.host.environment import (
     SLURM_NODEID,

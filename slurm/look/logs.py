@@ -10,9 +10,9 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.files import kind_fault, open_regular
 from launch.look import run_folder
-from slurm import queue
-from slurm.find import folder_named, is_job
-from slurm.state import lives
+from slurm.look import queue
+from slurm.look.find import folder_named, is_job
+from slurm.look.state import lives
 from trainer.host.arguments import Parser, typed
 from trainer.host.terminal import say
 from trainer.life import attempts as life

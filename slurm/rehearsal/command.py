@@ -6,8 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from slurm.cluster import GPUS, NODES, Cluster, default_home, find, how_to, start
-from slurm.cluster_config import Home
+from slurm.rehearsal.cluster import GPUS, NODES, Cluster, default_home, find, how_to, start
+from slurm.rehearsal.config import Home
 from trainer.host.arguments import Parser, typed
 from trainer.host.terminal import say
 

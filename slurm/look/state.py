@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from launch.look.run_folder import Outcome, RunView, running
 from launch.look.text import age_text
 from launch.monitor.rows import age_s
-from slurm.queue import Job, Life, Queue
+from slurm.look.queue import Job, Life, Queue
 from trainer.life.rows import amount, whole
 
 _SILENT_S = 300.0  # without a row; and ten steps

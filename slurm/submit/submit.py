@@ -20,9 +20,10 @@ from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from launch.look.run_folder import JOB_FILE, outcomes
 from launch.run.hooks import refuse_written_down
-from slurm import limits, queue, snapshot
 from slurm.ask import ask
-from slurm.request import add_flags, minutes, not_heard, request_of
+from slurm.look import queue
+from slurm.submit import limits, snapshot
+from slurm.submit.request import add_flags, minutes, not_heard, request_of
 from trainer.host.arguments import config_parser, take, typed
 from trainer.host.locks import lock
 from trainer.host.terminal import say, say_exactly
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> int:
         say(line, sys.stderr)
     job: Submission = Submission(config, request)
     if options.array:
-        from slurm.array import ArraySubmission, configs_of
+        from slurm.submit.array import ArraySubmission, configs_of
 
         job = ArraySubmission(config, request, configs_of(config, options.array, options.config, options.overrides))
     problems = job.problems(paths=not options.no_check_data)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import UserError
-from slurm.cluster_config import Home, Settings
+from slurm.rehearsal.config import Home, Settings
 from trainer.host.arguments import typed
 
 _HOSTS = Path("/etc/hosts")

@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.slurm_section import SlurmSection
 from slurm.ask import ask, facts_of
-from slurm.request import minutes
+from slurm.submit.request import minutes
 
 
 @dataclass(frozen=True)

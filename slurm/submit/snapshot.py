@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.errors import UserError
 
 PACKAGES = ("configs", "models", "trainer", "launch", "slurm")
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent.parent
 _KEPT = {".py", ".yaml", ".json", ".sbatch"}
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from launch.look.screen import Picture, show, show_once
 from launch.look.watch import Watcher
-from slurm.status import NOTHING, Look, Row, runs_parser, table_of
+from slurm.look.status import NOTHING, Look, Row, runs_parser, table_of
 from trainer.host.console import duration
 
 

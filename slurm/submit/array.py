@@ -21,8 +21,8 @@ from configs.parse import Place, parse
 from configs.schema import Config
 from configs.slurm_section import SlurmSection
 from configs.typed import list_items
-from slurm import snapshot
-from slurm.submit import Submission, lives
+from slurm.submit import snapshot
+from slurm.submit.submit import Submission, lives
 from trainer.host.terminal import say
 from trainer.life import attempts as life
 from trainer.preflight import Problem, problems_of

@@ -14,11 +14,11 @@ from configs.errors import UserError
 from launch.look import run_folder
 from launch.look.run_folder import AttemptView, RunView
 from launch.look.text import age_text, table
-from slurm import queue
-from slurm.find import folders_named
-from slurm.logs import mistake_in
-from slurm.queue import Job, Life, Queue
-from slurm.state import job_of, lives, state_of, unexplained
+from slurm.look import queue
+from slurm.look.find import folders_named
+from slurm.look.logs import mistake_in
+from slurm.look.queue import Job, Life, Queue
+from slurm.look.state import job_of, lives, state_of, unexplained
 from trainer.host.arguments import Parser, typed
 from trainer.host.console import duration, si
 from trainer.host.terminal import say

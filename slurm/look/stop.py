@@ -6,10 +6,10 @@ from pathlib import Path
 
 from configs.errors import UserError
 from launch.look import run_folder
-from slurm import queue
 from slurm.ask import ask
-from slurm.find import folder_named, is_job
-from slurm.state import job_of, lives, may_live, state_of
+from slurm.look import queue
+from slurm.look.find import folder_named, is_job
+from slurm.look.state import job_of, lives, may_live, state_of
 from trainer.host.arguments import Parser, typed
 from trainer.host.terminal import say
 

@@ -1,0 +1,1 @@
+"""Runs and jobs looked at, read and stopped."""

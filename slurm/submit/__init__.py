@@ -1,0 +1,1 @@
+"""A job before the queue: asked for, checked, its code copied, its script."""
