@@ -10,7 +10,7 @@ help:
 	@echo "make test    set up, then check style, types, imports and run the tests (ARGS: only these tests)"
 	@echo "make style   check style, types and imports alone"
 	@echo "make test-all   every test there is (hours), with a table; goes on where it was stopped"
-	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema.py"
+	@echo "make schema  write configs/schema.json and docs/reference.md from configs/schema/"
 	@echo "make life    every phase of a run with every cause of stopping and killing, under both engines"
 	@echo "make faults  every crash point and every kind of fault in every file of a checkpoint (3 minutes)"
 	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen, and every layout's losses"

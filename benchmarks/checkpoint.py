@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from benchmarks.plain import PAGE, Layout, cut, forget, read_directly, read_plainly, read_runs, runs_of
 from benchmarks.table import show
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from launch.checkpoint.convert.convert import convert
 from trainer.checkpoint.format.boxes import Group, Wanted
 from trainer.checkpoint.format.pieces import Piece

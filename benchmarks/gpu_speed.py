@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from benchmarks.table import about, line, show, write_rows
+from configs.config import Config
 from configs.load import load
-from configs.schema import Config
 from tests.distributed import RanksFailed, run_ranks
 from trainer.life.events import read_events
 from trainer.life.folder import RunFolder

@@ -27,8 +27,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 from benchmarks.table import show
+from configs.config import Config
 from configs.load import load
-from configs.schema import Config
 from tests.distributed import run_ranks
 
 SEGMENT_STEPS = 10

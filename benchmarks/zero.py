@@ -29,8 +29,8 @@ from torch.nn import functional as F
 
 from benchmarks.speed import open_run, seconds, train_on
 from benchmarks.table import show
+from configs.config import Config
 from configs.load import load
-from configs.schema import Config
 from tests.distributed import run_ranks
 
 SEGMENT_STEPS = 5

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from configs.paths import expanded
-
-if TYPE_CHECKING:
-    from configs.schema import Config, ParallelSection
+from configs.nested import leaves, merged, put
+from configs.schema.parallel import ParallelSection
+from configs.schema.sections import Sections
 
 AUTO = "auto"  # other tools' files leave a setting to the caller so
 PARAMETERS = "zero_optimization.offload_param"
 SECONDARY = "zero_optimization.zero_hpz_partition_size"
 NEVER_PRINT = 1 << 62
-_MOST = 1e18  # of a number in DeepSpeed's settings; its own largest is 1e14
 
 # Top-level settings that DeepSpeed reads and that are a config's own business. (It ignores names it does not know.)
 FREE = {
@@ -56,7 +52,7 @@ OURS = {
 ONE_BY_ONE = ("zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_max_reuse_distance")
 
 
-def _decided(config: Config) -> dict[str, tuple[Any, str]]:
+def _decided(config: Sections) -> dict[str, tuple[Any, str]]:
     """Settings whose value follows from the config: (value, our key). Giving the same value again does no harm."""
     train, parallel, precision = config.train, config.parallel, config.precision
     one_by_one = ONE_BY_ONE if _given(config.parallel).get(f"{PARAMETERS}.device") == "nvme" else ()
@@ -75,7 +71,7 @@ def _decided(config: Config) -> dict[str, tuple[Any, str]]:
     }
 
 
-def contradictions(config: Config) -> list[str]:
+def contradictions(config: Sections) -> list[str]:
     """What ZeRO cannot do of this config, and what in `parallel.deepspeed` says otherwise or is no setting."""
     decided, given, found = _decided(config), _given(config.parallel), []
     if config.optim.name == "muon":
@@ -126,7 +122,7 @@ def _wrong_device(parallel: ParallelSection, given: dict[str, Any], key: str, va
     return []
 
 
-def deepspeed_settings(config: Config) -> dict[str, Any]:
+def deepspeed_settings(config: Sections) -> dict[str, Any]:
     """What DeepSpeed is started with: the config's own settings, and ours."""
     parallel, decided = config.parallel, _decided(config)
     ours: dict[str, Any] = {
@@ -143,14 +139,14 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     theirs: dict[str, Any] = {}
     for key, value in _given(parallel).items():
         if key not in decided or key.endswith(".device"):
-            _put(theirs, key.split("."), value)
+            put(theirs, key.split("."), value)
     for key in decided.keys() & {*ONE_BY_ONE}:
-        _put(theirs, key.split("."), 0)
+        put(theirs, key.split("."), 0)
     if parallel.cpu_offload:  # unless it goes further, to nvme
         zero = theirs.setdefault("zero_optimization", {})
         for key in ("offload_optimizer", "offload_param")[: 2 if parallel.zero_stage == 3 else 1]:
             zero.setdefault(key, {}).setdefault("device", "cpu")
-    return _merged(theirs, ours)
+    return merged(theirs, ours)
 
 
 def secondary_size(parallel: ParallelSection) -> int:
@@ -162,42 +158,9 @@ def secondary_size(parallel: ParallelSection) -> int:
 
 def _given(parallel: ParallelSection) -> dict[str, Any]:
     """What `parallel.deepspeed` sets, by dotted key: not what it leaves to us, or says with nothing in it."""
-    return {key: value for key, value in _leaves(parallel.deepspeed) if value not in (AUTO, None, {})}
-
-
-def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def usable(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with their paths by the rule of all paths. Raises ValueError for one, or a number, of no use."""
-    found = copy.deepcopy(settings)
-    for key, value in _leaves(settings):
-        try:
-            if isinstance(value, str) and key.endswith("_path"):
-                _put(found, key.split("."), expanded(value))
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        if isinstance(value, int | float) and not abs(value) <= _MOST:
-            raise ValueError(f"{key} must be a number of at most {_MOST:g}, not {value:g}")
-    return found
+    return {key: value for key, value in leaves(parallel.deepspeed) if value not in (AUTO, None, {})}
 
 
 def _prefixes(key: str) -> list[str]:
     parts = key.split(".")
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
-
-
-def _put(settings: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        settings = settings.setdefault(part, {})
-    settings[path[-1]] = value
-
-
-def _merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(theirs[key], ours[key]) for key in theirs.keys() & ours.keys() if isinstance(ours[key], dict)}
-    return {**theirs, **ours, **both}

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from configs.config import Config
 from configs.parse import Node, Place, Problem, index_of
-from configs.schema import Config
-from configs.section import Section, is_section, keys
+from configs.schema.section import Section, is_section, keys
 from configs.typed import options_of
 
 UNITS = {

@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from configs.config import Config
 from configs.errors import UserError, printable
 from configs.explain import explain, explain_unknown, field_at, short, show, take_unknown
 from configs.files import NotText, read_text
+from configs.fingerprint import to_dict
 from configs.parse import Node, Place, Problem, index_of, parse, teach_core
 from configs.presets import FOLDER, presets
-from configs.schema import Config, to_dict
 from configs.typed import in_shell, options_at, settle
 
 DEFAULT = "demo"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.config import Config
 from configs.explain import section_of
-from configs.schema import Config
-from configs.section import MOST_PORT, Section
+from configs.schema.section import MOST_PORT, Section
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = ROOT / "configs" / "schema.json"
@@ -21,7 +21,7 @@ REFERENCE_FILE = ROOT / "docs" / "reference.md"
 _HEAD = """\
 # Every key of a config
 
-Made from `configs/schema.py` by `make schema`. `result`: the key changes what is learned, so a run folder continues
+Made from `configs/schema/` by `make schema`. `result`: the key changes what is learned, so a run folder continues
 only under the same value (`run.accept_changes` admits exceptions). `speed`: it changes only speed, memory, or what is
 written where. A key without a default must be given; the preset `demo` gives them all. Every number has an upper
 bound as well, far above what is meant by anybody; `configs/schema.json` has them.

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 
 from configs.parse import Node, Place, Problem, events_of, index_of, parse, plain_scalar
-from configs.section import Section, is_section, keys
+from configs.schema.section import Section, is_section, keys
 
 
 def options_of(annotation: Any) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ A model takes (tokens, documents, targets) and answers with logits or with sums 
 
 from collections.abc import Callable
 
-from configs.model_section import ModelSection
+from configs.schema.model import ModelSection
 from models.cross_entropy import IGNORE, LossSums
 from models.decoder import Decoder
 from models.tensor import PLANS, TensorPlan

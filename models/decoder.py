@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.model_section import ModelSection
+from configs.schema.model import ModelSection
 from models.cross_entropy import Head, LossSums
 from models.masks import attention_mask, document_starts
 from models.rope import rope_frequencies, rope_tables, rotate

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from configs.model_section import RopeScaling
+from configs.schema.model import RopeScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:

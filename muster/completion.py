@@ -117,7 +117,7 @@ def _const(kind: dict[str, Any]) -> list[Any]:
 
 def _keys() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Every key of a config, with what its value may be. In a list of sections, keys of the first one."""
-    schema = json.loads((FOLDER / "schema.json").read_text("utf-8"))
+    schema = json.loads((FOLDER.parent / "schema.json").read_text("utf-8"))
 
     def below(properties: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         for name, info in properties.items():

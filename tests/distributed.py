@@ -183,7 +183,7 @@ def train(config: dict[str, Any], size: int = 1, timeout_s: float = 120.0, debug
 
 
 def train_here(config: dict[str, Any], debug: bool) -> int:
-    from configs.schema import Config
+    from configs.config import Config
     from trainer.life.stop import StopWish
     from trainer.start import start
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import Config
+from configs.config import Config
 from tests.distributed import run_ranks, tiny
 from trainer.host.console import Console
 from trainer.life.events import Events

@@ -181,7 +181,7 @@ def test_reference_leaves_frozen_parameters_where_they_are(size: int, tmp_path: 
 def held(folder: Path) -> tuple[dict[str, torch.dtype], str]:
     """Build an engine that computes in bf16 with the bottom held elsewhere: number formats in memory, and what a store
     that carries nothing says to its pieces."""
-    from configs.schema import Config
+    from configs.config import Config
     from trainer.checkpoint.save.assemble import RunState
     from trainer.checkpoint.save.store import CheckpointStore
     from trainer.engines.fsdp import FsdpEngine

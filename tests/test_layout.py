@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.schema import ParallelSection
+from configs.schema.parallel import ParallelSection
 from trainer.life.layout import Layout, resolve
 
 

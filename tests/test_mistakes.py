@@ -193,7 +193,7 @@ def events(tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_source_that_was_moved(tmp_path: Path) -> None:
     """The same content at another place goes on without a word of admission; other content there does not."""
-    from configs.schema import Config
+    from configs.config import Config
     from trainer.begin import fingerprints_to_find
     from trainer.life.folder import RunFolder
 
@@ -241,7 +241,7 @@ def test_a_run_folder_that_cannot_be_made(size: int, tmp_path: Path) -> None:
 
 
 def _slow_preparation(config: dict[str, Any], seconds: float) -> int:
-    from configs.schema import Config
+    from configs.config import Config
     from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from trainer.host.console import Console
 from trainer.host.terminal import say
 from trainer.life import attempts as life

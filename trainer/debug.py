@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, to_dict
+from configs.fingerprint import to_dict
 from models import IGNORE
 from trainer.data.loader import MicroBatch
 from trainer.engines.base import Engine

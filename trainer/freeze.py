@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from configs.errors import UserError
-from configs.schema import FreezeChange, FreezeSection
+from configs.schema.freeze import FreezeChange, FreezeSection
 
 
 def choose_trainable(freeze: FreezeSection, step: int, names: Iterable[str], aliases: Mapping[str, str]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from configs.schema import Config
+from configs.config import Config
 from trainer.data.loader import StepBatch
 from trainer.life.events import Events
 from trainer.step import RunFailed, StepResult

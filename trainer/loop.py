@@ -19,7 +19,7 @@ from trainer.step import RunFailed, StepResult, train_step
 from trainer.validation import validate
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from configs.config import Config
     from trainer.checkpoint.format.manifest import Manifest
     from trainer.run import Run
 

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from configs.config import Config
 from configs.errors import UserError
+from configs.fingerprint import differences, fields, fingerprint, result_fields
 from configs.load import dump, load
 from configs.paths import fitting
-from configs.schema import Config, differences, fields, fingerprint, result_fields
 from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.listing import check_source
 from trainer.engines import check_engine, check_package

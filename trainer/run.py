@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config, fingerprint, to_dict
+from configs.config import Config
+from configs.fingerprint import fingerprint, to_dict
 from trainer.begin import begin, fingerprints_to_find, load, look_ahead, origin_at, target_of, trainable_after
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.pieces import Piece

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, OptimSection
+from configs.schema.optim import OptimSection
 
 
 def lr_factor(optim: OptimSection, step: int, last_step: int) -> float:

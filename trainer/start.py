@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from trainer.host.environment import FromLauncher, Ranks
 from trainer.host.memory import check_memory
 from trainer.host.stacks import answer_monitor

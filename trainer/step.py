@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.schema import Config
+from configs.config import Config
 from trainer.agreement import Agreement
 from trainer.data.loader import StepBatch
 from trainer.engines.base import Engine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.load import load
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from launch.look.run_folder import readable
 from launch.look.text import size_text
 from trainer.checkpoint.format import disk

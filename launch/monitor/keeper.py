@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Config
+from configs.config import Config
 from launch.monitor.hang import read_verdict
 from trainer.host.clock import booted_s
 from trainer.host.console import Console

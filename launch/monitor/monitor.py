@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.monitor_section import MonitorSection
+from configs.schema.monitor import MonitorSection
 from launch.monitor.ask import STOPPED, ask, stacks_of, wake
 from launch.monitor.gpus import Gpus
 from launch.monitor.hang import HangWatch, culprits, describe, share

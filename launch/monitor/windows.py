@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.monitor_section import MonitorSection
+from configs.schema.monitor import MonitorSection
 from launch.monitor.others import Others
 from launch.monitor.rollup import Minute
 from launch.monitor.slow import RankWindow, idle, is_training, rank_window, stragglers

@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.load import load
-from configs.schema import Config
 from launch.monitor.devices import count_visible
 from launch.monitor.keeper import Keeper
 from launch.run.processes import kill

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.load import load
-from configs.schema import Config
 from launch.look.run_folder import Outcome
 from slurm.job import again, hooks
 from slurm.job.hooks import Happened

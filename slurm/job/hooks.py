@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from launch.run.hooks import Hooks
 from trainer.life.attempts import End
 

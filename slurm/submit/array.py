@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.files import NotText, read_text
 from configs.load import load
 from configs.parse import Place, parse
-from configs.schema import Config
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from configs.typed import list_items
 from slurm.submit import snapshot
 from slurm.submit.submit import Submission, lives

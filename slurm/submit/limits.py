@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from slurm.ask import ask, facts_of
 from slurm.submit.request import minutes
 

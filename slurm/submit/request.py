@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.files import NotText, read_text
 from configs.parse import Place, Problem, parse
-from configs.schema import Config
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from configs.typed import settle
 from trainer.host.environment import SLURM_JOB_ID, XDG_CONFIG_HOME
 from trainer.host.inherited import CLUSTERS, NEEDED

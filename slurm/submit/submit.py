@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.load import dump, load
-from configs.schema import Config
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from launch.look.run_folder import JOB_FILE, outcomes
 from launch.run.hooks import refuse_written_down
 from slurm.ask import ask

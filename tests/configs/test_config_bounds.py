@@ -13,12 +13,12 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.explain import section_of
 from configs.load import dump, load
 from configs.paths import MOST_NAME_BYTES, MOST_PATH_BYTES, expanded
-from configs.schema import Config
-from configs.section import Section, keys
+from configs.schema.section import Section, keys
 from trainer.host.memory import check_memory, parameters
 from trainer.schedule import check_rates, lr_factor, rate_change, remarks
 

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 
+from configs.config import Config
+from configs.fingerprint import fingerprint
 from configs.load import dump, load, presets
 from configs.parse import Node, Place, Problem, parse
-from configs.schema import Config, fingerprint
-from configs.section import Section
+from configs.schema.section import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[..., str]

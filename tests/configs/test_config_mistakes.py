@@ -221,7 +221,7 @@ def test_rules_between_keys_name_all_places(file: Callable[[str], str]) -> None:
     ]
     (line,) = mistakes(path, "model.heads=5", "data.seq_len=300")
     assert line.startswith("command line: data.seq_len=300: data.seq_len 300 is longer than model.max_seq_len 256 (see")
-    assert "configs/demo.yaml:" in line
+    assert "configs/presets/demo.yaml:" in line
 
 
 def test_unreadable(tmp_path: Path, file: Callable[[str], str]) -> None:
@@ -240,7 +240,11 @@ def test_unreadable(tmp_path: Path, file: Callable[[str], str]) -> None:
 
 
 def test_unknown_preset_names_the_nearest_and_lists_all() -> None:
-    for argument, near in (("llama3_8b", "llama3-8b"), ("llama-70b", "llama3-70b"), ("configs/demos.yaml", "demo")):
+    for argument, near in (
+        ("llama3_8b", "llama3-8b"),
+        ("llama-70b", "llama3-70b"),
+        ("configs/presets/demos.yaml", "demo"),
+    ):
         (line,) = mistakes(argument)
         assert f"did you mean {near}? (presets: {', '.join(presets())})" in line
     assert "did you mean" not in mistakes("qwertz")[0]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from configs.config import Config
+from configs.fingerprint import fields
 from configs.load import FOLDER, load, presets
-from configs.model_section import ModelSection
 from configs.reference import SCHEMA_FILE, contents, json_schema
-from configs.schema import Config, fields
+from configs.schema.model import ModelSection
 
 
 def parameters(m: ModelSection) -> int:
@@ -49,7 +50,7 @@ def test_all_presets_are_listed_and_begin_with_the_schema() -> None:
     assert presets() == ["demo", "demo-freeze", "llama3-1b", "llama3-405b", "llama3-70b", "llama3-8b"]
     for path in FOLDER.glob("*.yaml"):
         first = path.read_text("utf-8").splitlines()[0]
-        assert first == f"# yaml-language-server: $schema={SCHEMA_FILE.name}", path
+        assert first == f"# yaml-language-server: $schema=../{SCHEMA_FILE.name}", path
 
 
 @pytest.mark.parametrize("path", contents(), ids=lambda path: path.name)

@@ -19,7 +19,7 @@ from typing import Any
 
 from configs.errors import UserError, printable
 from configs.load import load
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from launch.look import run_folder
 from launch.verbs import run_verb
 from muster.command import VERBS

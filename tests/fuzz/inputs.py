@@ -17,9 +17,10 @@ from unittest.mock import patch
 
 import yaml
 
+from configs.config import Config
 from configs.errors import UserError
+from configs.fingerprint import to_dict
 from configs.load import dump, load
-from configs.schema import Config, to_dict
 from launch.monitor.devices import count_visible, named
 from slurm.submit.array import Override, labels, overrides_of
 from trainer.__main__ import parse

@@ -206,7 +206,7 @@ def _keys() -> list[str]:
 @cache
 def _text_keys() -> list[str]:
     """Where any text is a value, so that the text is what is tried."""
-    from configs.schema import Config
+    from configs.config import Config
     from configs.typed import options_at
 
     return [key for key in _keys() if str in options_at(Config, key.split("."))]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from launch.__main__ import main
 from trainer.checkpoint.format.files import BLOCK_BYTES
 from trainer.checkpoint.format.pieces import Piece

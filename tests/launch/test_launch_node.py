@@ -16,8 +16,8 @@ import pytest
 
 import launch.run.command
 import slurm.job.job
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from launch.run.node import Nodes, Supervisor, _first_to_fall, default_processes, run_node
 from slurm.job.lives import Life
 from tests.distributed import tiny, write_config

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.schema import Config
+from configs.config import Config
 from tests.distributed import run_ranks, tiny, write_config
 from tests.engines import under_both
 from tests.life.runs import LAUNCH, Watched, clean_end, running

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import Config
+from configs.config import Config
 from tests.distributed import run_ranks, tiny, write_config
 from tests.engines import ENGINES, rows, under_both
 from tests.life.phases import BY_NAME, PHASES, Phase

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from configs.schema import Config
+from configs.config import Config
 from tests.matrix.cells import GLOBAL_BATCH, PATTERNS, STEPS, Frozen
 from tests.matrix.model import Buffered
 from tests.stored import Stored

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from configs.model_section import ModelSection
+from configs.schema.model import ModelSection
 from models import Decoder
 
 

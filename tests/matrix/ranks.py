@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, ParallelSection
+from configs.schema.parallel import ParallelSection
 from tests.matrix.model import Gain, register
 from trainer import attempt
 from trainer.checkpoint.save.store import SaveResult

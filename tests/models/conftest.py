@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.model_section import ModelSection
+from configs.schema.model import ModelSection
 from models import Decoder, build_model
 
 SMALL: dict[str, Any] = {

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from configs.model_section import ModelSection
+from configs.schema.model import ModelSection
 from models import Decoder, LossSums, build_model
 from models.decoder import Attention
 

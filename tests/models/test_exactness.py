@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from configs.model_section import ModelSection, RopeScaling
+from configs.schema.model import ModelSection, RopeScaling
 from models import Decoder, build_model
 from models.decoder import make_norm
 

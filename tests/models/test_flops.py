@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.model_section import ModelSection
+from configs.schema.model import ModelSection
 from models import Decoder, build_model
 from models.flops import causal_flops_per_token, flops_per_token, parameter_count
 

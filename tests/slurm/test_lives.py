@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import Config
+from configs.config import Config
 from launch.look import run_folder
 from launch.look.run_folder import Outcome, outcomes
 from slurm.job import again

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.load import load
-from configs.schema import Config
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from configs.typed import list_items
 from slurm.__main__ import main
 from slurm.ask import ask, facts_of

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from configs.errors import UserError
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from slurm.rehearsal.cluster import Cluster
 from slurm.submit.array import overrides_of
 from slurm.submit.limits import Partition, check, gpus_of, partition_of
@@ -297,8 +297,8 @@ def test_the_warning_must_leave_time_for_a_save(tmp_path: Path) -> None:
 
 
 def test_a_config_with_a_request_is_the_same_run(tmp_path: Path) -> None:
+    from configs.fingerprint import fingerprint
     from configs.load import load
-    from configs.schema import fingerprint
 
     config = write_config(tmp_path)
     with_request = tmp_path / "other.yaml"

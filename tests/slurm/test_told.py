@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.slurm_section import SlurmSection
+from configs.schema.slurm import SlurmSection
 from slurm.job.hooks import Happened, tell
 from tests.distributed import write_config
 from tests.slurm.stand_ins import verb

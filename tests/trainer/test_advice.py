@@ -44,7 +44,7 @@ def test_other_spellings_of_a_command(words: list[str], advised: str) -> None:
 
 
 def test_what_is_meant_is_taken() -> None:
-    for words in (["demo", "train.steps=3"], ["train.steps=3"], ["configs/demo.yaml", "run.name=--config"]):
+    for words in (["demo", "train.steps=3"], ["train.steps=3"], ["configs/presets/demo.yaml", "run.name=--config"]):
         found = take(config_parser("trainer", ""), words)
         assert [w for w in (found.config, *found.overrides) if w] == words
 

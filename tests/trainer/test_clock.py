@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from configs.schema import Config
+from configs.config import Config
 from launch.look.goodput import goodput
 from tests.distributed import run_ranks, tiny
 from trainer.data import files

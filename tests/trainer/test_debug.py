@@ -89,8 +89,8 @@ def test_so_it_does_at_the_other_stages_of_zero(stage: int, tmp_path: Path) -> N
 
 
 def _debug_on_two(config: dict) -> str:
+    from configs.config import Config
     from configs.errors import UserError
-    from configs.schema import Config
     from trainer.debug import debug
     from trainer.life.stop import StopWish
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from launch.__main__ import main
 from launch.checkpoint.text import open_named
 from tests.distributed import run_ranks, tiny, train_here, write_config

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from tests.distributed import free_port, run_ranks, tiny
 from trainer.host.environment import FromLauncher, Ranks
 from trainer.life.heartbeat import Heartbeats

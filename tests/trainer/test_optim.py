@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema import OptimSection
+from configs.schema.optim import OptimSection
 from tests.distributed import tiny, train
 from tests.test_train import losses
 from trainer.engines.optim import Muon, build_optimizers

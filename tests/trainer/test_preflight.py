@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from models import build_model
 from tests.distributed import tiny
 from tests.nobody import as_nobody

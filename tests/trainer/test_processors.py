@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import Config
+from configs.config import Config
 from tests.distributed import run_ranks, tiny
 from trainer.host import cgroups, memory, processors
 

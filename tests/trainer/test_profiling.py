@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from configs.schema import Config
+from configs.config import Config
 from tests.distributed import tiny, train
 from tests.engines import under_both
 from trainer.life.events import read_events

@@ -20,9 +20,9 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.load import load
-from configs.schema import Config
 from launch.run.node import run_node
 from tests.distributed import run_ranks, tiny, train_here, write_config
 from tests.engines import under_both

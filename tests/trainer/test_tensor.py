@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.load import load
-from configs.schema import Config
 from tests.distributed import run_ranks, tiny, train, write_config
 from tests.engines import rows as once
 from trainer.life.folder import RunFolder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import Config
+from configs.config import Config
 from tests.distributed import run_ranks, tiny, train
 from tests.stored import Stored
 from trainer.life.folder import RunFolder

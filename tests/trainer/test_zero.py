@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from configs.config import Config
 from configs.deepspeed import deepspeed_settings
 from configs.errors import UserError
-from configs.schema import Config, ParallelSection
+from configs.schema.parallel import ParallelSection
 from tests.distributed import tiny
 from tests.matrix.checks import put_together
 from tests.matrix.ranks import go

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from tests.distributed import run_ranks, tiny
 from tests.life.test_life_steps import on_ranks, poison
 from tests.matrix import cells, harness

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, Source
+from configs.schema.data import Source
 from trainer.data import files
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES
 from trainer.data.listing import FileStat, source_root

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.files import open_regular
-from configs.schema import Source
+from configs.schema.data import Source
 from trainer.data.listing import first_three, refuse_unreadable
 
 _HEAD_BYTES = 64 << 10

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from trainer.data.prepared import Prepared, PreparedSource
 
 _HELD_OUT_DOCUMENTS = 20  # expected; chosen by hash, so fewer may well be none

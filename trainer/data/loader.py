@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configs.schema import Config
+from configs.config import Config
 from models import IGNORE
 from trainer.data.enough import check_enough
 from trainer.data.order import base_key, permute

@@ -25,8 +25,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, Source
+from configs.schema.data import Source
 from trainer.data import files
 from trainer.data.cached import CUTS, FILES, FORMAT, META, check_largest_id, find_prepared, settings_of
 from trainer.data.content import check_content

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from models import IGNORE
 from trainer.data import files
 from trainer.data.order import BLOCK_DRAWS, Order, quotas

@@ -18,7 +18,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.files import open_regular
-from configs.schema import Source
+from configs.schema.data import Source
 from trainer.data.content import NUMPY
 from trainer.data.listing import readable
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from configs.errors import UserError
-from configs.schema import DataSection
+from configs.schema.data import DataSection
 from trainer.data.cuts import ANYWHERE, places_of
 
 USUAL_END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from configs.config import Config
 from configs.deepspeed import secondary_size
 from configs.errors import UserError
-from configs.schema import Config, ParallelSection
+from configs.schema.parallel import ParallelSection
 
 if TYPE_CHECKING:
     from trainer.engines.base import Engine

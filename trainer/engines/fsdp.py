@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from configs.schema import Config, ParallelSection
+from configs.config import Config
+from configs.schema.parallel import ParallelSection
 from models import Decoder, build_model
 from models.flops import flops_per_token
 from trainer.checkpoint.format.boxes import Group

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from configs.model_section import ModelSection
+from configs.schema.model import ModelSection
 from models import Decoder, build_model
 from trainer.checkpoint.load.plan import TensorInfo
 

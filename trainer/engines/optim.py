@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from configs.schema import OptimSection
+from configs.schema.optim import OptimSection
 from trainer.engines.boxes import box_of
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import psutil
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.model_section import ModelSection
-from configs.schema import Config
+from configs.schema.model import ModelSection
 from trainer.host.cgroups import groups_above
 
 _SAMPLE_BYTES = 20  # of each token of a batch: itself, its target, its document

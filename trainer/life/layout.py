@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.errors import UserError
-from configs.schema import ParallelSection
+from configs.schema.parallel import ParallelSection
 
 
 @dataclass(frozen=True)

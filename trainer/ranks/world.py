@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from trainer.host import processors
 from trainer.host.console import Console
 from trainer.host.environment import OMP_NUM_THREADS, TORCHELASTIC_USE_AGENT_STORE, Ranks

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from configs.schema import Config
+from configs.config import Config
 from trainer.host.clock import now_s
 from trainer.host.console import Console, duration, si
 from trainer.life.events import append_row

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from configs.schema import Config
+from configs.config import Config
 from trainer.host.console import Console
 from trainer.life.attempts import Attempt
 from trainer.life.events import Events

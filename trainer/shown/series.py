@@ -16,8 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, RunSection, to_dict
+from configs.fingerprint import to_dict
+from configs.schema.run import RunSection
 from trainer.life.events import tolerate_unwritable
 from trainer.life.folder import RunFolder, write_json
 from trainer.life.rows import amount, facts_in, read_rows, text

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from configs.schema import TaskSection
+from configs.schema.task import TaskSection
 from trainer.data.loader import MicroBatch
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import Config
+from configs.config import Config
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
 from trainer.host.console import Console

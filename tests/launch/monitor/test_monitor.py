@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from configs.schema import Config
+from configs.config import Config
 from launch.monitor import monitor as module
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny

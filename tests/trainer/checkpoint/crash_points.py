@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from launch.checkpoint.convert.convert import convert, open_state
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.boxes import Group

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState

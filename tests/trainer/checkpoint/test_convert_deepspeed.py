@@ -124,7 +124,7 @@ def test_what_was_written_in_2023(stage: int, tmp_path: Path) -> None:
 
 
 def decoder() -> nn.Module:
-    from configs.model_section import ModelSection
+    from configs.schema.model import ModelSection
     from models import build_model
 
     register()

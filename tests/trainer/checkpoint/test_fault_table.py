@@ -19,8 +19,9 @@ import torch
 import xxhash
 from test_faults import flip, signed, truncate, whole
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, KeepSection
+from configs.schema.checkpoint import KeepSection
 from tests.distributed import run_ranks, tiny, train
 from trainer.begin import begin
 from trainer.checkpoint.keep.shelf import Shelf

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.format.boxes import Group
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.files import BLOCK_BYTES, parse_header

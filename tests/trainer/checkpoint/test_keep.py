@@ -13,7 +13,7 @@ from test_faults import flip, signed, whole
 
 from configs.errors import UserError
 from configs.load import load
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.keep import shelf as shelf_module
 from trainer.checkpoint.keep.shelf import Shelf
 from trainer.checkpoint.load.checkpoint import Checkpoint

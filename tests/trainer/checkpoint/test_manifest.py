@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_faults import signed, whole
 
 from configs.errors import UserError
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from launch.checkpoint import main
 from launch.checkpoint.convert.convert import convert, open_state
 from tests.fuzz.targets import SAVED, manifest_signed, sealed

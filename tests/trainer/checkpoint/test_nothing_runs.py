@@ -21,8 +21,9 @@ import pytest
 import torch
 from test_faults import whole
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, KeepSection
+from configs.schema.checkpoint import KeepSection
 from tests.distributed import run_ranks, tiny, train
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore

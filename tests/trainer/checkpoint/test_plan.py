@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.schema import StartSection
+from configs.schema.start import StartSection
 from trainer.checkpoint.format.manifest import FlatPiece, Manifest, Partition
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.checkpoint import Checkpoint

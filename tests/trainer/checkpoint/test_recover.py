@@ -13,7 +13,7 @@ import torch
 from test_faults import flip, signed, truncate, whole
 
 from configs.errors import UserError
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from tests.distributed import tiny, train
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.files import BLOCK_BYTES

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from configs.errors import UserError
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.boxes import Group
 from trainer.checkpoint.format.errors import Superseded

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.keep.shelf import Shelf

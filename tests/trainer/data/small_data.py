@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from configs.schema import Config
+from configs.config import Config
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 

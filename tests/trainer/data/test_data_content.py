@@ -16,7 +16,7 @@ import pytest
 from small_data import config, jsonl, prepared, text_folder
 
 from configs.errors import UserError
-from configs.schema import Source
+from configs.schema.data import Source
 from trainer.data import listing
 from trainer.data.content import check_content, content_of
 from trainer.data.listing import FileStat, list_files

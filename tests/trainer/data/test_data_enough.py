@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from small_data import config, prepared
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config, to_dict
+from configs.fingerprint import to_dict
 
 
 def corpus(folder: Path, *documents: str) -> dict[str, Any]:

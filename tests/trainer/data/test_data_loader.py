@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import config, jsonl, prepared, text_folder
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from models import IGNORE
 from trainer.data import loader as loader_module
 from trainer.data.loader import Cut, Loader, StepBatch, validation_batches

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from small_data import config, prepared, text_folder
 
+from configs.config import Config
 from configs.errors import UserError
-from configs.schema import Config
 from trainer.data import files
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared

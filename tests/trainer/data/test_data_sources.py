@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.schema import Source
+from configs.schema.data import Source
 from trainer.data import sources
 from trainer.data.listing import list_files
 from trainer.data.sources import FileReading, read_file

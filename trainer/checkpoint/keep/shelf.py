@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.keep.recover import UNFINISHED, recover

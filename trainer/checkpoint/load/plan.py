@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from configs.errors import UserError
-from configs.schema import AllowSection, StartSection
+from configs.schema.start import AllowSection, StartSection
 from trainer.checkpoint.format.boxes import Ints
 from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.format.pieces import DTYPE_NAMES, DTYPES

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from configs.schema import KeepSection
+from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.boxes import GROUPS
 from trainer.checkpoint.format.errors import BadCheckpoint, SaveError, Superseded

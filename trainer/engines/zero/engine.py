@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from configs.config import Config
 from configs.deepspeed import deepspeed_settings
 from configs.errors import UserError
-from configs.schema import Config
 from models import Decoder, build_model
 from models.flops import flops_per_token
 from trainer.checkpoint.format.pieces import Piece

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from configs.section import MILLION, MOST_TOKENS, Section, result
+from configs.schema.section import MILLION, MOST_TOKENS, Section, result
 
 
 class RopeScaling(Section):

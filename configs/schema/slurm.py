@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from configs.paths import PathText
-from configs.section import MILLION, MOST_PORT, Section, speed
+from configs.schema.section import MILLION, MOST_PORT, Section, speed
 
 _NAME = r"^[^\s\x00-\x1f\x7f]+$"
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.section import MILLION, MOST_PORT, MOST_S, MOST_STEPS, MOST_TIMES, Section, speed
+from configs.schema.section import MILLION, MOST_PORT, MOST_S, MOST_STEPS, MOST_TIMES, Section, speed
 
 
 class MonitorSection(Section):

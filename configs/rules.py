@@ -1,0 +1,54 @@
+"""What sections of a config say of each other: everything that no section can see alone. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from configs.deepspeed import contradictions
+from configs.schema.sections import Sections
+
+
+def mistakes(config: Sections) -> list[str]:
+    """What cannot be, in plain words with the keys; before any rank is started."""
+    zero = contradictions(config) if config.parallel.engine == "zero" else []
+    return [*_data(config), *_tensor(config), *zero]
+
+
+def _data(config: Sections) -> Iterator[str]:
+    if config.data.seq_len > config.model.max_seq_len:
+        yield f"data.seq_len {config.data.seq_len} is longer than model.max_seq_len {config.model.max_seq_len}"
+    names = Counter(source.name for source in config.data.sources)
+    twice = next((name for name, count in names.items() if count > 1), None)
+    if twice is not None:
+        yield f"data.sources: the name {twice!r} stands twice"
+    if config.task.sample_tokens and config.data.tokenizer == "none":
+        yield "task.sample_tokens needs a data.tokenizer, which is none"
+
+
+def _tensor(config: Sections) -> Iterator[str]:
+    """What cannot be split among the ranks of a tensor group."""
+    model, tensor = config.model, config.parallel.tensor
+    kv_heads = model.kv_heads or model.heads
+    for key, count in (("heads", model.heads), ("kv_heads", kv_heads)):
+        if count % tensor:
+            fitting = [n for n in range(1, min(kv_heads, 64) + 1) if model.heads % n == kv_heads % n == 0]
+            yield (
+                f"model.{key} {count} is not a multiple of parallel.tensor {tensor}: whole heads go to each rank; "
+                f"use a parallel.tensor of {' or '.join(map(str, fitting))}"
+            )
+            return
+    for key, size in (("vocab_size", model.vocab_size), ("mlp_dim", model.mlp_dim)):
+        if -(-size // tensor) * (tensor - 1) >= size:  # parts of equal size, the last one smaller
+            yield (
+                f"model.{key} {size} leaves no part for the last of parallel.tensor {tensor} ranks; "
+                f"use a smaller parallel.tensor"
+            )
+            return
+    padded = -(-config.data.seq_len // tensor) * tensor
+    if model.position == "learned" and padded > model.max_seq_len >= config.data.seq_len:
+        yield (
+            f"data.seq_len {config.data.seq_len} is filled up to {padded}, a multiple of parallel.tensor {tensor}, "
+            f"but model.max_seq_len gives learned positions for {model.max_seq_len}; "
+            f"use data.seq_len={padded - tensor} or a parallel.tensor that divides it"
+        )

@@ -1,0 +1,40 @@
+"""All sections of a config, each right by itself. What they say of each other: `configs/rules.py`."""
+
+from __future__ import annotations
+
+from configs.schema.checkpoint import CheckpointSection
+from configs.schema.data import DataSection
+from configs.schema.freeze import FreezeSection
+from configs.schema.model import ModelSection
+from configs.schema.monitor import MonitorSection
+from configs.schema.optim import OptimSection
+from configs.schema.parallel import ParallelSection
+from configs.schema.precision import PrecisionSection
+from configs.schema.run import RunSection
+from configs.schema.section import Section, result, speed
+from configs.schema.slurm import SlurmSection
+from configs.schema.start import StartSection
+from configs.schema.task import TaskSection
+from configs.schema.train import TrainSection
+
+
+class Sections(Section):
+    """Everything a run is."""
+
+    run: RunSection = speed(RunSection(), "the run itself")
+    model: ModelSection = result(..., "the model")
+    start: StartSection = result(StartSection(), "where a new run begins")
+    data: DataSection = result(..., "what is read")
+    task: TaskSection = result(TaskSection(), "what is learned")
+    train: TrainSection = result(..., "how long and in what batches")
+    optim: OptimSection = result(OptimSection(), "optimizer and schedule")
+    precision: PrecisionSection = result(PrecisionSection(), "number formats")
+    parallel: ParallelSection = speed(ParallelSection(), "layout")
+    freeze: FreezeSection = result(FreezeSection(), "which parameters train")
+    checkpoint: CheckpointSection = speed(CheckpointSection(), "saving")
+    monitor: MonitorSection = speed(MonitorSection(), "watching each node")
+    slurm: SlurmSection = speed(SlurmSection(), "what to ask a Slurm cluster for")
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.run.name}"
