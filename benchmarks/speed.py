@@ -80,14 +80,12 @@ def open_run(config: Config, world: Any) -> Any:
     from trainer.life.folder import RunFolder
     from trainer.life.stop import StopWish
     from trainer.run import Run
-    from trainer.shown.metrics import Meter
 
     folder = RunFolder(Path(config.run_dir))
     attempt = Attempt(folder, world.from_first(lambda: Attempt.open(folder).number))
     run = Run(config, world, folder, attempt, StopWish())
     run.console.rank = -1  # no lines between the figures
     run.build()
-    run.meter = Meter(config, world, folder, run.console, attempt.number, run.flops_per_token())
     return run
 
 

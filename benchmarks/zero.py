@@ -132,14 +132,14 @@ def saver(run: Any) -> Callable[[], None]:
 
 def loader(run: Any) -> Callable[[], None]:
     """As a start does it: the engine is built anew, then filled."""
-    from trainer.begin import load, origin_at
     from trainer.checkpoint.load.checkpoint import Checkpoint
     from trainer.life.entries import checkpoint_name
 
     def again() -> None:
         path = run.folder.checkpoints / checkpoint_name(run.progress.step)
-        origin = run.world.from_first(lambda: origin_at(run, Checkpoint(path), everything=True, continuing=True))
-        assert not isinstance(load(run, origin), list)
+        begin = run.beginning
+        origin = run.world.from_first(lambda: begin.origin_at(Checkpoint(path), everything=True, continuing=True))
+        assert not isinstance(begin.load(origin), list)
 
     return again
 

@@ -5,31 +5,20 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import launch.__main__
-import slurm.__main__
-from launch.verbs import Verb, run_verb
+from launch.verbs import run_verb
+from muster.completion import answer
+from muster.verbs import VERBS
 from trainer.host.arguments import Parser, be_muster, typed
 from trainer.host.shadow import OURS
 from trainer.host.terminal import say
 
 _DESCRIPTION = "Train Transformers on clusters: stop anywhere, resume exactly. `muster --version` says which this is."
-_OF_A_JOB = ("job", "after")  # what batch scripts run, not people
-
-VERBS = {
-    "train": Verb("trainer.__main__:main", "Train in this process: alone, or as a worker of torchrun."),
-    **launch.__main__.VERBS,
-    **{name: verb for name, verb in slurm.__main__.VERBS.items() if name not in _OF_A_JOB},
-    "presets": Verb("muster.command:presets_main", "The configs that come with Muster, and what each is."),
-    "completion": Verb("muster.completion:main", "The script by which bash, zsh or fish completes what you type."),
-}
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     be_muster()
     if arguments[:1] == ["complete"]:
-        from muster.completion import answer
-
         return answer(arguments[1:])
     if arguments[:1] == ["--version"]:
         say(about_this())

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from configs.presets import FOLDER, presets
+from muster.verbs import VERBS
 from trainer.host.arguments import Parser, typed
 from trainer.host.terminal import say, say_exactly
 
@@ -59,8 +60,6 @@ def offer(before: list[str], typed_so_far: str) -> Offer:
 
 
 def _offer(before: list[str], start: str) -> tuple[list[str], bool]:
-    from muster.command import VERBS
-
     verb = before[0] if before else None
     if verb not in VERBS:
         return ([*VERBS, "--help", "--version"], False) if verb is None else ([], False)

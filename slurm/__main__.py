@@ -14,7 +14,7 @@ from launch.verbs import Verb, run_verb
 from trainer.host.terminal import enter
 
 VERBS = {
-    "submit": Verb("slurm.submit.submit:main", "Submit a run; --dry-run prints the batch script."),
+    "submit": Verb("slurm.submit.command:main", "Submit a run; --dry-run prints the batch script."),
     "status": Verb("slurm.look.status:main", "How runs are: a table of all, or all lives of one."),
     "watch": Verb("slurm.look.watch:main", "The same table, live; of one run every GPU."),
     "logs": Verb("slurm.look.logs:main", "What a run printed; -f follows it."),

@@ -194,13 +194,15 @@ def events(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def test_a_source_that_was_moved(tmp_path: Path) -> None:
     """The same content at another place goes on without a word of admission; other content there does not."""
     from configs.config import Config
-    from trainer.begin import fingerprints_to_find
+    from trainer.begin import Beginning
     from trainer.life.folder import RunFolder
 
     config = tiny(tmp_path)
     assert train(config) == [0]
     run: Any = SimpleNamespace(config=Config.model_validate(config), folder=RunFolder(tmp_path / "run"))
-    assert fingerprints_to_find(run).keys() == {"words"}  # what a cache of the older way is looked through for
+    assert Beginning.fingerprints_to_find(run).keys() == {
+        "words"
+    }  # what a cache of the older way is looked through for
     path = str(
         write_config(tmp_path, data__sources=[{**config["data"]["sources"][0], "path": str(tmp_path / "moved")}])
     )

@@ -27,9 +27,8 @@ from trainer.preflight import check_folder, write_config
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.schedule import rate_change, remarks
-from trainer.shown.metrics import Meter
 from trainer.shown.sample import write_sample
-from trainer.shown.summary import say_end, say_start
+from trainer.shown.summary import end_lines, start_lines
 from trainer.step import RunFailed
 
 Changes = list[dict[str, Any]]  # admitted differences from the config that a folder was begun with
@@ -52,7 +51,7 @@ def live(run: Run) -> End:
             newest = run.folder.newest_checkpoint()[1]
             return End("failed", run.progress.step, newest, requeue=False, cause=failure.cause)
         if cause is None and run.config.task.sample_tokens:
-            text = write_sample(run)
+            text = write_sample(run.config, run.engine, run.progress.step)
             run.console.end_live()
             run.console.say(f"what the model writes now:\n{text}")
     if cause is None:
@@ -123,7 +122,8 @@ def run_attempt(config: Config, wish: StopWish, world: World, kind: type[Run]) -
                     attempt.write_end(end)
                 facts = {k: getattr(end, k) for k in ("reason", "step", "cause")}
                 run.events.write("ended", phases_s=world.heartbeat.seconds(), **facts)
-                say_end(run, end)
+                run.console.end_live()
+                run.console.say("\n".join(end_lines(config, attempt, end, run.seconds())))
             world.barrier()
         except UserError:
             raise
@@ -151,7 +151,6 @@ def _attempt(run: Run, changes: Changes) -> End:
         run.build()
     except StopRequested as request:
         return stopped(run, request.cause)
-    run.meter = Meter(config, world, folder, run.console, attempt.number, run.flops_per_token())
     world.from_first(lambda: run.meter.begin_series(run.progress.step + 1))
     hosts = sorted(set(world.gather(world.node)))
     if world.first:
@@ -161,10 +160,19 @@ def _attempt(run: Run, changes: Changes) -> End:
         facts = {"hosts": hosts, "world_size": world.size, "cpu_threads": torch.get_num_threads()}
         attempt.write_start(run.progress.step, facts | {"last_step": config.train.steps})
         run.events.write("started", step=run.progress.step, origin=str(run.origin), world_size=world.size)
-        say_start(run)
+        _say_start(run)
         _say_rates(run, changes)
         _say_threads(run, before)
     return live(run)
+
+
+def _say_start(run: Run) -> None:
+    states = {name: len(keys) for name, keys in run.beginning.target_of(run.origin.trainable).state.items()}
+    begins = f"{run.origin}" + (f", step {run.progress.step}" if run.progress.step else "")
+    data = run.prepared.describe(run.config)
+    lines = start_lines(run.config, run.world, run.engine, states, data, begins)
+    place = f"attempt {run.attempt.number}, rank 0 of {run.world.size} on {run.world.node}"
+    run.console.say("\n".join([*lines, f"folder    {run.folder.root} ({place})"]))
 
 
 def _say_rates(run: Run, changes: Changes) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from configs.config import Config
 from trainer.data.loader import StepBatch
 from trainer.life.events import Events
+from trainer.progress import Progress
 from trainer.step import RunFailed, StepResult
-
-if TYPE_CHECKING:
-    from trainer.loop import Progress
 
 
 class Health:

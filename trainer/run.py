@@ -11,7 +11,7 @@ import torch
 
 from configs.config import Config
 from configs.fingerprint import fingerprint, to_dict
-from trainer.begin import begin, fingerprints_to_find, load, look_ahead, origin_at, target_of, trainable_after
+from trainer.begin import Beginning
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ from trainer.life.folder import RunFolder
 from trainer.life.heartbeat import Phase
 from trainer.life.layout import resolve
 from trainer.life.stop import Cause, StopRequested, StopWish
-from trainer.loop import Progress, saves_to_come
+from trainer.progress import Progress, saves_to_come
 from trainer.ranks.world import World
 from trainer.shown.metrics import Meter
 from trainer.shown.profiling import Profiling
@@ -62,7 +62,6 @@ class Run:
             timeout_s=config.parallel.load_timeout_s,
             reference=config.checkpoint.frozen == "reference",
         )
-        self.meter: Meter  # once the engine can tell its FLOPs
         self.saved_step = -1
         self._failed_saves = 0
         self._first_step_done = False
@@ -73,13 +72,14 @@ class Run:
         if world.first:
             self.wish.watch(self.folder.stop, config.train.time_limit_s, self.began)
         self.engine = build_engine(config, world, self.task)  # names and shapes: it takes memory when it is filled
-        world.from_first(lambda: look_ahead(self))
+        self.beginning = Beginning(config, world, self.folder, self.engine, self.store, self.events, self.console)
+        world.from_first(self.beginning.look_ahead)
         # Tokenising takes as long as it takes, longer than any collective may.
         with world.heartbeat.during(Phase.PREPARING):
             prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
-        self.prepared = Prepared.open(prepared)
+        self.prepared = self.beginning.prepared = Prepared.open(prepared)
         world.from_first(self._last_look_before_loading)
-        self.origin = begin(self)
+        self.origin, self.progress = self.beginning.begin()
         self._say_frozen_ties()
         if self.origin.continuing:
             self.saved_step = self.progress.step
@@ -94,10 +94,11 @@ class Run:
             world_size=world.data_size,
             pin=world.device.type == "cuda",
         )
+        self.meter = Meter(config, world, self.folder, self.console, self.attempt.number, self.flops_per_token())
 
     def _prepare(self) -> Path:
         config = self.config
-        cache, began_with = self.folder.cache(config.data.cache), fingerprints_to_find(self)
+        cache, began_with = self.folder.cache(config.data.cache), self.beginning.fingerprints_to_find()
         try:
             return prepare(config, cache, self.console.say, self._wished, began_with)
         except Interrupted as interrupted:
@@ -164,7 +165,7 @@ class Run:
         step = self.progress.step
         if all(change.step != step for change in self.config.freeze.schedule):
             return
-        before, after = self.engine.trainable(), trainable_after(self, step)
+        before, after = self.engine.trainable(), self.beginning.trainable_after(step)
         if before == after:
             return
         self.world.set_timeout(self.config.parallel.load_timeout_s)  # longer again, until the next step is done
@@ -172,8 +173,10 @@ class Run:
         self.save_now()
         path = self.folder.checkpoints / checkpoint_name(step)
         self.world.heartbeat.enter(Phase.STARTING)
-        self.origin = self.world.from_first(lambda: origin_at(self, Checkpoint(path), everything=True, continuing=True))
-        faults = load(self, self.origin)
+        self.origin = self.world.from_first(
+            lambda: self.beginning.origin_at(Checkpoint(path), everything=True, continuing=True)
+        )
+        faults = self.beginning.load(self.origin)
         if isinstance(faults, list):
             raise BadCheckpoint(faults[0][1], f"just written, and bad: {faults[0][0]}")
         self.meter.flops_per_token = self.flops_per_token()
@@ -214,7 +217,7 @@ class Run:
         in_files = self.origin.plan.carried if self.origin.plan else {}
         frozen = sum(p.nbytes for p in mine if p.group == "frozen" and p.key not in in_files)
         # before the first update there is no optimizer state yet: its tensors are as large as their parameters
-        state = target_of(self, self.origin.trainable).state
+        state = self.beginning.target_of(self.origin.trainable).state
         changing = sum(p.nbytes * (1 + len(state.get(p.key, ()))) for p in mine if p.group == "model")
         total = self.world.sum(
             torch.tensor([changing, frozen + carried], dtype=torch.float64, device=self.world.device)

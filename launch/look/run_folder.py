@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from trainer.life.attempts import Attempt, End
 from trainer.life.entries import MANIFEST, checkpoint_name
 from trainer.life.folder import RunFolder
 from trainer.life.lease import alive_here
-from trainer.life.rows import PassedOver, amount, facts_in, moment, record_in, rows_backwards, text, whole
+from trainer.life.rows import PassedOver, facts_in, last_row, moment, record_in, text, whole
 
 JOB_FILE = Path("slurm/job.json")  # `slurm submit` notes there which job has the folder
 LIVES = Path("slurm/lives")  # and `slurm after` what the lives of jobs came to
 _ARRAY_MARK = JOB_FILE.parent
 _MARKS = (Path("attempts"), JOB_FILE, Path("LEASE"))
-_ROWS_LOOKED_AT = 200
 _BUILDING = ("starting", "preparing", "compiling")
 
 
@@ -237,17 +235,3 @@ def outcomes(folder: RunFolder, over: PassedOver | None = None) -> tuple[Outcome
     except (FileNotFoundError, NotADirectoryError):
         return ()
     return tuple(sorted((o for o in found if o is not None), key=lambda outcome: outcome.time_s))
-
-
-def last_row(path: Path, key: str, attempt: int | None = None, over: PassedOver | None = None) -> dict[str, Any]:
-    """The last row of a JSON-lines file in which `key` is a number or null; {} without one.
-
-    Of this attempt if it is among the last: a rank that outlived an earlier one may have written below it.
-    """
-    found: dict[str, Any] = {}
-    for row in islice(rows_backwards(path, over), _ROWS_LOOKED_AT):
-        if key in row and (row[key] is None or amount(row, key) is not None):
-            if attempt is None or whole(row, "attempt") == attempt:
-                return row
-            found = found or row
-    return found

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.errors import UserError, printable
-from launch.look.run_folder import holder_of, last_row, readable, running
+from launch.look.run_folder import holder_of, readable, running
 from launch.look.screen import Picture, show, show_once
 from launch.monitor.rows import OLD_S, OtherVersion, age_s, changed_s, newest_rows, phase_now
 from trainer.host.arguments import Parser, typed
@@ -23,7 +23,7 @@ from trainer.host.console import duration, si
 from trainer.life import attempts as life
 from trainer.life.attempts import Attempt
 from trainer.life.folder import RunFolder
-from trainer.life.rows import PassedOver, Row, amount, rows_backwards, text, whole
+from trainer.life.rows import PassedOver, Row, amount, last_row, rows_backwards, text, whole
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _HISTORY = 12

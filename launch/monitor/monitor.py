@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema.monitor import MonitorSection
+from launch.hooks import Hooks
 from launch.monitor.ask import STOPPED, ask, stacks_of, wake
 from launch.monitor.gpus import Gpus
 from launch.monitor.hang import HangWatch, culprits, describe, share
@@ -21,7 +22,6 @@ from launch.monitor.others import Others
 from launch.monitor.prometheus import Endpoint
 from launch.monitor.rollup import Minute
 from launch.monitor.windows import Windows
-from launch.run.hooks import Hooks
 from trainer.host import clock
 from trainer.host.node_name import node_name
 from trainer.host.terminal import say

@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer
 from typing import Any
 
-from launch.look.run_folder import last_row
 from trainer.life.folder import RunFolder
+from trainer.life.rows import last_row
 
 Row = dict[str, Any]
 _CLIENT_S = 2.0  # that one may take to say what it wants

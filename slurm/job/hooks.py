@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from configs.schema.slurm import SlurmSection
-from launch.run.hooks import Hooks
+from launch.hooks import Hooks
 from trainer.life.attempts import End
 
 

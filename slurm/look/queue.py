@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from slurm.ask import ask, facts_of
-from slurm.submit.request import minutes
+from slurm.minutes import minutes
 
 _PATIENCE_S = 20.0  # a person waits; a controller that is being restarted answers later
 _FIELDS = ("JobArrayID", "JobID", "State", "Reason", "NumNodes", "NodeList", "TimeLeft", "RestartCnt", "StdOut")

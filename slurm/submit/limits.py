@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema.slurm import SlurmSection
 from slurm.ask import ask, facts_of
-from slurm.submit.request import minutes
+from slurm.minutes import minutes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m slurm submit CONFIG --nodes N`: checks, a snapshot, a batch script by submitit, and what to type next."""
+"""A job before the queue: what can be known of it, a snapshot, a batch script by submitit, and following it."""
 
 from __future__ import annotations
 
@@ -16,69 +16,29 @@ from typing import Any
 
 from configs.config import Config
 from configs.errors import UserError
-from configs.load import dump, load
+from configs.load import dump
 from configs.schema.slurm import SlurmSection
+from launch.hooks import refuse_written_down
 from launch.look.run_folder import JOB_FILE, outcomes
-from launch.run.hooks import refuse_written_down
 from slurm.ask import ask
 from slurm.look import queue
+from slurm.minutes import minutes
 from slurm.submit import limits, snapshot
-from slurm.submit.request import add_flags, minutes, not_heard, request_of
-from trainer.host.arguments import config_parser, take, typed
+from trainer.host.arguments import typed
 from trainer.host.locks import lock
-from trainer.host.terminal import say, say_exactly
+from trainer.host.terminal import say
 from trainer.life import attempts as life
 from trainer.life.events import read_events
 from trainer.life.folder import RunFolder, write_json
 from trainer.life.rows import amount, facts_in, text
-from trainer.preflight import Problem, check, problems_of, refuse
+from trainer.preflight import Problem, check, problems_of
 
-_ELSEWHERE = "where only the nodes see such a path: --no-check-data, and the job looks"
 _POLL_S = 2.0
 _WITHOUT_GPUS = 2  # processes on a node, as `launch run` has it
 _BY_NAME = (
     *("partition", "account", "qos", "time", "cpus_per_task", "mem", "constraint", "exclude", "nodelist"),
     *("dependency", "mail_type", "mail_user", "comment"),
 )
-
-
-def main(arguments: list[str]) -> int:
-    """Returns the exit code."""
-    parser = config_parser("slurm submit", "Submit a run to a Slurm cluster.")
-    add_flags(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check, print the exact batch script, and end")
-    several = (
-        "one job for several runs: KEY=[A,B], more than once for each combination, or a file of overrides, a run a line"
-    )
-    parser.add_argument("--array", action="append", default=[], metavar="LIST", help=several)
-    parser.add_argument("--wait", action="store_true", help="follow the job; the exit code is the run's outcome")
-    unseen = "do not look for data, tokenizer, cache and start.from: only the nodes see them, and the job looks"
-    parser.add_argument("--no-check-data", action="store_true", help=unseen)
-    options = take(parser, arguments)
-    config = load(options.config, options.overrides)
-    request = request_of(config, options.overrides, options)
-    if line := not_heard(os.environ):
-        say(line, sys.stderr)
-    job: Submission = Submission(config, request)
-    if options.array:
-        from slurm.submit.array import ArraySubmission, configs_of
-
-        job = ArraySubmission(config, request, configs_of(config, options.array, options.config, options.overrides))
-    problems = job.problems(paths=not options.no_check_data)
-    refuse(problems, _ELSEWHERE if any(problem.elsewhere for problem in problems) else "")
-    try:
-        limits.check(job.request, limits.partitions())
-        ask("sbatch", "--test-only", script=job.script())  # what else Slurm has against it: account, features
-    except limits.NoSlurm as error:
-        if not options.dry_run:
-            raise
-        say(f"not held against a cluster: {error}", sys.stderr)
-    if options.dry_run:
-        say_exactly(job.script())
-        return 0
-    number = job.submit()
-    _say_next(number, job)
-    return job.follow(number) if options.wait else 0
 
 
 class Submission:
@@ -320,13 +280,6 @@ def lives(*numbers: str) -> bool:
     """Whether one of them does. While nobody answers, jobs go on: the controller may be down, the nodes are not."""
     answer = queue.of(numbers)
     return answer.silent is not None or any(number in answer.jobs for number in numbers)
-
-
-def _say_next(number: str, job: Submission) -> None:
-    say(f"job      {number}")
-    say(f"folder   {job.folder.root}")
-    say(f"look     {typed('slurm status', number)}    (or watch, or logs -f)")
-    say(f"stop     {typed('slurm stop', number)}    (saves and ends)")
 
 
 def _show(log: Path, shown: int) -> int:

@@ -34,8 +34,8 @@ from trainer.life.entries import entries as entries_of
 from trainer.life.folder import RunFolder
 from trainer.life.lease import Lease
 from trainer.life.rows import PassedOver, facts_in, read_rows, rows_backwards
-from trainer.loop import Progress
 from trainer.preflight import check
+from trainer.progress import Progress
 
 RUN = Path(__file__).with_name("run")  # two attempts, two checkpoints of 58 KiB, as a run left them
 STORED = {path.relative_to(RUN): path.read_bytes() for path in sorted(RUN.rglob("*")) if path.is_file()}

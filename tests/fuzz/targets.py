@@ -13,7 +13,7 @@ from typing import Any
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.files import BLOCK_BYTES, HEADER_LIMIT_BYTES, blocks_in, parse_header
 from trainer.checkpoint.format.manifest import Manifest, decode, decode_checksums, digest
-from trainer.loop import Progress
+from trainer.progress import Progress
 
 SAVED = Path(__file__).with_name("saved_by_a_run.json").read_bytes()  # by two ranks, a part frozen; without its digest
 _EMPTY = Manifest(step=0, files=[], partitions=[], tensors={}, checksums="0" * 32)

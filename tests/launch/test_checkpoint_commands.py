@@ -22,7 +22,7 @@ from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
 from trainer.life.folder import RunFolder
 from trainer.life.lease import Lease
-from trainer.loop import Progress
+from trainer.progress import Progress
 
 STEPS = (10, 20, 30, 40)
 

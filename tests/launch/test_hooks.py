@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from configs.errors import UserError
-from launch.run.hooks import Hooks, refuse_written_down
+from launch.hooks import Hooks, refuse_written_down
 
 FACTS = {"event": "idle", "text": "run: idle: 9 % active", "activity_pct": 9.0}
 
@@ -32,7 +32,7 @@ def test_a_command_is_told_in_its_environment(tmp_path: Path) -> None:
     ("command", "line"), [("exit 3", "hook: exit code 3"), ("sleep 60", "hook: not done after 0.3 s, ended")]
 )
 def test_what_a_command_does_wrong_is_a_line(command: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.run.hooks.PATIENCE_S", 0.3)
+    monkeypatch.setattr("launch.hooks.PATIENCE_S", 0.3)
     said: list[str] = []
     hooks = Hooks(command, None, said.append)
     began = time.monotonic()
@@ -110,7 +110,7 @@ def test_what_a_command_prints_is_thrown_away(capfd: pytest.CaptureFixture[str])
 
 
 def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.run.hooks.PATIENCE_S", 0.5)
+    monkeypatch.setattr("launch.hooks.PATIENCE_S", 0.5)
     deaf = socket.create_server(("127.0.0.1", 0))  # takes a request, and never answers
     monkeypatch.setenv("MY_HOOK", f"http://127.0.0.1:{deaf.getsockname()[1]}/")
     said: list[str] = []

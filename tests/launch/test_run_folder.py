@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from launch.look.run_folder import all_attempts, last_row, runs_in, view
+from launch.look.run_folder import all_attempts, runs_in, view
 from tests import made_up
 from trainer.life import rows
 from trainer.life.attempts import End
 from trainer.life.folder import RunFolder
 from trainer.life.lease import _self_description
-from trainer.life.rows import rows_backwards
+from trainer.life.rows import last_row, rows_backwards
 
 _ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 _JSON = st.recursive(_ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))

@@ -13,10 +13,11 @@ import yaml
 
 from configs.errors import UserError
 from configs.schema.slurm import SlurmSection
+from slurm.minutes import minutes
 from slurm.rehearsal.cluster import Cluster
 from slurm.submit.array import overrides_of
 from slurm.submit.limits import Partition, check, gpus_of, partition_of
-from slurm.submit.request import _read_file, cluster_file, minutes
+from slurm.submit.request import _read_file, cluster_file
 from tests.distributed import write_config
 from tests.slurm.jobs import ROOT, call, environment, wait_for
 from trainer.life.events import Events

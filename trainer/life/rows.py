@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -27,6 +28,9 @@ _LARGEST_FILE_BYTES = 64 << 20  # of a file that is read whole
 _END_OF_TIME_S = 2.0**33  # the year 2242: no clock of a run shows more, and every calendar can print it
 _SHOWN = 3
 _FOREIGN = "not what we write there"
+
+
+_ROWS_LOOKED_AT = 200  # from the end, for one that has a key
 
 
 class PassedOver:
@@ -231,3 +235,17 @@ def record(kind: type[T], facts: Any) -> T | None:
         return cast("T", _checked(cast("Any", kind)).validate_json(json.dumps(facts), strict=True))
     except (ValueError, RecursionError):
         return None
+
+
+def last_row(path: Path, key: str, attempt: int | None = None, over: PassedOver | None = None) -> dict[str, Any]:
+    """The last row of a JSON-lines file in which `key` is a number or null; {} without one.
+
+    Of this attempt if it is among the last: a rank that outlived an earlier one may have written below it.
+    """
+    found: dict[str, Any] = {}
+    for row in islice(rows_backwards(path, over), _ROWS_LOOKED_AT):
+        if key in row and (row[key] is None or amount(row, key) is not None):
+            if attempt is None or whole(row, "attempt") == attempt:
+                return row
+            found = found or row
+    return found

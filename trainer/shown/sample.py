@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from configs.config import Config
 from trainer.data.tokenizer import load_tokenizer
+from trainer.engines.base import Engine
 from trainer.ranks.seeds import generator
-
-if TYPE_CHECKING:
-    from trainer.run import Run
 
 TEMPERATURE = 0.7
 
 
-def write_sample(run: Run) -> str:
+def write_sample(config: Config, engine: Engine, step: int) -> str:
     """`task.sample_prompt` continued by `task.sample_tokens` tokens. A collective: each token is one forward of all
     ranks, so the number of tokens is fixed and no rank ends early."""
-    config = run.config
     tokenizer = load_tokenizer(config.data, config.model.vocab_size)
     ids = [int(i) for i in tokenizer.encode([config.task.sample_prompt.encode()])[0]] or [tokenizer.end_token]
-    draw = generator(torch.device("cpu"), config.run.seed, "sample", run.progress.step)
+    draw = generator(torch.device("cpu"), config.run.seed, "sample", step)
     for _ in range(config.task.sample_tokens):
-        window = torch.tensor([ids[-config.data.seq_len :]], device=run.world.device)
-        logits = run.engine.logits(window)[0].cpu()
+        window = torch.tensor([ids[-config.data.seq_len :]], device=engine.device)
+        logits = engine.logits(window)[0].cpu()
         logits[tokenizer.size :] = -torch.inf  # rows of the embedding beyond the tokenizer
         probabilities = torch.softmax(logits / TEMPERATURE, dim=-1)
         ids.append(int(torch.multinomial(probabilities, 1, generator=draw)))

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from trainer.begin import target_of
+from configs.config import Config
+from trainer.engines.base import Engine
 from trainer.host.console import duration, gib, si
-from trainer.life.attempts import End
+from trainer.life.attempts import Attempt, End
 from trainer.life.layout import resolve
-
-if TYPE_CHECKING:
-    from trainer.run import Run
+from trainer.ranks.world import World
 
 
-def say_start(run: Run) -> None:
-    """Model, parameters, layout, tokens per step, bytes per rank, data, and where it begins."""
-    config, world = run.config, run.world
-    infos, trainable = run.engine.parameters(), run.engine.trainable()
+def start_lines(
+    config: Config, world: World, engine: Engine, states: Mapping[str, int], data: Sequence[str], begins: str
+) -> list[str]:
+    """Model, parameters, layout, tokens per step, bytes per rank, data, and where it begins. `states`: how many tensors
+    the optimizer keeps for a parameter."""
+    infos, trainable = engine.parameters(), engine.trainable()
     counts = {name: _numel(info.shape) for name, info in infos.items()}
     total, trained = sum(counts.values()), sum(counts[n] for n in trainable)
     tokens = config.train.global_batch * config.data.seq_len
     m = config.model
-    lines = [
+    flops = engine.flops_per_token(config.data.seq_len)
+    return [
         f"model     {m.name}: {m.layers} blocks of width {m.dim}, {m.heads} heads, vocabulary {m.vocab_size}",
-        f"params    {si(total)}, {trained / total:.1%} trained; {si(run.flops_per_token())}FLOP per token",
-        *_group_table(run, counts, trainable),
-        f"layout    {_layout(run)}",
+        f"params    {si(total)}, {trained / total:.1%} trained; {si(flops)}FLOP per token",
+        *_group_table(engine, states, counts),
+        f"layout    {_layout(config, world)}",
         f"step      {config.train.global_batch} samples, {si(tokens)} tokens; {config.train.steps} steps, "
         f"{si(tokens * config.train.steps)} tokens in all",
-        *(f"data      {line}" for line in run.prepared.describe(config)),
-        f"begins    {run.origin}" + (f", step {run.progress.step}" if run.progress.step else ""),
-        f"folder    {run.folder.root} (attempt {run.attempt.number}, rank 0 of {world.size} on {world.node})",
+        *(f"data      {line}" for line in data),
+        f"begins    {begins}",
     ]
-    run.console.say("\n".join(lines))
 
 
-def _group_table(run: Run, counts: dict[str, int], trainable: set[str]) -> list[str]:
+def _group_table(engine: Engine, states: Mapping[str, int], counts: dict[str, int]) -> list[str]:
     """A line per group of parameters: how many, how many train, and rank 0's bytes of weights, gradients and state."""
-    local = {piece.key: piece for piece in run.engine.pieces() if piece.group != "optim"}
-    states = {name: len(keys) for name, keys in target_of(run, run.origin.trainable).state.items()}
+    local = {piece.key: piece for piece in engine.pieces() if piece.group != "optim"}
+    trainable = engine.trainable()
     groups: dict[str, list[str]] = {}
     for name in counts:
         groups.setdefault(name.split(".")[0], []).append(name)
@@ -52,8 +52,7 @@ def _group_table(run: Run, counts: dict[str, int], trainable: set[str]) -> list[
     return lines
 
 
-def _layout(run: Run) -> str:
-    config, world = run.config, run.world
+def _layout(config: Config, world: World) -> str:
     p, precision = config.parallel, config.precision
     kind = "one process"
     if world.size > 1:
@@ -75,25 +74,23 @@ def _numel(shape: tuple[int, ...]) -> int:
     return product
 
 
-def say_end(run: Run, end: End) -> None:
+def end_lines(config: Config, attempt: Attempt, end: End, seconds: float) -> list[str]:
     """How it ended, where everything lies, what to type next."""
-    run.console.end_live()
+    folder = attempt.folder
     told = {
         "finished": f"finished at step {end.step}",
         "stopped": f"stopped at step {end.step} ({end.cause})",
         "failed": f"failed at step {end.step} ({end.cause})",
     }[end.reason]
-    root = run.folder.root
     lines = [
-        f"{told}; {duration(run.seconds())} in this attempt",
-        f"  checkpoint  {run.folder.checkpoints / end.checkpoint if end.checkpoint else 'none'}",
-        f"  metrics     {run.folder.metrics}"
-        + (f", tensorboard --logdir {root}" if run.config.run.tensorboard else ""),
-        f"  log         {run.attempt.path}",
+        f"{told}; {duration(seconds)} in this attempt",
+        f"  checkpoint  {folder.checkpoints / end.checkpoint if end.checkpoint else 'none'}",
+        f"  metrics     {folder.metrics}" + (f", tensorboard --logdir {folder.root}" if config.run.tensorboard else ""),
+        f"  log         {attempt.path}",
     ]
     if end.reason == "stopped":
         lines.append("to go on: the same command again")
     elif end.reason == "finished":
-        longer = run.config.train.steps * 2
+        longer = config.train.steps * 2
         lines.append(f"to train longer: the same command with train.steps={longer}")
-    run.console.say("\n".join(lines))
+    return lines

@@ -28,7 +28,7 @@ from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.loop import Progress
+from trainer.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -23,7 +23,6 @@ from configs.config import Config
 from configs.errors import UserError
 from configs.schema.checkpoint import KeepSection
 from tests.distributed import run_ranks, tiny, train
-from trainer.begin import begin
 from trainer.checkpoint.keep.shelf import Shelf
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
@@ -253,7 +252,7 @@ def go_through(config: dict[str, Any], sound: Path, folder: Path, names: list[st
             config = self.config
             path = folder / f"{cell.name} named" / "other" / checkpoint_name(2)
             change = {"from_": str(path), "take": "everything"}
-            self.config = config.model_copy(update={"start": config.start.model_copy(update=change)})
+            self.beginning.config = config.model_copy(update={"start": config.start.model_copy(update=change)})
 
             def make(root: Path) -> None:
                 root.rename(root.with_name("other"))
@@ -262,7 +261,7 @@ def go_through(config: dict[str, Any], sound: Path, folder: Path, names: list[st
             try:
                 return self.begin_in(sound, f"{cell.name} named", make)
             finally:
-                self.config = config
+                self.beginning.config = config
 
         def begin_in(self, sound: Path, name: str, make: Callable[[Path], object]) -> Any:
             root, said = folder / name / "checkpoints", list[str]()
@@ -274,7 +273,7 @@ def go_through(config: dict[str, Any], sound: Path, folder: Path, names: list[st
             self.world.from_first(copied)
             self.store.shelf = Shelf(root, KeepSection(last=9), said.append)
             try:
-                origin = begin(self)
+                origin, self.progress = self.beginning.begin()
             except UserError as error:
                 return REFUSED, str(error), error.agreed
             assert origin.path is not None

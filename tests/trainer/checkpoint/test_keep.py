@@ -19,7 +19,7 @@ from trainer.checkpoint.keep.shelf import Shelf
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.loop import saves_to_come
+from trainer.progress import saves_to_come
 
 MODEL = "model/rank-00000.safetensors"
 

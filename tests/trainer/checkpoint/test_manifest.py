@@ -29,7 +29,7 @@ from trainer.checkpoint.keep.recover import recover
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore
-from trainer.loop import Progress
+from trainer.progress import Progress
 
 Change = Callable[[dict[str, Any]], object]
 
