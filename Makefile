@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test style test-all schema clean life slurm monitor faults matrix matrix-zero bench bench-checkpoint bench-zero gpu tutorial picture slurm-deps
+.PHONY: help demo test style test-all schema clean life slurm monitor faults matrix matrix-zero bench bench-against bench-checkpoint bench-zero gpu tutorial picture slurm-deps
 help:
 	@echo "make demo    set up, then train the demo on this machine"
 	@echo "make test    set up, then check style, types, imports and run the tests (ARGS: only these tests)"
@@ -16,6 +16,7 @@ help:
 	@echo "make matrix  every layout's checkpoint read under every layout, whatever is frozen, and every layout's losses"
 	@echo "make matrix-zero  the same with DeepSpeed ZeRO writing or reading, and all that is tried of ZeRO; goes on where it ended"
 	@echo "make bench   tokens/s against a bare PyTorch loop, and what logging and saving cost"
+	@echo "make bench-against ARGS=\"bits OTHER\" (or speed)   this checkout against another one: the same bits, the same speed"
 	@echo "make bench-checkpoint   saving and loading against plain reads and writes; a thousand ranks, simulated"
 	@echo "make bench-zero   FSDP2 against ZeRO 1, 2 and 3, and our ZeRO against bare DeepSpeed"
 	@echo "make gpu     the speed table and the tests that need an NVIDIA GPU: ten minutes, by whatever Python is here"
@@ -97,6 +98,9 @@ matrix-zero: $(VENV)/.test
 bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/speed.py --processes 1 --saving
 	@$(BIN)/python benchmarks/speed.py --processes 2 --saving
+
+bench-against: $(VENV)/.test
+	@$(BIN)/python benchmarks/against.py $(ARGS)
 
 bench-checkpoint: $(VENV)/.test
 	@$(BIN)/python benchmarks/checkpoint.py $(ARGS)
