@@ -38,3 +38,9 @@ class Sections(Section):
     @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.run.name}"
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sample, of a task that has tokens."""
+        assert self.data.seq_len is not None
+        return self.data.seq_len
