@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.config import Config
 from configs.errors import UserError
-from configs.fingerprint import differences, fields, fingerprint, result_fields
+from configs.fingerprint import decide, differences, fields, fingerprint, result_fields, undecided
 from configs.load import dump, load
 from configs.paths import fitting
 from trainer.checkpoint.load.start_from import checkpoint_named
@@ -93,7 +93,7 @@ def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
     return problems_of(
         start,
         lambda: _check_cache(config, folder.cache(config.data.cache)),
-        lambda: load_tokenizer(config.data, config.model.vocab_size),
+        lambda: config.task.needs_tokenizer and load_tokenizer(config.data, config.model.vocab_size),
         *(partial(check_source, source) for source in config.data.sources),
         elsewhere=True,
     )
@@ -179,6 +179,7 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
     if not folder.config.exists():
         return []
     old = load(str(folder.config), [])
+    config = begun_with(config, old)
     changes = [
         {"key": key, "old": before, "new": after}
         for key, before, after in differences(result_fields(old), result_fields(config))
@@ -189,9 +190,17 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
         named = ", ".join(f"{c['key']} {c['old']!r} -> {c['new']!r}" for c in refused)
         raise UserError(f"{folder.root} was begun with another config: {named}\n{_advice(refused, folder)}")
     events = [{"event": "data_moved" if c in moved else "config_changed", **c} for c in changes]
-    if old.train.steps != config.train.steps:
+    if config.train.epochs is None and old.train.steps != config.train.steps:
         events.append(_steps_changed(old, config))
     return events
+
+
+def begun_with(config: Config, old: Config) -> Config:
+    """The config with the sizes that the data decided when the folder was begun, where it leaves them out."""
+    if old.model.name != config.model.name:
+        return config  # it is refused by that name
+    known = {key: value for key, value, _ in fields(old)}
+    return decide(config, {key: known[key] for key in undecided(config) if known.get(key) is not None})
 
 
 def _is_settled_by_content(change: dict[str, Any], config: Config) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from configs.schema.section import MILLION, MOST_TOKENS, Section, result, speed
 
 
 class TaskSection(Section):
     """What is learned."""
+
+    needs_tokenizer: ClassVar[bool] = True
 
     name: Literal["lm"] = result("lm", "language modelling: predict the next token")
     z_loss: float = result(0.0, "weight of the squared log-partition penalty", ge=0, le=1000)
