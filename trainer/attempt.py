@@ -13,6 +13,7 @@ import torch
 
 from configs.config import Config
 from configs.errors import UserError
+from configs.schema.task import LmSection
 from trainer.host.console import Console
 from trainer.host.terminal import say
 from trainer.life import attempts as life
@@ -50,7 +51,8 @@ def live(run: Run) -> End:
             run.console.say(f"FAILED: {failure}")
             newest = run.folder.newest_checkpoint()[1]
             return End("failed", run.progress.step, newest, requeue=False, cause=failure.cause)
-        if cause is None and run.config.task.sample_tokens:
+        task = run.config.task
+        if cause is None and isinstance(task, LmSection) and task.sample_tokens:
             text = write_sample(run.config, run.engine, run.progress.step)
             run.console.end_live()
             run.console.say(f"what the model writes now:\n{text}")

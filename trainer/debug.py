@@ -12,6 +12,7 @@ import torch
 from configs.config import Config
 from configs.errors import UserError
 from configs.fingerprint import to_dict
+from configs.schema.model import DecoderSection
 from models import IGNORE
 from trainer.data.loader import MicroBatch
 from trainer.engines.base import Engine
@@ -53,7 +54,7 @@ def cut_to_size(config: Config, run_dir: str) -> Config:
     """The same config with a narrower model, shorter samples and smaller batches. What is small already stays, and so
     does every layer: patterns name them."""
     data = to_dict(config)
-    if config.start.from_ is None:
+    if config.start.from_ is None and isinstance(config.model, DecoderSection):
         data["model"] |= _cut_model(data["model"])
     seq_len = min(config.data.seq_len, 128)
     data["data"] |= {"seq_len": seq_len, "cache": str(RunFolder(Path(config.run_dir)).cache(config.data.cache))}
@@ -103,7 +104,8 @@ class CheckedEngine:
 
     def __init__(self, engine: Engine, config: Config, fresh: bool) -> None:
         self._engine, self._config = engine, config
-        self._expected_loss = math.log(config.model.vocab_size) if fresh else None
+        model = config.model
+        self._expected_loss = math.log(model.vocab_size) if fresh and isinstance(model, DecoderSection) else None
         self._loss = 0.0
 
     def __getattr__(self, name: str) -> Any:

@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.fingerprint import differences, fields, fingerprint, result_fields
 from configs.load import dump, load
 from configs.paths import fitting
+from configs.schema.model import DecoderSection
 from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.listing import check_source
 from trainer.engines import check_engine, check_package
@@ -90,10 +91,14 @@ def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
         if config.start.from_ is not None and folder.newest_checkpoint()[1] is None:  # else it is not read
             checkpoint_named(Path(config.start.from_))
 
+    def tokenizer() -> None:
+        if isinstance(config.model, DecoderSection):  # others read no tokens
+            load_tokenizer(config.data, config.model.vocab_size)
+
     return problems_of(
         start,
         lambda: _check_cache(config, folder.cache(config.data.cache)),
-        lambda: load_tokenizer(config.data, config.model.vocab_size),
+        tokenizer,
         *(partial(check_source, source) for source in config.data.sources),
         elsewhere=True,
     )

@@ -48,7 +48,7 @@ class Run:
         self.events.attempt = world.heartbeat.attempt = attempt.number
         self.progress = Progress()
         self.profiling = Profiling(config, world, attempt, self.events, self.console)
-        self.task = LanguageModelling(config.task)
+        self.task = LanguageModelling(config.lm)
         self.store = CheckpointStore(
             folder.checkpoints,
             world.rank,

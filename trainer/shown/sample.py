@@ -15,10 +15,10 @@ TEMPERATURE = 0.7
 def write_sample(config: Config, engine: Engine, step: int) -> str:
     """`task.sample_prompt` continued by `task.sample_tokens` tokens. A collective: each token is one forward of all
     ranks, so the number of tokens is fixed and no rank ends early."""
-    tokenizer = load_tokenizer(config.data, config.model.vocab_size)
-    ids = [int(i) for i in tokenizer.encode([config.task.sample_prompt.encode()])[0]] or [tokenizer.end_token]
+    tokenizer = load_tokenizer(config.data, config.decoder.vocab_size)
+    ids = [int(i) for i in tokenizer.encode([config.lm.sample_prompt.encode()])[0]] or [tokenizer.end_token]
     draw = generator(torch.device("cpu"), config.run.seed, "sample", step)
-    for _ in range(config.task.sample_tokens):
+    for _ in range(config.lm.sample_tokens):
         window = torch.tensor([ids[-config.data.seq_len :]], device=engine.device)
         logits = engine.logits(window)[0].cpu()
         logits[tokenizer.size :] = -torch.inf  # rows of the embedding beyond the tokenizer

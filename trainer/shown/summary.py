@@ -21,7 +21,7 @@ def start_lines(
     counts = {name: _numel(info.shape) for name, info in infos.items()}
     total, trained = sum(counts.values()), sum(counts[n] for n in trainable)
     tokens = config.train.global_batch * config.data.seq_len
-    m = config.model
+    m = config.decoder
     flops = engine.flops_per_token(config.data.seq_len)
     return [
         f"model     {m.name}: {m.layers} blocks of width {m.dim}, {m.heads} heads, vocabulary {m.vocab_size}",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from configs.schema.task import TaskSection
+from configs.schema.task import LmSection
 from trainer.data.loader import MicroBatch
 
 
@@ -18,7 +18,7 @@ class LanguageModelling:
     on how samples fall on ranks and micro batches.
     """
 
-    def __init__(self, section: TaskSection) -> None:
+    def __init__(self, section: LmSection) -> None:
         self.section = section
 
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
