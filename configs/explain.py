@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, NamedTuple, get_args, get_origin
@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from configs.config import Config
 from configs.parse import Node, Place, Problem, index_of
-from configs.schema.section import Section, is_section, keys
+from configs.schema.section import Section, is_section, keys, name_of, named
 from configs.typed import options_of
 
 UNITS = {
@@ -35,6 +35,7 @@ ELSEWHERE = {
     "grad_clip": "train.clip_norm",
     "gradient_checkpointing": "parallel.activation_checkpoint",
     "hidden_size": "model.dim",
+    "hidden_layer_sizes": "model.hidden",
     "intermediate_size": "model.mlp_dim",
     "learning_rate": "optim.lr",
     "max_steps": "train.steps",
@@ -67,45 +68,57 @@ _LIMITS = {
 }
 
 
-def section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section inside an annotation, and whether it is a list of them."""
-    for option in options_of(annotation):
-        if is_section(option):
-            return option, False
-        if get_origin(option) is list:
-            return section_of(get_args(option)[0])[0], True
-    return None, False
+Kinds = tuple[type[Section], ...]  # sections of which `name` chooses one, where there are several
+
+
+def sections_of(annotation: Any) -> tuple[Kinds, bool]:
+    """The sections inside an annotation, and whether it is a list of them."""
+    options = options_of(annotation)
+    listed = next((option for option in options if get_origin(option) is list), None)
+    if listed is not None:
+        return sections_of(get_args(listed)[0])[0], True
+    return tuple(option for option in options if is_section(option)), False
 
 
 def field_at(path: list[str]) -> FieldInfo | None:
     """The field that a path of keys and list indices leads to; None if the schema has none."""
-    section: type[Section] | None = Config
+    sections: Kinds = (Config,)
     info: FieldInfo | None = None
     for part in path:
-        if index_of(part) is not None:
-            continue
-        info = keys(section).get(part) if section is not None else None
-        section = section_of(info.annotation)[0] if info is not None else None
+        if index_of(part) is None:
+            info = keys(*sections).get(part)
+            sections = sections_of(info.annotation)[0] if info is not None else ()
     return info
 
 
+def valid_keys(node: Node | None, sections: Kinds = (Config,), prefix: str = "") -> Iterator[str]:
+    """Every dotted key that may stand in what was written, sections before what they hold; `*` stands for the index in
+    a list. Where nothing was written (None), those of every name that a section can have."""
+    written = node.value if node is not None and isinstance(node.value, dict) else None
+    for name, info in keys(*(sections if written is None else _meant(sections, written))).items():
+        yield prefix + name
+        inner, listed = sections_of(info.annotation)
+        child = None if listed or written is None else written.get(name)
+        yield from valid_keys(child, inner, prefix + name + (".*." if listed else "."))
+
+
 @cache
-def all_keys(section: type[Section] = Config, prefix: str = "") -> tuple[str, ...]:
-    """Every dotted key, sections before what they hold; `*` stands for the index in a list."""
-    found: list[str] = []
-    for name, info in keys(section).items():
-        found.append(prefix + name)
-        inner, listed = section_of(info.annotation)
-        if inner is not None:
-            found.extend(all_keys(inner, prefix + name + (".*." if listed else ".")))
-    return tuple(found)
+def all_keys() -> tuple[str, ...]:
+    """Every dotted key of any config."""
+    return tuple(valid_keys(None))
 
 
-def nearest(unknown: str) -> str | None:
+def _meant(sections: Kinds, written: dict[str, Node]) -> Kinds:
+    """Which of the sections this is, by its `name`; all of them where none has that."""
+    return named(sections, written["name"].plain() if "name" in written else None)
+
+
+def nearest(unknown: str, valid: Sequence[str] = ()) -> str | None:
     """The valid dotted key that an unknown one most likely means, by its last name or its whole path."""
+    valid = valid or all_keys()
     pattern = re.sub(r"\.\d+(?=\.|$)", ".*", unknown)
     section, _, name = pattern.rpartition(".")
-    if name in ELSEWHERE:
+    if ELSEWHERE.get(name) in valid:
         return ELSEWHERE[name]
 
     def likeness(known: str) -> float:
@@ -114,7 +127,7 @@ def nearest(unknown: str) -> str | None:
         last = 0.0 if stranger else SequenceMatcher(None, name, its_name).ratio()
         return max(0.9 * last, SequenceMatcher(None, pattern, known).ratio())  # of equal names, the one in this section
 
-    best = max(all_keys(), key=likeness)
+    best = max(valid, key=likeness)
     if likeness(best) < 0.62:
         return None
     for index in re.findall(r"\.(\d+)(?=\.|$)", unknown):
@@ -123,26 +136,29 @@ def nearest(unknown: str) -> str | None:
 
 
 class Unknown(NamedTuple):
-    """A key that the schema does not know, what stands at it, and the section in which it stands."""
+    """A key that the schema does not know, what stands at it, the section in which it stands, and those of another name
+    that could stand there."""
 
     key: str
     node: Node
     section: type[Section]
+    others: Kinds
 
 
-def take_unknown(node: Node, section: type[Section] = Config, prefix: str = "") -> Iterator[Unknown]:
+def take_unknown(node: Node, sections: Kinds = (Config,), prefix: str = "") -> Iterator[Unknown]:
     """Remove every key that the schema does not know."""
     if not isinstance(node.value, dict):
         return
-    known = keys(section)
+    meant = _meant(sections, node.value)
+    known = keys(*meant)
     for name, child in list(node.value.items()):
         key = prefix + name
         if name not in known:
             del node.value[name]
-            yield Unknown(key, child, section)
+            yield Unknown(key, child, meant[0], tuple(s for s in sections if s not in meant))
             continue
-        inner, listed = section_of(known[name].annotation)
-        if inner is None:
+        inner, listed = sections_of(known[name].annotation)
+        if not inner:
             continue
         if listed and isinstance(child.value, list):
             for index, item in enumerate(child.value):
@@ -151,14 +167,21 @@ def take_unknown(node: Node, section: type[Section] = Config, prefix: str = "") 
             yield from take_unknown(child, inner, key + ".")
 
 
-def explain_unknown(unknown: Unknown) -> Problem:
-    key, inner, section = unknown
-    if key.rpartition(".")[2] == "include":
+def explain_unknown(unknown: Unknown, valid: Sequence[str]) -> Problem:
+    """`valid`: the keys that may stand in this config."""
+    key, inner, section, others = unknown
+    parent, _, name = key.rpartition(".")
+    if name == "include":
         return Problem(inner.place, "`include` stands at the top of a file, not here")
+    having = [name_of(other) for other in others if name in keys(other)]
+    if having:
+        verb = "has" if len(having) == 1 else "have"
+        message = f"unknown key {key}: {parent}.name is {name_of(section)}, and only {' and '.join(having)} {verb} it"
+        return Problem(inner.place, message)
     while isinstance(inner.value, dict) and len(inner.value) == 1:  # `optimizer.lr` says more than `optimizer`
         (name, inner), *_ = inner.value.items()
         key += f".{name}"
-    near = nearest(key)
+    near = nearest(key, valid)
     message = f"unknown key {key}; " + (f"did you mean {near}?" if near else f"valid here: {', '.join(keys(section))}")
     return Problem(unknown.node.place, message)
 
@@ -166,11 +189,13 @@ def explain_unknown(unknown: Unknown) -> Problem:
 def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple[str, Problem]]:
     """Pydantic's findings as (pydantic's kind, problem). What is missing at the root is missing in `source`."""
     for found in error.errors(include_url=False):
-        path = [str(part) for part in found["loc"]]
-        kind, key = found["type"], ".".join(path)
+        path, info, sections = _field([str(part) for part in found["loc"]])
+        kind = found["type"]
+        if kind == "union_tag_invalid":
+            path.append("name")
+        key = ".".join(path)
         at = _locate(root, path, source)
         if kind == "missing":
-            info = field_at(path)
             message = f"{key} is missing" + (f" ({info.description})" if info else "")
         elif kind == "value_error":
             reason = str(found["ctx"]["error"])
@@ -178,6 +203,9 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
             at = max(mentioned, key=lambda place: place.line == 0, default=at)  # an override is the likeliest cause
             others = [str(place) for place in mentioned if place != at]
             message = (f"{key}: " if key else "") + reason + (f" (see also {', '.join(others)})" if others else "")
+        elif kind == "union_tag_invalid":
+            *names, last = map(name_of, sections)
+            message = f"{key} must be one of {', '.join(names)} or {last}, not {show(found['input']['name'])}"
         elif kind == "literal_error":
             message = (
                 f"{key} must be one of {found['ctx']['expected'].replace(chr(39), '')}, not {show(found['input'])}"
@@ -192,6 +220,26 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
         else:
             message = f"{key}: {found['msg'].removeprefix('Input ')}, not {show(found['input'])}"
         yield kind, Problem(at, message)
+
+
+def _field(location: list[str]) -> tuple[list[str], FieldInfo | None, Kinds]:
+    """The path at which pydantic found something, its field, and the sections that may stand there.
+
+    Where several may, pydantic puts the name of the one it took into the path: that is left out.
+    """
+    path: list[str] = []
+    info: FieldInfo | None = None
+    sections: Kinds = (Config,)
+    for part in location:
+        if index_of(part) is not None:
+            path.append(part)
+        elif len(sections) > 1:
+            sections = named(sections, part)[:1]
+        else:
+            path.append(part)
+            info = keys(*sections).get(part)
+            sections = sections_of(info.annotation)[0] if info is not None else ()
+    return path, info, sections
 
 
 def _limit(kind: str, context: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from configs.config import Config
 from configs.errors import UserError, printable
-from configs.explain import explain, explain_unknown, field_at, short, show, take_unknown
+from configs.explain import explain, explain_unknown, field_at, short, show, take_unknown, valid_keys
 from configs.files import NotText, read_text
 from configs.fingerprint import to_dict
 from configs.parse import Node, Place, Problem, index_of, parse, teach_core
@@ -48,7 +48,8 @@ def load(argument: str | None, overrides: list[str]) -> Config:
     for text in overrides:
         _override(root, text, problems)
     unknown = list(take_unknown(root))
-    problems.extend(map(explain_unknown, unknown[:MOST_EXPLAINED]))
+    valid = tuple(valid_keys(root)) if unknown else ()
+    problems.extend(explain_unknown(one, valid) for one in unknown[:MOST_EXPLAINED])
     unsaid = len(unknown[MOST_EXPLAINED:])
     settle(root, Config, problems)
     try:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.config import Config
-from configs.explain import section_of
-from configs.schema.section import MOST_PORT, Section
+from configs.explain import Kinds, sections_of
+from configs.schema.section import MOST_PORT, Section, name_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = ROOT / "configs" / "schema.json"
@@ -45,10 +45,12 @@ def json_schema() -> dict[str, Any]:
         for name, field in section["properties"].items():
             field.pop("title", None)
             changes = field.pop("changes", None)
-            if changes and "$ref" not in field:
+            if changes and "$ref" not in field and "oneOf" not in field:
                 field["description"] = f"{field['description']} (changes the {changes})".replace(
                     "the speed", "speed only"
                 )
+            if "oneOf" in field:  # a part of a section may fit several of them
+                field["anyOf"] = field.pop("oneOf")
             section["properties"][name] = field
     texts = {"type": "string"}
     include = {"description": "presets or files, relative to this one, that lie below what this file says"}
@@ -63,13 +65,24 @@ def reference() -> str:
     """A Markdown table per section: key, type, default, what it changes, what it does."""
     parts = [_HEAD]
     for name, info in Config.model_fields.items():
-        section, _ = section_of(info.annotation)
-        assert section is not None, name
-        parts.append(f"## {name}\n\n{section.__doc__}\n")
-        parts.append("| key | type | default | changes | what it is |\n|---|---|---|---|---|")
-        parts.extend(f"| {' | '.join(row)} |" for row in _rows(section, name + "."))
-        parts.append("")
+        sections, _ = sections_of(info.annotation)
+        parts.append(f"## {name}\n")
+        if len(sections) > 1:
+            parts.append(_choice(name, sections))
+        for section in sections:
+            if len(sections) > 1:
+                parts.append(f"### {name}: {name_of(section)}\n")
+            parts.append(f"{section.__doc__}\n")
+            parts.append("| key | type | default | changes | what it is |\n|---|---|---|---|---|")
+            parts.extend(f"| {' | '.join(row)} |" for row in _rows(section, name + "."))
+            parts.append("")
     return "\n".join(parts)
+
+
+def _choice(name: str, sections: Kinds) -> str:
+    *others, last = (f"`{name_of(section)}`" for section in sections)
+    names = f"{', '.join(others)} or {last}"
+    return f"`{name}.name` is {names}; {others[0]} where it is not given. Each has keys of its own.\n"
 
 
 def _rows(section: type[Section], prefix: str) -> Iterator[tuple[str, ...]]:
@@ -78,17 +91,18 @@ def _rows(section: type[Section], prefix: str) -> Iterator[tuple[str, ...]]:
         key = prefix + (info.alias or name)
         extra = info.json_schema_extra
         assert isinstance(extra, dict), key
-        inner, listed = section_of(info.annotation)
+        inner, listed = sections_of(info.annotation)
         default = "" if info.is_required() else f"`{json.dumps(_plain(info.default))}`"
         doc = str(info.description)
-        if inner is None:
+        if not inner:
             kind = _kind(schema["properties"][info.alias or name])
             yield f"`{key}`", kind, default, str(extra["changes"]), doc
             continue
         if listed or info.default is None:  # a section whose keys have one default each needs no row
             kind = "list of sections" if listed else "section or null"
             yield f"`{key}`", kind, default, str(extra["changes"]), doc
-        yield from _rows(inner, key + (".*." if listed else "."))
+        for one in inner:
+            yield from _rows(one, key + (".*." if listed else "."))
 
 
 def _plain(value: Any) -> Any:

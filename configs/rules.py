@@ -6,29 +6,49 @@ from collections import Counter
 from collections.abc import Iterator
 
 from configs.deepspeed import contradictions
+from configs.schema.model import DecoderSection
 from configs.schema.sections import Sections
+from configs.schema.task import LmSection
 
 
 def mistakes(config: Sections) -> list[str]:
     """What cannot be, in plain words with the keys; before any rank is started."""
+    unfit = list(_task(config))
+    if unfit:
+        return unfit  # what follows takes for granted that task and model have what they need
     zero = contradictions(config) if config.parallel.engine == "zero" else []
     return [*_data(config), *_tensor(config), *zero]
 
 
+def _task(config: Sections) -> Iterator[str]:
+    """A model computes with tokens or with features, and so does a task."""
+    task, model = config.task.name, config.model.name
+    fitting = "decoder" if task == "lm" else "mlp"
+    if model != fitting:
+        yield f"task.name {task} needs model.name {fitting}, not {model}"
+    if config.task.needs_tokenizer and config.data.seq_len is None:
+        yield "data.seq_len is missing: tokens per sample"
+
+
 def _data(config: Sections) -> Iterator[str]:
-    if config.data.seq_len > config.model.max_seq_len:
-        yield f"data.seq_len {config.data.seq_len} is longer than model.max_seq_len {config.model.max_seq_len}"
+    model, task = config.model, config.task
+    if isinstance(model, DecoderSection) and config.seq_len > model.max_seq_len:
+        yield f"data.seq_len {config.seq_len} is longer than model.max_seq_len {model.max_seq_len}"
     names = Counter(source.name for source in config.data.sources)
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         yield f"data.sources: the name {twice!r} stands twice"
-    if config.task.sample_tokens and config.data.tokenizer == "none":
+    if isinstance(task, LmSection) and task.sample_tokens and config.data.tokenizer == "none":
         yield "task.sample_tokens needs a data.tokenizer, which is none"
 
 
 def _tensor(config: Sections) -> Iterator[str]:
     """What cannot be split among the ranks of a tensor group."""
     model, tensor = config.model, config.parallel.tensor
+    if not isinstance(model, DecoderSection):
+        if tensor > 1:
+            yield f"parallel.tensor {tensor} has no way to split model.name {model.name}: it must be 1"
+        return
     kv_heads = model.kv_heads or model.heads
     for key, count in (("heads", model.heads), ("kv_heads", kv_heads)):
         if count % tensor:
@@ -45,10 +65,10 @@ def _tensor(config: Sections) -> Iterator[str]:
                 f"use a smaller parallel.tensor"
             )
             return
-    padded = -(-config.data.seq_len // tensor) * tensor
-    if model.position == "learned" and padded > model.max_seq_len >= config.data.seq_len:
+    padded = -(-config.seq_len // tensor) * tensor
+    if model.position == "learned" and padded > model.max_seq_len >= config.seq_len:
         yield (
-            f"data.seq_len {config.data.seq_len} is filled up to {padded}, a multiple of parallel.tensor {tensor}, "
+            f"data.seq_len {config.seq_len} is filled up to {padded}, a multiple of parallel.tensor {tensor}, "
             f"but model.max_seq_len gives learned positions for {model.max_seq_len}; "
             f"use data.seq_len={padded - tensor} or a parallel.tensor that divides it"
         )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection, ModelSection
 from models.base import Model
 from models.decoder import Decoder
 from models.flops import flops_per_token
 from models.tensor import PLANS
 
 
-def _decoder(section: ModelSection) -> Model:
+def _decoder(section: DecoderSection) -> Model:
     decoder = Decoder(section)
 
     def flops(tensors: Mapping[str, Tensor]) -> float:
@@ -32,7 +33,7 @@ def _decoder(section: ModelSection) -> Model:
     )
 
 
-REGISTRY: dict[str, Callable[[ModelSection], Model]] = {"decoder": _decoder}
+REGISTRY: dict[str, Callable[[Any], Model]] = {"decoder": _decoder}
 
 
 def build_model(section: ModelSection) -> Model:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection
 from models.cross_entropy import Head, LossSums
 from models.masks import attention_mask, document_starts
 from models.rope import rope_frequencies, rope_tables, rotate
@@ -38,7 +38,7 @@ def make_norm(kind: str, width: int, eps: float) -> nn.Module:
 class Attention(nn.Module):
     """Causal attention with grouped queries, rotary positions and norms on queries and keys where asked for."""
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: DecoderSection) -> None:
         super().__init__()
         kv_heads = section.kv_heads or section.heads
         self.head_dim = section.head_dim or section.dim // section.heads
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated (SwiGLU), or plain with GELU."""
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: DecoderSection) -> None:
         super().__init__()
         self.kind = section.mlp
         if self.kind == "swiglu":
@@ -96,7 +96,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each normed before and added to the residual stream."""
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: DecoderSection) -> None:
         super().__init__()
         self.attn_norm = make_norm(section.norm, section.dim, section.norm_eps)
         self.attn = Attention(section)
@@ -112,7 +112,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The model: embedding, blocks, norm, head. Modules stand in the order in which forward uses them."""
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: DecoderSection) -> None:
         super().__init__()
         self.section = section
         self.embed = nn.Embedding(section.vocab_size, section.dim)

@@ -102,12 +102,10 @@ def _steps(start: str) -> list[str]:
 
 def _values(key: str) -> list[str]:
     """The values of a key that takes only a few."""
-    for name, kinds in _keys():
-        if name == key:
-            words = [str(word) for kind in kinds for word in (*kind.get("enum", ()), *_const(kind))]
-            switches = ["true", "false"] if any(kind.get("type") == "boolean" for kind in kinds) else []
-            return words + switches
-    return []
+    kinds = [kind for name, found in _keys() if name == key for kind in found]  # `model.norm` is of several models
+    words = [str(word) for kind in kinds for word in (*kind.get("enum", ()), *_const(kind))]
+    switches = ["true", "false"] if any(kind.get("type") == "boolean" for kind in kinds) else []
+    return words + switches
 
 
 def _const(kind: dict[str, Any]) -> list[Any]:

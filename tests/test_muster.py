@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import load
+from configs.explain import field_at
 from configs.presets import about, presets
 from configs.reference import ROOT
 from launch.verbs import main_of
@@ -60,6 +60,9 @@ def test_version_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
         (["submit", "demo"], "optim.s", ["optim.schedule="], False),
         (["train", "demo"], "data.sources.", ["data.sources.0."], False),
         (["train", "demo"], "run.tensorboard=", ["run.tensorboard=false", "run.tensorboard=true"], False),
+        (["run", "demo"], "task.na", ["task.name="], False),
+        (["run", "demo"], "task.name=", ["task.name=classify", "task.name=lm", "task.name=regress"], False),
+        (["run", "demo"], "model.norm=l", ["model.norm=layernorm"], False),
         (["run", "demo"], "parallel.engine=", ["parallel.engine=fsdp", "parallel.engine=zero"], False),
         (["run", "demo"], "data.sources.0.path=te", [], True),
         (["run"], "--np", ["--nproc"], False),
@@ -87,15 +90,8 @@ def test_words_of_a_verb_are_those_that_it_takes(capsys: pytest.CaptureFixture[s
 def test_every_key_that_is_offered_is_one() -> None:
     keys = [key for key, _ in _keys()]
     assert len(keys) > 150
-    demo = load("demo", [])
     for key in keys:
-        section = demo
-        for part in key.split(".")[:-1]:
-            section = section[int(part)] if part.isdigit() else getattr(section, {"from": "from_"}.get(part, part))  # type: ignore[index]
-            if section is None or section == []:
-                break
-        else:
-            assert hasattr(section, {"from": "from_"}.get(key.rpartition(".")[2], key.rpartition(".")[2])), key
+        assert field_at(key.split(".")) is not None, key
 
 
 def test_bash_completes(tmp_path: Path) -> None:

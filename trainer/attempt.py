@@ -49,12 +49,8 @@ def live(run: Run) -> End:
             run.console.say(f"FAILED: {failure}")
             newest = run.folder.newest_checkpoint()[1]
             return End("failed", run.progress.step, newest, requeue=False, cause=failure.cause)
-        text = (
-            run.task.show(run.engine.call, run.config, run.engine.device, run.progress.step) if cause is None else None
-        )
-        if text is not None:
-            run.console.end_live()
-            run.console.say(text)
+        if cause is None:
+            _show(run)
     if cause is None:
         return End("finished", run.progress.step, run.folder.newest_checkpoint()[1], requeue=False)
     return stopped(run, cause)

@@ -12,6 +12,7 @@ import torch
 from configs.config import Config
 from configs.errors import UserError
 from configs.fingerprint import to_dict
+from configs.schema.model import DecoderSection
 from trainer.data.batch import Batch
 from trainer.engines.base import Engine
 from trainer.host.arguments import typed
@@ -53,9 +54,9 @@ def cut_to_size(config: Config, run_dir: str) -> Config:
     """The same config with a narrower model, shorter samples and smaller batches. What is small already stays, and so
     does every layer: patterns name them."""
     data = to_dict(config)
-    if config.start.from_ is None:
+    if config.start.from_ is None and isinstance(config.model, DecoderSection):
         data["model"] |= _cut_model(data["model"])
-    seq_len = min(config.seq_len, 128)
+    seq_len = config.data.seq_len and min(config.data.seq_len, 128)
     data["data"] |= {"seq_len": seq_len, "cache": str(RunFolder(Path(config.run_dir)).cache(config.data.cache))}
     batch = min(config.train.global_batch, 8)
     data["train"] |= {

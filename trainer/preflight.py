@@ -90,10 +90,14 @@ def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
         if config.start.from_ is not None and folder.newest_checkpoint()[1] is None:  # else it is not read
             checkpoint_named(Path(config.start.from_))
 
+    def tokenizer() -> None:
+        if config.task.needs_tokenizer:
+            load_tokenizer(config.data, config.decoder.vocab_size)
+
     return problems_of(
         start,
         lambda: _check_cache(config, folder.cache(config.data.cache)),
-        lambda: config.task.needs_tokenizer and load_tokenizer(config.data, config.model.vocab_size),
+        tokenizer,
         *(partial(check_source, source) for source in config.data.sources),
         elsewhere=True,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, Tag, model_validator
 
-from configs.schema.section import MILLION, MOST_TOKENS, Section, result
+from configs.schema.section import MILLION, MOST_TOKENS, Section, by_name, result
 
 
 class RopeScaling(Section):
@@ -18,10 +18,10 @@ class RopeScaling(Section):
     original_seq_len: int = result(8192, "context length the frequencies were made for", ge=1, le=MOST_TOKENS)
 
 
-class ModelSection(Section):
+class DecoderSection(Section):
     """A decoder Transformer, wide enough for Llama 2/3, Mistral, Qwen 2/2.5/3 and GPT-2."""
 
-    name: Literal["decoder"] = result("decoder", "which builder of the registry makes the model")
+    name: Literal["decoder"] = result("decoder", "a decoder Transformer")
     vocab_size: int = result(..., "rows of the embedding; at least the tokenizer's size", ge=2, le=2**31 - 1)
     dim: int = result(..., "width of the residual stream", ge=1, le=MILLION)
     layers: int = result(..., "number of blocks", ge=1, le=MILLION)
@@ -50,7 +50,7 @@ class ModelSection(Section):
     init_std: float = result(0.02, "standard deviation of initial weights", gt=0, le=1000)
 
     @model_validator(mode="after")
-    def _fits(self) -> ModelSection:
+    def _fits(self) -> DecoderSection:
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; give head_dim")
         if self.heads % (self.kv_heads or self.heads):
@@ -60,3 +60,27 @@ class ModelSection(Section):
         if self.position == "learned" and self.rope_scaling is not None:
             raise ValueError("rope_scaling has no meaning with learned positions")
         return self
+
+
+class MlpSection(Section):
+    """A multilayer perceptron: from numbers to a score for each class, or to a number for each target."""
+
+    name: Literal["mlp"] = result(..., "a multilayer perceptron")
+    features: int | None = result(None, "numbers that go in; default: as many as the data have", ge=1, le=MILLION)
+    hidden: list[Annotated[int, Field(ge=1, le=MILLION)]] = result(
+        [64], "width of each hidden layer, in order; []: a linear model", max_length=1000
+    )
+    outputs: int | None = result(
+        None, "numbers that come out; default: the classes of the data, or 1 target", ge=1, le=MILLION
+    )
+    activation: Literal["relu", "gelu", "tanh"] = result("relu", "after each hidden layer")
+    norm: Literal["none", "layernorm"] = result("none", "before each activation")
+    norm_eps: float = result(1e-5, "added to the variance", gt=0, le=1)
+    dropout: float = result(0.0, "dropout after each activation", ge=0, lt=1)
+
+
+ModelSection = Annotated[
+    Annotated[DecoderSection, Tag("decoder")] | Annotated[MlpSection, Tag("mlp")],
+    by_name("decoder"),
+]
+"""One of these, by its `name`; the decoder where none is given."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from collections.abc import Sequence
+from typing import Any, TypeGuard, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field
 from pydantic.fields import FieldInfo
 
 # Far above what anybody means. Beyond them clocks, C++ and memory give up, with words that name no key.
@@ -42,6 +43,33 @@ def is_section(kind: Any) -> TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def keys(section: type[Section]) -> dict[str, FieldInfo]:
-    """The fields of a section under the names they have in a file."""
-    return {info.alias or name: info for name, info in section.model_fields.items()}
+def keys(*sections: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section under the names they have in a file. Of several, a key that two have is the first's."""
+    found: dict[str, FieldInfo] = {}
+    for section in sections:
+        for name, info in section.model_fields.items():
+            found.setdefault(info.alias or name, info)
+    return found
+
+
+def by_name(default: str) -> Discriminator:
+    """Chooses among several sections, each tagged with the one value of its `name`; `default` where none is given."""
+
+    def chosen(given: Any) -> str:
+        name = given.get("name", default) if isinstance(given, dict) else getattr(given, "name", default)
+        return name if isinstance(name, str) else repr(name)  # the latter is none of theirs
+
+    return Discriminator(chosen)
+
+
+def name_of(section: type[Section]) -> str:
+    """The value of `name` that chooses this section among others."""
+    (name,) = get_args(section.model_fields["name"].annotation)
+    return str(name)
+
+
+def named(sections: Sequence[type[Section]], name: Any) -> tuple[type[Section], ...]:
+    """The section of this name; all, when none has it. The first is meant where `name` is None."""
+    if len(sections) < 2:
+        return tuple(sections)
+    return (sections[0],) if name is None else tuple(s for s in sections if name_of(s) == name) or tuple(sections)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from configs.schema.checkpoint import CheckpointSection
 from configs.schema.data import DataSection
 from configs.schema.freeze import FreezeSection
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection, ModelSection
 from configs.schema.monitor import MonitorSection
 from configs.schema.optim import OptimSection
 from configs.schema.parallel import ParallelSection
@@ -14,7 +14,7 @@ from configs.schema.run import RunSection
 from configs.schema.section import Section, result, speed
 from configs.schema.slurm import SlurmSection
 from configs.schema.start import StartSection
-from configs.schema.task import TaskSection
+from configs.schema.task import LmSection, TaskSection
 from configs.schema.train import TrainSection
 
 
@@ -25,7 +25,7 @@ class Sections(Section):
     model: ModelSection = result(..., "the model")
     start: StartSection = result(StartSection(), "where a new run begins")
     data: DataSection = result(..., "what is read")
-    task: TaskSection = result(TaskSection(), "what is learned")
+    task: TaskSection = result(LmSection(), "what is learned")
     train: TrainSection = result(..., "how long and in what batches")
     optim: OptimSection = result(OptimSection(), "optimizer and schedule")
     precision: PrecisionSection = result(PrecisionSection(), "number formats")
@@ -44,3 +44,17 @@ class Sections(Section):
         """Tokens per sample, of a task that has tokens."""
         assert self.data.seq_len is not None
         return self.data.seq_len
+
+    @property
+    def decoder(self) -> DecoderSection:
+        """The model, where only a decoder can be meant. Raises TypeError for another."""
+        if not isinstance(self.model, DecoderSection):
+            raise TypeError(f"model.name is {self.model.name}, not decoder")
+        return self.model
+
+    @property
+    def lm(self) -> LmSection:
+        """The task, where only language modelling can be meant. Raises TypeError for another."""
+        if not isinstance(self.task, LmSection):
+            raise TypeError(f"task.name is {self.task.name}, not lm")
+        return self.task

@@ -144,7 +144,8 @@ class ArraySubmission(Submission):
         found = problems_of(self._check_words, self._check_place)
         seen: set[str] = set()
         for run in self.runs:
-            named = f"{run.config.data.model_dump_json()} {run.config.model.vocab_size} {run.config.start.from_}"
+            vocab_size = getattr(run.config.model, "vocab_size", None)
+            named = f"{run.config.data.model_dump_json()} {vocab_size} {run.config.start.from_}"
             found += run.problems(paths and named not in seen)
             seen.add(named)
         return found

@@ -15,7 +15,7 @@ import pytest
 
 from configs.config import Config
 from configs.errors import UserError
-from configs.explain import section_of
+from configs.explain import sections_of
 from configs.load import dump, load
 from configs.paths import MOST_NAME_BYTES, MOST_PATH_BYTES, expanded
 from configs.schema.section import Section, keys
@@ -49,11 +49,11 @@ def numbers(annotation: Any, limits: list[Any]) -> Iterator[tuple[type, set[str]
 
 def fields_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, info in keys(section).items():
-        inner, _ = section_of(info.annotation)
-        if inner is None:
+        inner, _ = sections_of(info.annotation)
+        if not inner:
             yield prefix + name, info
-        else:
-            yield from fields_of(inner, f"{prefix}{name}.")
+        for one in inner:
+            yield from fields_of(one, f"{prefix}{name}.")
 
 
 def test_every_number_has_a_lower_and_an_upper_bound() -> None:

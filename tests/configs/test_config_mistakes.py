@@ -174,6 +174,51 @@ def test_on_the_command_line(override: str, message: str) -> None:
     assert mistakes("demo", override) == [f"command line: {override}: {message}"]
 
 
+FIT = ["task={name: classify}"]
+HIDDEN = "unknown key model.hidden: model.name is decoder, and only mlp has it"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["model.hidden=[3]"], [HIDDEN]),
+        (["model.name=decoder", "model.hidden=3"], [HIDDEN]),
+        (["model.name=cnn", "model.hidden=3"], ["model.name must be one of decoder or mlp, not the text 'cnn'"]),
+        (["model.name=null"], ["model.name must be one of decoder or mlp, not nothing"]),
+        (["model.name=[mlp]"], ["model.name must be one of decoder or mlp, not the list ['mlp']"]),
+        (["task.name=lms"], ["task.name must be one of lm, classify or regress, not the text 'lms'"]),
+        (["task.target=y"], ["unknown key task.target: task.name is lm, and only regress has it"]),
+        (["task.features=[]"], ["unknown key task.features: task.name is lm, and only classify and regress have it"]),
+        ([*FIT, "model={name: mlp, hidden_size: 3}"], ["unknown key model.hidden_size; did you mean model.hidden?"]),
+        ([*FIT, "model={name: mlp, qqqqqqq: 3}"], ["unknown key model.qqqqqqq; valid here: name, features, hidden, "]),
+        (["model={name: mlp, hidden: [8, x]}"], ["model.hidden.1 wants a whole number, not the text 'x'"]),
+        (["model={name: mlp, hidden: [0]}"], ["model.hidden.0 must be at least 1, not 0"]),
+        (["model={name: mlp}", "model.hidden.0=x"], ["model.hidden.0 wants a whole number, not the text 'x'"]),
+        (["model={name: mlp}"], ["task.name lm needs model.name decoder, not mlp"]),
+        (["task={name: classify}"], ["task.name classify needs model.name mlp, not decoder"]),
+        (
+            ["model={name: mlp}", "task={name: regress}", "parallel.shard=1", "parallel.tensor=2"],
+            ["parallel.tensor 2 has no way to split model.name mlp: it must be 1"],
+        ),
+    ],
+)
+def test_of_sections_that_a_name_chooses(overrides: list[str], messages: list[str]) -> None:
+    lines = mistakes("demo", *overrides)
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages, strict=True):
+        assert message in line
+        assert line.startswith("command line: ")
+
+
+def test_a_model_of_another_name_has_none_of_the_files_keys() -> None:
+    lines = mistakes("demo", "model.name=mlp", "model.hiden=[3]")
+    assert "unknown key model.vocab_size: model.name is mlp, and only decoder has it" in lines[0]
+    assert "configs/presets/demo.yaml:" in lines[0]
+    assert lines[-1] == "command line: model.hiden=[3]: unknown key model.hiden; did you mean model.hidden?"
+    assert load("demo", ["model={name: mlp}", "task={name: classify}"]).model.hidden == [64]
+    assert load("demo", ["model={name: mlp}", "model.hidden.0=8", "task={name: classify}"]).model.hidden == [8]
+
+
 def test_all_at_once(file: Callable[[str], str]) -> None:
     lines = mistakes(
         file("include: [demo, nowhere.yaml]\ntrain:\n  steps: many\n  lr: 1\noptim: {name: adm}\nseed: 3\n"),

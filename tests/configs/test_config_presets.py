@@ -12,10 +12,12 @@ from configs.config import Config
 from configs.fingerprint import fields
 from configs.load import FOLDER, load, presets
 from configs.reference import SCHEMA_FILE, contents, json_schema
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection
+
+SHARED = {"model.name", "model.norm", "model.norm_eps", "model.dropout", "task.name"}  # keys of several models, tasks
 
 
-def parameters(m: ModelSection) -> int:
+def parameters(m: DecoderSection) -> int:
     """Parameters of a Llama-like decoder, counted from its shape."""
     head_dim = m.head_dim or m.dim // m.heads
     attention = 2 * m.dim * head_dim * (m.heads + (m.kv_heads or m.heads))
@@ -61,8 +63,22 @@ def test_what_is_made_from_the_schema_is_current(path: Path) -> None:
 def test_the_reference_names_every_key() -> None:
     text = next(text for path, text in contents().items() if path.suffix == ".md")
     for key, _, changes in fields(load("demo", ["model.rope_scaling.factor=2"])):
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{key}` ")]
-        assert f"| {changes} |" in row
+        rows = [line for line in text.splitlines() if line.startswith(f"| `{key}` ")]
+        assert len(rows) == 1 or key in SHARED
+        assert all(f"| {changes} |" in row for row in rows)
+
+
+def test_the_reference_has_a_table_for_each_model_and_task() -> None:
+    text = next(text for path, text in contents().items() if path.suffix == ".md")
+    for title, key in (
+        ("model: decoder", "model.dim"),
+        ("model: mlp", "model.hidden"),
+        ("task: regress", "task.target"),
+    ):
+        _, _, after = text.partition(f"### {title}\n")
+        table = after.partition("\n#")[0]
+        assert f"| `{key}` |" in table
+        assert f"| `{key.partition('.')[0]}.name` | `{title.rpartition(' ')[2]}` |" in table
 
 
 def test_the_schema_admits_a_part_of_a_config() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection
 from models import Decoder
 
 
@@ -34,7 +34,7 @@ class Gain(nn.Module):
 class Buffered(Decoder):
     """It has the decoder's parameters, so the decoder's tensor plan holds for it."""
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: DecoderSection) -> None:
         super().__init__(section)
         assert section.dropout == 0
         self.drop: nn.Module = Gain(section.dim)

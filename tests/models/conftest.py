@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection
 from models import Decoder, build_model
 
 SMALL: dict[str, Any] = {
@@ -15,8 +15,8 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def section_of(**overrides: Any) -> ModelSection:
-    return ModelSection(**{**SMALL, **overrides})
+def section_of(**overrides: Any) -> DecoderSection:
+    return DecoderSection(**{**SMALL, **overrides})
 
 
 def initialise(model: Decoder, seed: int = 0) -> Decoder:
@@ -27,7 +27,7 @@ def initialise(model: Decoder, seed: int = 0) -> Decoder:
 
 
 @pytest.fixture(name="section")
-def _section() -> Callable[..., ModelSection]:
+def _section() -> Callable[..., DecoderSection]:
     return section_of
 
 

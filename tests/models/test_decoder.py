@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection
 from models import Decoder, LossSums, build_model
 from models.decoder import Attention
 
@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_the_logits(build: Callable[..., Decoder]) -> None:
     torch.testing.assert_close(model(**inputs).loss, expected.detach())
 
 
-def test_initialisation_is_a_function_of_seed_and_name(section: Callable[..., ModelSection]) -> None:
+def test_initialisation_is_a_function_of_seed_and_name(section: Callable[..., DecoderSection]) -> None:
     model = build_model(section(dim=64, layers=8))
 
     def draw(name: str, seed: int = 3) -> Tensor:
@@ -104,7 +104,7 @@ def test_norms_begin_at_one_and_biases_at_zero(build: Callable[..., Decoder]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_meta_allocates_nothing_and_materialises_whole(kind: str, section: Callable[..., ModelSection]) -> None:
+def test_meta_allocates_nothing_and_materialises_whole(kind: str, section: Callable[..., DecoderSection]) -> None:
     with torch.device("meta"):
         model = build_model(section(**KINDS[kind]))
         assert all(p.is_meta for p in model.parameters())

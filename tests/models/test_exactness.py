@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from configs.schema.model import ModelSection, RopeScaling
+from configs.schema.model import DecoderSection, RopeScaling
 from models import Decoder, build_model
 from models.decoder import make_norm
 
@@ -113,7 +113,7 @@ def pair(family: Any) -> tuple[hf.PreTrainedModel, Decoder]:
     for name, parameter in theirs.named_parameters():
         if "norm" in name or "ln_" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0 if name.endswith("bias") else 1.0, 0.3)
-    ours = build_model(ModelSection(**{**OURS, **overrides}))
+    ours = build_model(DecoderSection(**{**OURS, **overrides}))
     ours.load_state_dict(ours_named(family, theirs.state_dict()), strict=True)
     return theirs.eval(), ours.eval()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection
 from models import Decoder, build_model
 from models.flops import causal_flops_per_token, flops_per_token, parameter_count
 
@@ -21,13 +21,13 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
 LARGE = {"dim": 256, "layers": 3, "heads": 8, "kv_heads": 2, "mlp_dim": 384, "vocab_size": 500}
 
 
-def on_meta(section: ModelSection) -> Decoder:
+def on_meta(section: DecoderSection) -> Decoder:
     with torch.device("meta"):
         return build_model(section)
 
 
 def shape(name: str) -> Decoder:
-    return on_meta(ModelSection(**LLAMA, **SHAPES[name][0]))
+    return on_meta(DecoderSection(**LLAMA, **SHAPES[name][0]))
 
 
 def small_weights(model: Decoder) -> int:
@@ -78,7 +78,7 @@ def test_forward_of_the_8b_shape_is_what_torch_counts() -> None:
     assert flops_per_token(model, 256) - 2 * small_weights(model) == counted(model, 256, backward=False)
 
 
-def test_the_sliding_window_counts_what_it_leaves(section: Callable[..., ModelSection]) -> None:
+def test_the_sliding_window_counts_what_it_leaves(section: Callable[..., DecoderSection]) -> None:
     model = on_meta(section(sliding_window=5))
     pairs = sum(min(query + 1, 5) for query in range(20))
     full = flops_per_token(model, 20)
@@ -113,7 +113,7 @@ FREEZES: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("freeze", FREEZES)
 def test_forward_and_backward_are_what_torch_counts(
-    kind: str, freeze: str, section: Callable[..., ModelSection]
+    kind: str, freeze: str, section: Callable[..., DecoderSection]
 ) -> None:
     """With any part frozen. Exact but for norms and biases, 0.3 % of N here, which are in no matrix product."""
     model = on_meta(section(**{**LARGE, **KINDS[kind]}))
@@ -123,7 +123,7 @@ def test_forward_and_backward_are_what_torch_counts(
     assert seen <= claimed <= seen + 6 * small_weights(model)
 
 
-def test_queries_alone_still_cost_all_of_attentions_backward(section: Callable[..., ModelSection]) -> None:
+def test_queries_alone_still_cost_all_of_attentions_backward(section: Callable[..., DecoderSection]) -> None:
     """Fused kernels give the gradients of queries, keys and values or none; the plain products on meta leave two of
     four out."""
     model = on_meta(section(**LARGE))
@@ -133,7 +133,7 @@ def test_queries_alone_still_cost_all_of_attentions_backward(section: Callable[.
     assert 0 <= difference <= 6 * small_weights(model)
 
 
-def test_nothing_trainable_costs_the_forward(section: Callable[..., ModelSection]) -> None:
+def test_nothing_trainable_costs_the_forward(section: Callable[..., DecoderSection]) -> None:
     model = on_meta(section(**LARGE)).requires_grad_(False)
     weights = sum(map(parameter_count, (*model.blocks, model.norm, model.head)))
     assert flops_per_token(model, 48) == 2 * weights + 4 * len(model.blocks) * 8 * 32 * 48

@@ -30,7 +30,7 @@ Poll = Callable[[int], None]  # called often with the bytes just read
 
 def settings_of(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything but the files themselves that decides what a prepared source holds."""
-    size = config.model.vocab_size if source.kind == "tokens" else tokenizer.size
+    size = config.decoder.vocab_size if source.kind == "tokens" else tokenizer.size
     return {
         "format": FORMAT,
         "source": {**source.model_dump(exclude={"weight"}), "path": str(source_root(source))},

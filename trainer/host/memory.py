@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
 from configs.config import Config
 from configs.errors import UserError
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection, ModelSection
 from trainer.host.cgroups import groups_above
 
 _SAMPLE_BYTES = 20  # of each token of a batch: itself, its target, its document
@@ -22,10 +23,10 @@ def check_memory(config: Config, here: int, processes: int) -> None:
     """
     total = _machine_bytes()
     share = -(-config.train.global_batch // processes)
-    batches = here * share * config.data.seq_len * _SAMPLE_BYTES * (config.data.prefetch_steps + 1)
+    batches = here * share * config.seq_len * _SAMPLE_BYTES * (config.data.prefetch_steps + 1)
     if batches > total:
         raise UserError(
-            f"train.global_batch {config.train.global_batch} of data.seq_len {config.data.seq_len} needs "
+            f"train.global_batch {config.train.global_batch} of data.seq_len {config.seq_len} needs "
             f"{batches / 1e9:.0f} GB of memory for the batches of {here} processes ({config.data.prefetch_steps} made "
             f"ahead), this machine has {total / 1e9:.0f} GB: lower train.global_batch or data.prefetch_steps"
         )
@@ -35,8 +36,7 @@ def check_memory(config: Config, here: int, processes: int) -> None:
         raise UserError(
             f"model: {numbers:.3g} parameters and what the optimizer keeps need {held / 1e9:.0f} GB in {here} of "
             f"{processes} processes, this machine has {total / 1e9:.0f} GB and no GPU: take a smaller model "
-            f"(model.layers {config.model.layers}, model.dim {config.model.dim}, "
-            f"model.vocab_size {config.model.vocab_size}) or more machines"
+            f"({_sizes(config.model)}) or more machines"
         )
 
 
@@ -51,12 +51,21 @@ def _least_bytes(config: Config) -> int:
 
 
 def parameters(model: ModelSection) -> int:
-    """How many numbers the model's matrices hold; norms and biases are left out."""
+    """How many numbers the model's matrices hold; norms and biases are left out, and sizes that only the data tell."""
+    if not isinstance(model, DecoderSection):
+        return sum(a * b for a, b in pairwise((model.features or 1, *model.hidden, model.outputs or 1)))
     width = (model.head_dim or model.dim // model.heads) * (2 * model.heads + 2 * (model.kv_heads or model.heads))
     block = model.dim * (width + model.mlp_dim * (3 if model.mlp == "swiglu" else 2))
     rows = model.vocab_size * (1 if model.tie_embeddings else 2)
     rows += model.max_seq_len if model.position == "learned" else 0
     return model.layers * block + rows * model.dim
+
+
+def _sizes(model: ModelSection) -> str:
+    """The keys that make it large."""
+    if isinstance(model, DecoderSection):
+        return f"model.layers {model.layers}, model.dim {model.dim}, model.vocab_size {model.vocab_size}"
+    return f"model.features {model.features}, model.hidden {model.hidden}, model.outputs {model.outputs}"
 
 
 def _machine_bytes() -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from configs.config import Config
 from trainer.tasks.base import Task
 from trainer.tasks.lm import LanguageModelling
 
-TASKS = {"lm": LanguageModelling}
+TASKS: dict[str, Callable[[Any], Task]] = {"lm": LanguageModelling}
 
 
 def build_task(config: Config) -> Task:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from configs.config import Config
-from configs.schema.task import TaskSection
+from configs.schema.task import LmSection
 from models import IGNORE
 from trainer.data.batch import Batch, Row
 from trainer.data.open_tokens import describe_tokens, open_tokens
@@ -30,7 +30,7 @@ class LanguageModelling:
     best = Best("loss")
     unit: Literal["tokens", "samples"] = "tokens"
 
-    def __init__(self, section: TaskSection) -> None:
+    def __init__(self, section: LmSection) -> None:
         self.section = section
 
     def prepare(
@@ -92,4 +92,4 @@ class LanguageModelling:
         return f"the target of token {place} of sample {sample} is another document's"
 
     def first_loss(self, config: Config) -> float:
-        return math.log(config.model.vocab_size)
+        return math.log(config.decoder.vocab_size)

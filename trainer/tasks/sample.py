@@ -19,8 +19,8 @@ TEMPERATURE = 0.7
 def write_sample(call: Call, config: Config, device: torch.device, step: int) -> str:
     """`task.sample_prompt` continued by `task.sample_tokens` tokens. A collective: each token is one forward of all
     ranks, so the number of tokens is fixed and no rank ends early."""
-    section = config.task
-    tokenizer = load_tokenizer(config.data, config.model.vocab_size)
+    section = config.lm
+    tokenizer = load_tokenizer(config.data, config.decoder.vocab_size)
     ids = [int(i) for i in tokenizer.encode([section.sample_prompt.encode()])[0]] or [tokenizer.end_token]
     draw = generator(torch.device("cpu"), config.run.seed, "sample", step)
     for _ in range(section.sample_tokens):

@@ -124,11 +124,11 @@ def test_what_was_written_in_2023(stage: int, tmp_path: Path) -> None:
 
 
 def decoder() -> nn.Module:
-    from configs.schema.model import ModelSection
+    from configs.schema.model import DecoderSection
     from models import build_model
 
     register()
-    made = build_model(ModelSection.model_validate(tiny(Path("/nowhere"))["model"]))
+    made = build_model(DecoderSection.model_validate(tiny(Path("/nowhere"))["model"]))
     with torch.no_grad():
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
             made.init_parameter(name, tensor, torch.Generator().manual_seed(len(name)))
