@@ -130,7 +130,7 @@ def train_unsaved(config: Config) -> int:
 
 def measure(shape: str, config: Config, limit_s: float) -> dict[str, Any]:
     """Train, for at most so long, and take the median step after warm-up from metrics.jsonl, of however many it has."""
-    from models import build_model
+    from models import Decoder, build_model
     from models.flops import causal_flops_per_token, flops_per_token, parameter_count
 
     folder = RunFolder(Path(config.run_dir))
@@ -145,14 +145,15 @@ def measure(shape: str, config: Config, limit_s: float) -> dict[str, Any]:
     found = read_rows(folder.metrics)[WARM_UP:]
     middle = lambda key: statistics.median(row[key] for row in found) if found and found[-1][key] else None  # noqa: E731
     with torch.device("meta"):
-        model = build_model(config.model)
+        model = build_model(config.model).module
+    assert isinstance(model, Decoder)
     mfu = middle("mfu")
-    ratio = causal_flops_per_token(model, config.data.seq_len) / flops_per_token(model, config.data.seq_len)
+    ratio = causal_flops_per_token(model, config.seq_len) / flops_per_token(model, config.seq_len)
     return {
         "shape": shape,
         "parameters (B)": parameter_count(model) / 1e9,
-        "sequence": config.data.seq_len,
-        "tokens/step": config.train.global_batch * config.data.seq_len,
+        "sequence": config.seq_len,
+        "tokens/step": config.train.global_batch * config.seq_len,
         "steps": len(found),
         "tokens/s": middle("tokens_per_s") or "not measured",
         "MFU": mfu or "n/a",

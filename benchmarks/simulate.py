@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.table import show
 from configs.load import load
-from models import PLANS, build_model
+from models import build_model
 from trainer.checkpoint.format.boxes import Group, Ints, Wanted
 from trainer.checkpoint.format.collector import no_collection
 from trainer.checkpoint.format.files import BLOCK_BYTES, HASH_DIGITS, blocks_in
@@ -67,11 +67,12 @@ class Shapes:
     def __init__(self, preset: str, overrides: Sequence[str] = ()) -> None:
         section = load(preset, list(overrides)).model
         with META:
-            model = build_model(section)
-        plan = PLANS[section.name]
+            built = build_model(section)
+        plan = built.plan
+        assert plan is not None
         rules = [(plan.columns, 0), (plan.rows, 1), (plan.vocabulary, 0), (plan.whole, None), (plan.positions, None)]
         self.parameters: dict[str, tuple[Ints, int | None]] = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in built.module.named_parameters():
             module = name.rpartition(".")[0]
             dim = next(dim for globs, dim in rules if any(fnmatchcase(module, glob) for glob in globs))
             self.parameters[name] = (tuple(parameter.shape), dim)

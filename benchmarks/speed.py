@@ -64,7 +64,7 @@ def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
     run = open_run(config, world)
     bare = BareLoop(run)
     ours = partial(train_on, run)
-    tokens = config.train.global_batch * config.data.seq_len
+    tokens = config.train.global_batch * config.seq_len
     rows = [_row("ours / bare", ours, bare.run, SEGMENT_STEPS, pairs, tokens, world)]
     if saving:
         with_saves: Callable[[int], None] = lambda steps: ours(steps, SAVING_STEPS)  # noqa: E731
@@ -142,15 +142,16 @@ class BareLoop:
         self.config, self.world = run.config, run.world
         compute = DTYPES[self.config.precision.compute]
         torch.manual_seed(0)
-        self.model = build_model(self.config.model)
+        built = build_model(self.config.model)
+        self.model = built.module
         for name, parameter in self.model.named_parameters():
-            self.model.init_parameter(name, parameter.data, torch.Generator().manual_seed(0))
+            built.initialise(name, parameter.data, torch.Generator().manual_seed(0))
         self.model.to(self.world.device)
         mesh = make_mesh(self.config.parallel, self.world)
         self.autocast = mesh is None and compute != torch.float32
         if mesh is not None:
             precision = MixedPrecisionPolicy(param_dtype=compute if compute != torch.float32 else None)
-            for block in self.model.blocks:
+            for block in built.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=precision)
             fully_shard(self.model, mesh=mesh, mp_policy=precision)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.optim.lr, fused=True)
@@ -161,12 +162,12 @@ class BareLoop:
     def run(self, steps: int) -> None:
         for _ in range(steps):
             batch = next(self.batches)
-            for micro in batch.micro_batches:
-                micro = micro.to(self.world.device)
+            for micro in batch.batches:
+                tensors = micro.to(self.world.device).tensors
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
-                    logits = self.model(micro.tokens, documents=micro.documents)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), micro.targets.flatten())
-                (loss / len(batch.micro_batches)).backward()
+                    logits = self.model(tensors["tokens"], documents=tensors.get("documents"))
+                loss = F.cross_entropy(logits.float().flatten(0, 1), tensors["targets"].flatten())
+                (loss / len(batch.batches)).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()

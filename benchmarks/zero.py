@@ -236,11 +236,12 @@ class BareZero:
         from trainer.ranks.seeds import generator
 
         config = run.config
-        model = build_model(config.model)
+        built = build_model(config.model)
+        model = built.module
         for name, parameter in model.named_parameters():
-            model.init_parameter(name, parameter.data, generator(torch.device("cpu"), 0, name))
+            built.initialise(name, parameter.data, generator(torch.device("cpu"), 0, name))
         self.batches = itertools.cycle(list(itertools.islice(run.loader, 4)))
-        micro_batches = len(next(self.batches).micro_batches)
+        micro_batches = len(next(self.batches).batches)
         settings = {
             "train_micro_batch_size_per_gpu": config.train.micro_batch,
             "gradient_accumulation_steps": micro_batches,
@@ -262,9 +263,9 @@ class BareZero:
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
-            for micro in next(self.batches).micro_batches:
-                logits = self.engine(micro.tokens, documents=micro.documents)
-                self.engine.backward(F.cross_entropy(logits.float().flatten(0, 1), micro.targets.flatten()))
+            for micro in next(self.batches).batches:
+                logits = self.engine(micro.tensors["tokens"], documents=micro.tensors.get("documents"))
+                self.engine.backward(F.cross_entropy(logits.float().flatten(0, 1), micro.tensors["targets"].flatten()))
                 self.engine.step()
 
 

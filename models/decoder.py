@@ -1,8 +1,7 @@
 """A decoder Transformer, wide enough to hold Llama 2/3, Mistral, Qwen 2/2.5/3 and GPT-2 exactly.
 
 Read from the bottom: `Decoder` is tokens in, logits or loss out; a `Block` is attention, then MLP.
-Plain modules, no collectives. Engines rely on one thing: a weight is used only inside the forward of a module of its
-unit (`Decoder.shard_units`), for that is when sharded weights are whole.
+Plain modules, no collectives.
 """
 
 from __future__ import annotations

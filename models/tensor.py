@@ -7,7 +7,9 @@ only this rank's share of heads and channels: they give partial sums, which are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from models.cross_entropy import IGNORE
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class TensorPlan:
     positions: tuple[str, ...]  # embeddings of positions: whole on each rank, looked up for this rank's tokens alone
     vocabulary: tuple[str, ...]  # the embedding of tokens and the head: each rank holds some of the words
     gathered: tuple[str, ...]  # modules whose first argument is needed for all tokens
+    # arguments of the model that hold sequences (B, T), and what is put behind them, so that T divides among the ranks
+    filled: Mapping[str, int] = field(default_factory=dict)
 
 
 PLANS: Mapping[str, TensorPlan] = {
@@ -33,5 +37,6 @@ PLANS: Mapping[str, TensorPlan] = {
         positions=("pos",),
         vocabulary=("embed", "head"),
         gathered=("blocks.*.attn", "blocks.*.mlp", "head"),
+        filled={"tokens": 0, "documents": 0, "targets": IGNORE},
     ),
 }

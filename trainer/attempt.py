@@ -29,7 +29,7 @@ from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.schedule import rate_change, remarks
 from trainer.shown.sample import write_sample
-from trainer.shown.summary import end_lines, start_lines
+from trainer.shown.summary import Size, end_lines, start_lines
 from trainer.step import RunFailed
 
 Changes = list[dict[str, Any]]  # admitted differences from the config that a folder was begun with
@@ -170,9 +170,10 @@ def _attempt(run: Run, changes: Changes) -> End:
 
 def _say_start(run: Run) -> None:
     states = {name: len(keys) for name, keys in run.beginning.target_of(run.origin.trainable).state.items()}
+    size = Size(run.task.unit, run.task.example(run.config)[1], run.meter.flops_per_unit)
     begins = f"{run.origin}" + (f", step {run.progress.step}" if run.progress.step else "")
-    data = run.prepared.describe(run.config)
-    lines = start_lines(run.config, run.world, run.engine, states, data, begins)
+    data = run.task.describe(run.prepared, run.config)
+    lines = start_lines(run.config, run.world, run.engine, size, states, data, begins)
     place = f"attempt {run.attempt.number}, rank 0 of {run.world.size} on {run.world.node}"
     run.console.say("\n".join([*lines, f"folder    {run.folder.root} ({place})"]))
 

@@ -19,7 +19,6 @@ from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.checkpoint.save.store import CheckpointStore
 from trainer.data.prepared import Prepared, check_unchanged
 from trainer.engines.base import Engine
-from trainer.engines.optim import counts_steps, state_keys
 from trainer.freeze import check_schedule, choose_trainable
 from trainer.host.console import Console
 from trainer.life.events import Events
@@ -133,13 +132,13 @@ class Beginning:
 
     def target_of(self, trainable: frozenset[str]) -> Target:
         """What this run's memory is to hold when these parameters train."""
-        parameters, buffers, optim = self.engine.parameters(), self.engine.buffers(), self.config.optim
-        dims = {name: len(parameters[name].shape) for name in trainable}
+        engine = self.engine
+        parameters, buffers = engine.parameters(), engine.buffers()
         return Target(
             parameters | buffers,
             frozenset(buffers),
-            {name: state_keys(optim, name, dims[name]) for name in trainable},
-            frozenset(name for name in trainable if counts_steps(optim, name, dims[name])),
+            {name: engine.state_keys(name) for name in trainable},
+            frozenset(name for name in trainable if engine.counts_steps(name)),
         )
 
     def load(self, origin: Origin) -> Checkpoint | Faults:

@@ -13,8 +13,7 @@ from configs.config import Config
 from configs.errors import UserError
 from configs.fingerprint import to_dict
 from configs.schema.model import DecoderSection
-from models import IGNORE
-from trainer.data.loader import MicroBatch
+from trainer.data.batch import Batch
 from trainer.engines.base import Engine
 from trainer.host.arguments import typed
 from trainer.host.environment import Ranks
@@ -26,9 +25,10 @@ from trainer.life.stop import StopWish
 from trainer.run import Run
 from trainer.start import start
 from trainer.step import RunFailed
+from trainer.tasks.base import Task
 
 STEPS = 5
-LOSS_TOLERANCE = 0.5  # nats around log(vocabulary); a cut model's first logits spread by about 0.2
+LOSS_TOLERANCE = 0.5  # nats around the loss of guessing; a cut model's first logits spread by about 0.2
 
 
 def debug(config: Config, wish: StopWish) -> int:
@@ -56,7 +56,7 @@ def cut_to_size(config: Config, run_dir: str) -> Config:
     data = to_dict(config)
     if config.start.from_ is None and isinstance(config.model, DecoderSection):
         data["model"] |= _cut_model(data["model"])
-    seq_len = min(config.data.seq_len, 128)
+    seq_len = min(config.seq_len, 128)
     data["data"] |= {"seq_len": seq_len, "cache": str(RunFolder(Path(config.run_dir)).cache(config.data.cache))}
     batch = min(config.train.global_batch, 8)
     data["train"] |= {
@@ -96,24 +96,25 @@ class CheckedRun(Run):
     def build(self) -> None:
         super().build()
         fresh = self.origin.path is None
-        self.engine = CheckedEngine(self.engine, self.config, fresh)
+        expected = self.task.first_loss(self.config) if fresh else None
+        self.engine = CheckedEngine(self.engine, self.task, expected)
 
 
 class CheckedEngine:
     """Passes everything on to an engine, and checks what goes in and what comes out. Raises RunFailed."""
 
-    def __init__(self, engine: Engine, config: Config, fresh: bool) -> None:
-        self._engine, self._config = engine, config
-        model = config.model
-        self._expected_loss = math.log(model.vocab_size) if fresh and isinstance(model, DecoderSection) else None
+    def __init__(self, engine: Engine, task: Task, expected_loss: float | None) -> None:
+        self._engine, self._task, self._expected_loss = engine, task, expected_loss
         self._loss = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
-        check_batch(micro_batch)
-        sums = self._engine.forward_backward(micro_batch, scale, last)
+    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+        fault = self._task.fault(batch)
+        if fault is not None:
+            raise RunFailed("check", f"check failed: {fault}")
+        sums = self._engine.forward_backward(batch, scale, last)
         self._loss += float(sums[0] * scale)
         return sums
 
@@ -123,19 +124,6 @@ class CheckedEngine:
             check_first_loss(self._loss, self._expected_loss)
         self._expected_loss, self._loss = None, 0.0
         return self._engine.update(lr_factor, clip)
-
-
-def check_batch(micro_batch: MicroBatch) -> None:
-    """A batch has targets, and none of them belongs to another document than its input."""
-    targets, documents = micro_batch.targets, micro_batch.documents
-    if not (targets != IGNORE).any() and micro_batch.tokens.any():
-        raise RunFailed("check", "check failed: a micro batch with samples has no target")
-    if documents is None:
-        return
-    crosses = (documents[:, 1:] != documents[:, :-1]) & (targets[:, :-1] != IGNORE)
-    if crosses.any():
-        sample, place = (int(n) for n in crosses.nonzero()[0])
-        raise RunFailed("check", f"check failed: the target of token {place} of sample {sample} is another document's")
 
 
 def check_gradients(gradients: dict[str, torch.Tensor], trainable: set[str]) -> None:
@@ -158,4 +146,4 @@ def check_gradients(gradients: dict[str, torch.Tensor], trainable: set[str]) -> 
 def check_first_loss(loss: float, expected: float) -> None:
     """A fresh model knows nothing: its loss is that of guessing."""
     if not abs(loss - expected) < LOSS_TOLERANCE:
-        raise RunFailed("check", f"check failed: the first loss is {loss:.3f}, log(vocabulary) is {expected:.3f}")
+        raise RunFailed("check", f"check failed: the first loss is {loss:.3f}, that of guessing is {expected:.3f}")

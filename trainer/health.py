@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.config import Config
-from trainer.data.loader import StepBatch
+from trainer.data.batch import StepBatch
 from trainer.life.events import Events
 from trainer.progress import Progress
 from trainer.step import RunFailed, StepResult

@@ -39,7 +39,7 @@ def train(run: Run) -> Cause | None:
         result = train_step(run.engine, batch, progress.step + 1, config, agreement, run.step_phase)
         progress.step += 1
         progress.consumed_samples = batch.consumed_samples
-        run.meter.add(time.perf_counter() - began, run.loader.wait_s, config.train.global_batch)
+        run.meter.add(time.perf_counter() - began, run.loader.wait_s, batch.cost)
         run.after_first_step()
 
         health.check(result, batch)
@@ -66,7 +66,7 @@ def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Caus
     if cause is not None or not is_due:
         return cause
     with run.world.heartbeat.during(Phase.VALIDATING):
-        values = validate(run.engine, run.task, run.validation, agreement)
+        values = validate(run.engine, run.task, run.held_out, agreement)
     if values is not None:
         take_validation(run, values)
     return agreement.outcome()
@@ -82,17 +82,21 @@ def log(run: Run, result: StepResult) -> None:
     """Write the step's row. A collective: the loss is summed over all ranks."""
     sums = run.world.sum_data(result.sums.clone())
     if run.world.first:
-        values = run.task.metrics(sums, result.target_tokens)
-        run.meter.row(run.progress.step, run.progress.consumed_samples, result, values)
+        loss = run.task.columns[0]
+        values = {loss.name: float(sums[0]) / result.weights[0]}
+        if run.task.unit == "tokens":
+            values["target_tokens"] = int(result.weights[0])
+        norm = result.grad_norm if result.applied else None
+        run.meter.row(run.progress.step, run.progress.consumed_samples, values, result.lr_factor, norm)
 
 
 def take_validation(run: Run, values: dict[str, float]) -> None:
     """Note a validation's outcome. The values are the same on all ranks."""
-    progress = run.progress
+    progress, best = run.progress, run.task.best
     progress.validated_step = progress.step
-    loss = next(iter(values.values()))
-    better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
-    progress.best_loss = loss if better else progress.best_loss
+    score = values[best.metric] if best.better == "min" else -values[best.metric]
+    better = math.isfinite(score) and (progress.best_score is None or score < progress.best_score)
+    progress.best_score = score if better else progress.best_score
     progress.validations_without_better = 0 if better else progress.validations_without_better + 1
     if run.world.first:
-        run.meter.validation(progress.step, values)
+        run.meter.validation(progress.step, {f"validation_{name}": value for name, value in values.items()})

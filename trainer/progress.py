@@ -8,6 +8,8 @@ from typing import Any
 from configs.config import Config
 from trainer.checkpoint.format.manifest import Manifest
 
+_BEST = "best_loss"  # what format 1 calls it
+
 
 @dataclass
 class Progress:
@@ -17,21 +19,23 @@ class Progress:
     consumed_samples: int = 0
     nonfinite_in_a_row: int = 0
     validated_step: int = 0
-    best_loss: float | None = None
+    best_score: float | None = None  # lower is better: a metric of which more is better counts negative
     validations_without_better: int = 0
 
     def state(self) -> dict[str, Any]:
-        return asdict(self)
+        state = asdict(self)
+        return {**state, _BEST: state.pop("best_score")}
 
     @property
     def is_best(self) -> bool:
-        """Whether this very step has the best held-out loss so far."""
-        return self.best_loss is not None and self.validated_step == self.step and not self.validations_without_better
+        """Whether this very step has the best validation so far."""
+        return self.best_score is not None and self.validated_step == self.step and not self.validations_without_better
 
     @classmethod
     def of(cls, manifest: Manifest) -> Progress:
         """Step and position are the manifest's own; `loop` agrees, where it says them at all."""
         loop: dict[str, Any] = {**manifest.loop}
+        loop["best_score"] = loop.get(_BEST)
         known = {f.name: loop[f.name] for f in fields(cls) if f.name in loop}
         samples = manifest.position.get("consumed_samples", 0)
         return cls(**{**known, "step": manifest.step, "consumed_samples": samples})

@@ -17,9 +17,9 @@ from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore, SaveResult
-from trainer.data.loader import Loader, StepBatch, validation_batches
-from trainer.data.prepare import Interrupted, prepare
-from trainer.data.prepared import Prepared
+from trainer.data.batch import StepBatch
+from trainer.data.loader import HeldOut, Loader, held_out
+from trainer.data.prepare import Interrupted
 from trainer.engines import build_engine
 from trainer.host.console import Console, gib
 from trainer.life.attempts import Attempt
@@ -34,7 +34,7 @@ from trainer.ranks.world import World
 from trainer.shown.metrics import Meter
 from trainer.shown.profiling import Profiling
 from trainer.step import RunFailed
-from trainer.tasks.lm import LanguageModelling
+from trainer.tasks import build_task
 
 
 class Run:
@@ -48,7 +48,7 @@ class Run:
         self.events.attempt = world.heartbeat.attempt = attempt.number
         self.progress = Progress()
         self.profiling = Profiling(config, world, attempt, self.events, self.console)
-        self.task = LanguageModelling(config.lm)
+        self.task = build_task(config)
         self.store = CheckpointStore(
             folder.checkpoints,
             world.rank,
@@ -77,15 +77,17 @@ class Run:
         # Tokenising takes as long as it takes, longer than any collective may.
         with world.heartbeat.during(Phase.PREPARING):
             prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
-        self.prepared = self.beginning.prepared = Prepared.open(prepared)
+        self.prepared = self.beginning.prepared = self.task.open(prepared, config)
         world.from_first(self._last_look_before_loading)
         self.origin, self.progress = self.beginning.begin()
         self._say_frozen_ties()
         if self.origin.continuing:
             self.saved_step = self.progress.step
         self.check_space()
-        self.validation = validation_batches(self.prepared, config, world.data_rank, world.data_size)
+        chosen = held_out(self.prepared, "validation", config.train.validate_samples)
+        self.held_out = HeldOut(self.task, chosen, config, world.data_rank, world.data_size)
         self.loader = Loader(
+            self.task,
             self.prepared,
             config,
             start=self.progress.consumed_samples,
@@ -94,13 +96,14 @@ class Run:
             world_size=world.data_size,
             pin=world.device.type == "cuda",
         )
-        self.meter = Meter(config, world, self.folder, self.console, self.attempt.number, self.flops_per_token())
+        self.meter = Meter(config, world, self.folder, self.console, self.attempt.number, self.task.unit)
+        self.meter.flops_per_unit = self.flops_per_unit()
 
     def _prepare(self) -> Path:
         config = self.config
         cache, began_with = self.folder.cache(config.data.cache), self.beginning.fingerprints_to_find()
         try:
-            return prepare(config, cache, self.console.say, self._wished, began_with)
+            return self.task.prepare(config, cache, self.console.say, self._wished, began_with)
         except Interrupted as interrupted:
             raise StopRequested(self.wish.cause or Cause.INTERRUPT) from interrupted
 
@@ -139,7 +142,7 @@ class Run:
         if self.saved_step == self.progress.step:
             return
         self.saved_step = self.progress.step
-        metric = self.progress.best_loss if self.progress.is_best else None
+        metric = self.progress.best_score if self.progress.is_best else None
         with self.world.heartbeat.during(Phase.SAVING):
             pieces = self.engine.pieces()
             self.store.save(self.progress.step, pieces, self._state(pieces), metric)
@@ -179,7 +182,7 @@ class Run:
         faults = self.beginning.load(self.origin)
         if isinstance(faults, list):
             raise BadCheckpoint(faults[0][1], f"just written, and bad: {faults[0][0]}")
-        self.meter.flops_per_token = self.flops_per_token()
+        self.meter.flops_per_unit = self.flops_per_unit()
         self.events.write("freeze_changed", step=step, frozen=sorted(before - after), trained=sorted(after - before))
 
     def poll_saves(self, wait: bool = False) -> None:
@@ -242,8 +245,10 @@ class Run:
             stateless=sorted(self.engine.trainable() - with_state),
         )
 
-    def flops_per_token(self) -> float:
-        return self.engine.flops_per_token(self.config.data.seq_len)
+    def flops_per_unit(self) -> float:
+        """Forward and backward of a token, or of a sample where the task has no tokens."""
+        example, cost = self.task.example(self.config)
+        return self.engine.flops(example) / cost
 
     def seconds(self) -> float:
         """How long this attempt has been running."""

@@ -52,3 +52,9 @@ class Sections(Section):
         if not isinstance(self.task, LmSection):
             raise TypeError(f"task.name is {self.task.name}, not lm")
         return self.task
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sample, of a task that has tokens."""
+        assert self.data.seq_len is not None
+        return self.data.seq_len

@@ -1,8 +1,8 @@
 """Batches from the global order, made ahead by a thread.
 
 Of a global batch, rank r of W data-parallel ranks gets every W-th position. Every rank runs the same number of micro
-batches of the same size; places that are left over hold empty samples without targets, which are not consumed. So any
-world size and any global batch go, and the samples of a step never depend on the cut.
+batches of the same size; places that are left over repeat a sample of the global batch with weight 0. So any world size
+and any global batch go, and the samples of a step never depend on the cut.
 """
 
 from __future__ import annotations
@@ -11,52 +11,25 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from configs.config import Config
-from models import IGNORE
-from trainer.data.enough import check_enough
+from trainer.data.batch import Batch, Collates, Row, StepBatch
 from trainer.data.order import base_key, permute
-from trainer.data.prepared import Prepared, Split
-
-
-@dataclass
-class MicroBatch:
-    """One forward: tokens and targets (B, T) int64, documents (B, T) int32, or None without document masks."""
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    documents: torch.Tensor | None
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """On `device`; a copy from page-locked memory runs behind the work that is queued there."""
-        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
-        return MicroBatch(
-            self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), documents
-        )
-
-
-@dataclass
-class StepBatch:
-    """One rank's share of a step."""
-
-    step: int  # the number of the step that this batch makes, from 1
-    micro_batches: list[MicroBatch]
-    target_tokens: int  # of this rank
-    samples: np.ndarray  # this rank's positions in the global order, int64
-    consumed_samples: int  # the position after this step
+from trainer.data.prepared import Prepared
+from trainer.data.samples import Samples
 
 
 @dataclass(frozen=True)
 class Cut:
     """How a rank's share of a global batch is cut: the same on every rank."""
 
-    micro_batches: int
-    size: int  # samples of a micro batch
+    batches: int  # micro batches of a step
+    size: int  # rows of each
 
     @staticmethod
     def of(global_batch: int, micro_batch: int, world_size: int) -> Cut:
@@ -65,25 +38,31 @@ class Cut:
         return Cut(count, -(-share // count))
 
 
-def assemble(
-    samples: list[tuple[Split, int]], cut: Cut, seq_len: int, document_mask: bool
-) -> tuple[list[MicroBatch], int]:
-    """Micro batches that hold these samples in this order, then empty ones; and the number of their targets."""
-    shape = (cut.micro_batches, cut.size, seq_len)
-    tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-    documents = np.zeros(shape, np.int32) if document_mask else None
-    for place, (split, index) in enumerate(samples):
-        m, b = divmod(place, cut.size)
-        split.write_sample(index, tokens[m, b], targets[m, b], None if documents is None else documents[m, b])
-    micro_batches = [
-        MicroBatch(
-            torch.from_numpy(tokens[m]),
-            torch.from_numpy(targets[m]),
-            None if documents is None else torch.from_numpy(documents[m]),
-        )
-        for m in range(cut.micro_batches)
-    ]
-    return micro_batches, int(np.count_nonzero(targets != IGNORE))
+@dataclass(frozen=True)
+class Place:
+    """A sample: of which source, under which number there, and in which pass over that source."""
+
+    samples: Samples
+    index: int
+    epoch: int = 0
+
+
+def assemble(task: Collates, seed: int, mine: Sequence[Place], cut: Cut, fill: Place) -> list[Batch]:
+    """Batches that hold these samples in this order. What is left over is filled up with `fill`, of weight 0."""
+    batches = []
+    for begin in range(0, cut.batches * cut.size, cut.size):
+        places = mine[begin : begin + cut.size]
+        filled = [*places, *[fill] * (cut.size - len(places))]
+        samples = [place.samples.read(place.index) for place in filled]
+        rows = [Row(seed, place.epoch, place.index) for place in filled]
+        batches.append(task.collate(samples, len(places), rows))
+    return batches
+
+
+def weigh(task: Collates, batches: Sequence[Batch]) -> tuple[float, ...]:
+    """The weights of a task, summed over batches on the host."""
+    each = [task.weigh(batch) for batch in batches]
+    return tuple(float(sum(weights)) for weights in zip(*each, strict=True))
 
 
 class Loader:
@@ -94,7 +73,15 @@ class Loader:
     """
 
     def __init__(
-        self, prepared: Prepared, config: Config, start: int, step: int, rank: int, world_size: int, pin: bool = False
+        self,
+        task: Collates,
+        prepared: Prepared,
+        config: Config,
+        start: int,
+        step: int,
+        rank: int,
+        world_size: int,
+        pin: bool = False,
     ) -> None:
         if start < 0 or not 0 <= rank < world_size:
             raise ValueError(f"no such position: consumed samples {start}, rank {rank} of {world_size}")
@@ -103,7 +90,7 @@ class Loader:
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._done = False
-        maker = _Maker(prepared, config, start, step, rank, world_size)
+        maker = _Maker(task, prepared, config, start, step, rank, world_size)
         # The thread's current device is its own: without this, pinning would open a context on GPU 0 from every rank.
         device = torch.cuda.current_device() if pin else None
         # The thread holds no reference to self, so a loader that was dropped without `close` still ends it.
@@ -147,30 +134,33 @@ class Loader:
 class _Maker:
     """Builds batches one after the other; used by the loader's thread alone."""
 
-    def __init__(self, prepared: Prepared, config: Config, start: int, step: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, task: Collates, prepared: Prepared, config: Config, start: int, step: int, rank: int, world_size: int
+    ) -> None:
+        self._task, self._seed = task, config.run.seed
         self._splits = [s.train for s in prepared.sources]
-        self._order = prepared.order(config)
+        self._order = prepared.order(config.run.seed)
         self._global_batch, self._last_step = config.train.global_batch, config.train.steps
         self._cut = Cut.of(self._global_batch, config.train.micro_batch, world_size)
-        self._seq_len, self._document_mask = config.data.seq_len, config.data.document_mask
         self._consumed, self._step, self._rank, self._world_size = start, step, rank, world_size
 
     def next(self) -> StepBatch | None:
         if self._step >= self._last_step:
             return None
         positions = np.arange(self._consumed, self._consumed + self._global_batch, dtype=np.int64)
-        source, sample, _ = self._order.draw(positions)
+        source, sample, epoch = (column.tolist() for column in self._order.draw(positions))
+        drawn = [Place(self._splits[s], i, e) for s, i, e in zip(source, sample, epoch, strict=True)]
         mine = slice(self._rank, None, self._world_size)
-        samples = [(self._splits[s], i) for s, i in zip(source[mine].tolist(), sample[mine].tolist(), strict=True)]
-        micro_batches, target_tokens = assemble(samples, self._cut, self._seq_len, self._document_mask)
+        batches = assemble(self._task, self._seed, drawn[mine], self._cut, drawn[0])
         self._step += 1
         self._consumed += self._global_batch
         return StepBatch(
             step=self._step,
-            micro_batches=micro_batches,
-            target_tokens=target_tokens,
+            batches=batches,
+            weights=weigh(self._task, batches),
             samples=positions[mine],
             consumed_samples=self._consumed,
+            cost=sum(place.samples.cost(place.index) for place in drawn),
         )
 
 
@@ -187,7 +177,7 @@ def _work(maker: _Maker, out: queue.Queue, stop: threading.Event, device: int | 
         try:
             item = maker.next()
             if item is not None and device is not None:
-                item.micro_batches = [_pinned(m) for m in item.micro_batches]
+                item.batches = [batch.pinned() for batch in item.batches]
         except BaseException as e:  # noqa: BLE001  # whatever it is, the consumer must hear of it
             item = e
         _put(item, out, stop)
@@ -204,52 +194,40 @@ def _put(item: StepBatch | BaseException | None, out: queue.Queue, stop: threadi
             continue
 
 
-def _pinned(m: MicroBatch) -> MicroBatch:
-    documents = None if m.documents is None else m.documents.pin_memory()
-    return MicroBatch(m.tokens.pin_memory(), m.targets.pin_memory(), documents)
+class HeldOut:
+    """Held-out samples in batches of `train.global_batch`, each cut as a step is: this rank's batches.
 
-
-class ValidationBatches:
-    """The validation samples in batches of `train.global_batch`, each a list of micro batches as a step has them.
-
-    Iterating again gives the same. Every rank gets the same number of lists and micro batches.
+    Iterating again gives the same. Every rank gets equally many batches.
     """
 
-    def __init__(self, prepared: Prepared, config: Config, rank: int, world_size: int) -> None:
-        self._samples = validation_samples(prepared, config)
-        self._chunk = min(config.train.global_batch, max(len(self._samples), 1))
+    def __init__(self, task: Collates, chosen: Sequence[Place], config: Config, rank: int, world_size: int) -> None:
+        self._task, self._seed, self._chosen = task, config.run.seed, chosen
+        self._chunk = min(config.train.global_batch, max(len(chosen), 1))
         self._cut = Cut.of(self._chunk, config.train.micro_batch, world_size)
-        self._rank, self._world_size = rank, world_size
-        self._seq_len, self._document_mask = config.data.seq_len, config.data.document_mask
+        self._mine = slice(rank, None, world_size)
 
     def __len__(self) -> int:
-        return -(-len(self._samples) // self._chunk)
+        return -(-len(self._chosen) // self._chunk)
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        for begin in range(0, len(self._samples), self._chunk):
-            mine = self._samples[begin : begin + self._chunk][self._rank :: self._world_size]
-            yield assemble(mine, self._cut, self._seq_len, self._document_mask)[0]
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for begin in range(0, len(self._chosen), self._chunk):
+            chunk = self._chosen[begin : begin + self._chunk]
+            yield assemble(self._task, self._seed, chunk[self._mine], self._cut, chunk[0])
 
 
-def validation_samples(prepared: Prepared, config: Config) -> list[tuple[Split, int]]:
-    """The first `train.validate_samples` held-out samples, round robin over the sources (weights do not count).
+def held_out(prepared: Prepared, split: str, wanted: int) -> list[Place]:
+    """The first `wanted` samples of a split, round robin over the sources (weights do not count).
 
     Each source goes through its held-out samples in a fixed permutation: a spread over all documents that is the same
     for every seed, so that runs compare.
     """
-    wanted, seq_len = config.train.validate_samples, config.data.seq_len
-    rounds: list[tuple[int, int, Split, int]] = []
+    rounds: list[tuple[int, int, Place]] = []
     for s, source in enumerate(prepared.sources):
-        size = source.validation.sample_count(seq_len)
+        samples = source.splits[split]
+        size = len(samples)
         first = np.arange(min(size, wanted), dtype=np.uint64)
         key = np.array([base_key("validation", s)], dtype=np.uint64)
         chosen = permute(first, size, key).tolist() if size else []
-        rounds += [(k, s, source.validation, int(index)) for k, index in enumerate(chosen)]
+        rounds += [(k, s, Place(samples, int(index))) for k, index in enumerate(chosen)]
     rounds.sort(key=lambda r: r[:2])
-    return [(split, index) for _, _, split, index in rounds[:wanted]]
-
-
-def validation_batches(prepared: Prepared, config: Config, rank: int, world_size: int) -> ValidationBatches:
-    """See `ValidationBatches`. UserError when validation is asked for and there is no sample for it."""
-    check_enough(prepared, config)
-    return ValidationBatches(prepared, config, rank, world_size)
+    return [place for _, _, place in rounds[:wanted]]

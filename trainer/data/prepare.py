@@ -34,8 +34,8 @@ from trainer.data.content import check_content
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES, pieces
 from trainer.data.enough import check_enough
 from trainer.data.listing import FileStat, list_files, readable, refuse_unreadable
+from trainer.data.open_tokens import open_tokens
 from trainer.data.order import quotas
-from trainer.data.prepared import Prepared
 from trainer.data.sources import Document, FileReading, new_hash, read_file
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -92,7 +92,7 @@ def prepare(
         path = cache / f"run-{_digest(index)}.json"
         if not path.exists():
             files.write_json(path, index)
-    check_enough(Prepared.open(path, patience_s=0.0), config)
+    check_enough(open_tokens(path, config, patience_s=0.0), config)
     return path
 
 

@@ -1,56 +1,23 @@
-"""Prepared data, memory-mapped: what every rank opens, and how a sample is cut from it."""
+"""Prepared data, memory-mapped: what every rank opens."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
-from configs.config import Config
 from configs.errors import UserError
-from models import IGNORE
 from trainer.data import files
 from trainer.data.order import BLOCK_DRAWS, Order, quotas
+from trainer.data.samples import Samples
 
 T = TypeVar("T")
+OpenSplits = Callable[[Path, dict[str, Any]], Mapping[str, Samples]]  # of a prepared source: its folder and meta.json
 
 _ALL_THE_SAME = "run.accept_changes=[data.content] goes on all the same"
-
-
-class Split:
-    """The tokens of one side of a source. Sample i begins at token i * seq_len; its targets are one token later."""
-
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        self.tokens = tokens
-        self.starts = starts  # (documents,) int64: where each document begins
-
-    def sample_count(self, seq_len: int) -> int:
-        return max(len(self.tokens) - 1, 0) // seq_len
-
-    def write_sample(self, index: int, tokens: np.ndarray, targets: np.ndarray, documents: np.ndarray | None) -> None:
-        """Fill one row of a batch: each (seq_len,).
-
-        documents counts from 0 at the sample's first token. A target that is another document's first token is
-        IGNORE; where documents begin is known from their starts, never guessed from token values.
-        """
-        seq_len = len(tokens)
-        begin = index * seq_len
-        window = self.tokens[begin : begin + seq_len + 1]
-        tokens[:] = window[:-1]
-        targets[:] = window[1:]
-        # Documents that begin inside (begin, begin + seq_len]; the last of these places is only a target.
-        first, last = np.searchsorted(self.starts, (begin, begin + seq_len), side="right")
-        begins = self.starts[first:last] - begin
-        targets[begins - 1] = IGNORE
-        if documents is not None:
-            documents[:] = 0
-            documents[begins[begins < seq_len]] = 1
-            np.cumsum(documents, out=documents)
 
 
 @dataclass
@@ -59,59 +26,56 @@ class PreparedSource:
     weight: float
     fingerprint: str
     folder: Path
-    train: Split
-    validation: Split
+    splits: Mapping[str, Samples]
     meta: dict[str, Any]
+
+    @property
+    def train(self) -> Samples:
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> Samples:
+        return self.splits["validation"]
 
 
 class Prepared:
     """All sources of a config, in its order. Opening maps the files; nothing is read before it is needed."""
 
-    def __init__(self, sources: list[PreparedSource], tokenizer: dict[str, Any]) -> None:
-        self.sources = sources
-        self.tokenizer_size: int = tokenizer["size"]
-        self.end_token: int = tokenizer["end_token"]
+    def __init__(self, sources: list[PreparedSource], facts: dict[str, Any]) -> None:
+        """`facts`: what was found out of all sources together, as the task's preparation wrote it down."""
+        self.sources, self.facts = sources, facts
         names, weights = [s.name for s in sources], [s.weight for s in sources]
         self.effective_weights = {
             name: quota / BLOCK_DRAWS for name, quota in zip(names, quotas(weights, names), strict=True)
         }
 
     @staticmethod
-    def open(path: Path, patience_s: float = 30.0) -> Prepared:
-        """Open what `prepare` returned. A file another node has just written may need a while to be seen here."""
+    def open(path: Path, open_splits: OpenSplits, patience_s: float = 30.0) -> Prepared:
+        """Open what was prepared. A file another node has just written may need a while to be seen here."""
         index = _patiently(lambda: files.read_json(path), patience_s)
         sources = [
-            _patiently(functools.partial(_open_source, path.parent / entry["folder"], entry), patience_s)
+            _patiently(functools.partial(_open_source, path.parent / entry["folder"], entry, open_splits), patience_s)
             for entry in index["sources"]
         ]
-        return Prepared(sources, index["tokenizer"])
+        return Prepared(sources, {key: value for key, value in index.items() if key != "sources"})
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What each source holds; two runs with equal ones see the same tokens."""
+        """What each source holds; two runs with equal ones see the same samples."""
         return {s.name: s.fingerprint for s in self.sources}
 
-    def order(self, config: Config) -> Order:
+    def order(self, seed: int) -> Order:
         """The global order of the training samples."""
-        sizes = [s.train.sample_count(config.data.seq_len) for s in self.sources]
-        return Order(sizes, [s.weight for s in self.sources], config.run.seed, [s.name for s in self.sources])
+        sizes = [len(s.train) for s in self.sources]
+        return Order(sizes, [s.weight for s in self.sources], seed, [s.name for s in self.sources])
 
-    def describe(self, config: Config) -> list[str]:
-        """A line per source for the start-up summary."""
-        seq_len, lines = config.data.seq_len, []
-        draws = config.train.steps * config.train.global_batch
-        width = max(len(s.name) for s in self.sources)
+    def shares(self, draws: int) -> list[str]:
+        """Of each source, in words: its samples, its share of these draws, and what is held out."""
+        lines = []
         for s in self.sources:
-            samples, share = s.train.sample_count(seq_len), self.effective_weights[s.name]
-            line = (
-                f"{s.name:<{width}}  {len(s.train.starts):,} documents, {len(s.train.tokens):,} tokens, "
-                f"{samples:,} samples; weight {share:.4f}, {draws * share / max(samples, 1):.2f} epochs; "
-                f"held out {len(s.validation.starts):,} documents, {s.validation.sample_count(seq_len):,} samples"
-            )
-            for count, what in (("empty_documents", "empty, left out"), ("replaced_documents", "not UTF-8")):
-                if s.meta[count]:
-                    line += f"; {s.meta[count]:,} {what}"
-            lines.append(line)
+            share = self.effective_weights[s.name]
+            epochs = draws * share / max(len(s.train), 1)
+            lines.append(f"{len(s.train):,} samples; weight {share:.4f}, {epochs:.2f} epochs")
         return lines
 
 
@@ -165,18 +129,9 @@ def _what_changed(source: PreparedSource, expected: str) -> str:
     return unknown
 
 
-def _open_source(folder: Path, entry: dict[str, Any]) -> PreparedSource:
+def _open_source(folder: Path, entry: dict[str, Any], open_splits: OpenSplits) -> PreparedSource:
     meta = files.read_json(folder / "meta.json")
-    splits = {}
-    for split, counts in meta["splits"].items():
-        tokens = files.map_array(folder / f"{split}.npy")
-        starts = files.map_array(folder / f"{split}.documents.npy")
-        if len(tokens) != counts["tokens"] or len(starts) != counts["documents"]:
-            raise ValueError(f"{folder} does not hold what its meta.json says")
-        splits[split] = Split(tokens, starts)
-    return PreparedSource(
-        entry["name"], entry["weight"], meta["fingerprint"], folder, splits["train"], splits["validation"], meta
-    )
+    return PreparedSource(entry["name"], entry["weight"], meta["fingerprint"], folder, open_splits(folder, meta), meta)
 
 
 def _patiently(read: Callable[[], T], patience_s: float) -> T:

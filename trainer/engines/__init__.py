@@ -13,7 +13,7 @@ from configs.schema.parallel import ParallelSection
 if TYPE_CHECKING:
     from trainer.engines.base import Engine
     from trainer.ranks.world import World
-    from trainer.tasks.lm import LanguageModelling
+    from trainer.tasks.base import Task
 
 # Before 0.19.8 a step full of NaN was applied, and gradients were off in bf16; after 0.19 its inside may lie otherwise.
 DEEPSPEED = (0, 19, 8), (0, 20)
@@ -45,7 +45,7 @@ def check_package(parallel: ParallelSection) -> None:
         raise UserError(f"{wanted}, and {version} is installed\n{how}")
 
 
-def build_engine(config: Config, world: World, task: LanguageModelling) -> Engine:
+def build_engine(config: Config, world: World, task: Task) -> Engine:
     """The engine that the config names."""
     if config.parallel.engine == "zero":
         from trainer.engines.zero.engine import ZeroEngine

@@ -6,15 +6,17 @@ in the same order, with the same number of micro batches: each call may hold col
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.plan import TensorInfo
 from trainer.checkpoint.load.request import Loading
-from trainer.data.loader import MicroBatch
+from trainer.data.batch import Batch
+
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -35,8 +37,8 @@ class Engine(Protocol):
         """Fill parameters and buffers (default: all) from (seed, name): the same values at every world size and layout.
         A collective."""
 
-    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
-        """Add this micro batch's gradients. `scale` is 1 / the step's global target count (0-d, on the device): the
+    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+        """Add this micro batch's gradients. `scale` is 1 / the step's global weight (0-d, on the device): the
         engine undoes its backend's own averaging, so gradients are plain sums over ranks. After the `last` one they are
         synchronised; an engine may do so earlier. A loss that is not finite makes their norm NaN. Returns the sums of
         the task, fp64 [columns], of this rank alone; the ranks of a tensor group, who have the same samples, all return
@@ -46,11 +48,12 @@ class Engine(Protocol):
         """Clip, update, clear gradients; returns the global gradient norm before clipping. When that is not finite,
         nothing is applied on any rank. The gradients are gone either way."""
 
-    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def evaluate(self, batch: Batch) -> torch.Tensor:
         """The task's sums as `forward_backward` returns them, without dropout or gradients."""
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, T) token ids -> (B, V) logits of the last position. All ranks call it together."""
+    def call(self, function: Callable[[Callable[..., Any]], T]) -> T:
+        """What the function makes of the model's forward, without dropout or gradients. All ranks call it together,
+        and make the same calls inside."""
 
     def parameters(self) -> dict[str, TensorInfo]:
         """Every parameter by name, as the optimizer would see it; tied ones once under their first name."""
@@ -60,6 +63,12 @@ class Engine(Protocol):
 
     def aliases(self) -> dict[str, str]:
         """Further names of tied parameters -> first name."""
+
+    def state_keys(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors that the optimizer keeps for a parameter that trains, each of the parameter's shape."""
+
+    def counts_steps(self, name: str) -> bool:
+        """Whether the optimizer keeps a step count for this parameter (bias correction)."""
 
     def trainable(self) -> set[str]:
         """Names of the parameters that train."""
@@ -71,8 +80,8 @@ class Engine(Protocol):
     def pieces(self) -> list[Piece]:
         """This rank's part of parameters, buffers and optimizer state, without communication. The tensors are live."""
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward of one token, for what trains now (`models.flops`)."""
+    def flops(self, example: Batch) -> float:
+        """Forward and backward of this batch, for what trains now. Only the shapes of its tensors count."""
 
     def step_counts(self) -> dict[str, int]:
         """Updates that the optimizer has counted, per parameter that has state."""

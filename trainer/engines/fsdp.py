@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,22 +20,22 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from configs.config import Config
 from configs.schema.parallel import ParallelSection
-from models import Decoder, build_model
-from models.flops import flops_per_token
+from models import Model, build_model
 from trainer.checkpoint.format.boxes import Group
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.request import Loading
-from trainer.data.loader import MicroBatch
+from trainer.data.batch import Batch
 from trainer.engines.activations import checkpoint_activations
+from trainer.engines.base import T
 from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
 from trainer.engines.named import DTYPES, Named
-from trainer.engines.optim import build_optimizers, counts_steps, state_keys
+from trainer.engines.optim import build_optimizers
 from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
 from trainer.life.layout import resolve
 from trainer.ranks.seeds import generator
 from trainer.ranks.world import World
-from trainer.tasks.lm import LanguageModelling
+from trainer.tasks.base import Task
 
 
 def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
@@ -51,7 +51,7 @@ def make_mesh(parallel: ParallelSection, world: World) -> DeviceMesh | None:
 class FsdpEngine(Named):
     """See `trainer.engines.base.Engine` for what each method promises."""
 
-    def __init__(self, config: Config, world: World, task: LanguageModelling) -> None:
+    def __init__(self, config: Config, world: World, task: Task) -> None:
         self.config, self.world, self.task = config, world, task
         self.device = world.device
         self.mesh = make_mesh(config.parallel, world)
@@ -62,45 +62,47 @@ class FsdpEngine(Named):
         self.optimizers: list[torch.optim.Optimizer] = []
         super().__init__(self._on_meta())
 
-    def _on_meta(self) -> Decoder:
+    def _on_meta(self) -> Model:
         with torch.device("meta"):
-            model = build_model(self.config.model)
-        for parameter in model.parameters():
+            built = build_model(self.config.model)
+        for parameter in built.module.parameters():
             parameter.data = parameter.data.to(self._params)  # buffers keep the format that the model gave them
-        return model
+        return built
 
     def set_trainable(
         self, names: Iterable[str], held_elsewhere: Iterable[str] = (), counts: Mapping[str, int] | None = None
     ) -> None:
         parallel, trainable = self.config.parallel, set(names)
         self.optimizers, self.stored, self.master = [], {}, None
-        self.model = self._on_meta()  # the old one goes before the new one takes memory
+        self.built = self._on_meta()  # the old one goes before the new one takes memory
+        self.model = self.built.module
         gc.collect()
         narrow = set(held_elsewhere) - trainable if self._compute.itemsize < self._params.itemsize else set()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trainable)
             if name in narrow:
                 parameter.data = parameter.data.to(self._compute)
-        checkpoint_activations(self.model.blocks, parallel.activation_checkpoint)
+        checkpoint_activations(self.built.blocks, parallel.activation_checkpoint)
         if parallel.compile:
-            for block in self.model.blocks:
+            for block in self.built.blocks:
                 block.compile(fullgraph=True)
         compute = None if self._compute == self._params else self._compute
         if self._tensor is not None:
-            split_model(self.model, self._tensor)
+            split_model(self.built, self._tensor)
         if self.mesh is not None:
             self._shard(data_mesh(self.mesh), compute)
         offloaded = parallel.cpu_offload and self.mesh is not None
         self.model.to_empty(device="cpu" if offloaded else self.device)
         for module in self.model.modules() if offloaded else []:
             module._buffers.update({n: b.to(self.device) for n, b in module._buffers.items() if b is not None})
+        self.built.rebuild_buffers(self.model)
         if self.mesh is None and compute is not None:
             self.master = MasterWeights(self.model, compute)
             self.stored = dict(self.master.stored)
         else:
             self.stored = dict(self.model.named_parameters())
         self.optimizers = build_optimizers(
-            self.config.optim, {name: p for name, p in self.stored.items() if name in trainable}
+            self.config.optim, self.built, {name: p for name, p in self.stored.items() if name in trainable}
         )
 
     def _shard(self, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
@@ -109,7 +111,7 @@ class FsdpEngine(Named):
         precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
         reshard = parallel.reshard and mesh.shape[-1] > 1
-        units = self.model.shard_units()
+        units = [list(unit) for unit in self.built.units]
         for unit in units:
             fully_shard(
                 unit if len(unit) > 1 else unit[0],
@@ -126,7 +128,7 @@ class FsdpEngine(Named):
                 # pre-multiplied sum, hence the forced one.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        self._prefetch(list(self.model.blocks), parallel.prefetch_blocks)
+        self._prefetch(list(self.built.blocks), parallel.prefetch_blocks)
 
     def _prefetch(self, blocks: list[Any], ahead: int) -> None:
         if ahead <= 1 or self.device.type != "cuda":
@@ -145,7 +147,7 @@ class FsdpEngine(Named):
             # Drawn whole and cut, never drawn per shard: under FSDP2 on CPU every shard would get the same values, and
             # the weights would depend on the world size.
             whole = torch.empty(stored.shape, dtype=torch.float32, device=self.device)
-            self.model.init_parameter(name, whole, generator(self.device, seed, "init", name))
+            self.built.initialise(name, whole, generator(self.device, seed, "init", name))
             offsets, sizes = box_of(stored)
             part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
             local_part(stored).copy_(part)
@@ -160,12 +162,12 @@ class FsdpEngine(Named):
 
     # ---- one update -------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         if self.mesh is not None:
             model = cast(FSDPModule, self.model)
             model.set_requires_gradient_sync(last or self.config.parallel.accumulate == "sharded")
             model.set_requires_all_reduce(last)
-        total, sums = self.task.sums(self.model, micro_batch)
+        total, sums = self.task.sums(self.model, batch)
         self._weighted(total, scale, sums).backward()
         if last and self._tensor is not None:
             add_up_whole(self._grads().values(), self._tensor)
@@ -205,13 +207,13 @@ class FsdpEngine(Named):
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: local_part(g) for name, g in self._grads().items()}
 
-    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def evaluate(self, batch: Batch) -> torch.Tensor:
         with self._evaluating():
-            return self.task.sums(self.model, micro_batch)[1]
+            return self.task.sums(self.model, batch)[1]
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def call(self, function: Callable[[Callable[..., Any]], T]) -> T:
         with self._evaluating():
-            return self.model(tokens)[:, -1].float()
+            return function(self.model)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -229,7 +231,7 @@ class FsdpEngine(Named):
             )
         for name, optimizer, parameter in self._trained():
             state = optimizer.state.get(parameter, {})
-            for key in state_keys(self.config.optim, name, parameter.ndim):
+            for key in self.state_keys(name):
                 if key in state:
                     found.append(self._piece(f"{name}.{key}", "optim", state[key], parameter))
         return found
@@ -245,8 +247,8 @@ class FsdpEngine(Named):
                 for parameter in group["params"]:
                     yield names[id(parameter)], optimizer, parameter
 
-    def flops_per_token(self, seq_len: int) -> float:
-        return flops_per_token(self.model, seq_len)
+    def flops(self, example: Batch) -> float:
+        return self.built.flops(example.tensors)
 
     def step_counts(self) -> dict[str, int]:
         return {
@@ -262,12 +264,12 @@ class FsdpEngine(Named):
         for name, stored in (self.stored | self._buffers()).items():
             loading.want(name, *box_of(stored), local_part(stored))
         for name, optimizer, parameter in self._trained():
-            for key in state_keys(self.config.optim, name, parameter.ndim):
+            for key in self.state_keys(name):
                 if loading.has(f"{name}.{key}"):
                     optimizer.state[parameter][key] = torch.zeros_like(parameter)
                     state = local_part(optimizer.state[parameter][key])
                     loading.want(f"{name}.{key}", *box_of(parameter), state)
-            if optimizer.state.get(parameter) and counts_steps(self.config.optim, name, parameter.ndim):
+            if optimizer.state.get(parameter) and self.counts_steps(name):
                 # fused Adam keeps its count in fp32 beside the parameter
                 count = torch.tensor(float(loading.count(name)), dtype=torch.float32, device=parameter.device)
                 optimizer.state[parameter]["step"] = count

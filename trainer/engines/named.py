@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from configs.config import Config
 from configs.schema.model import ModelSection
-from models import Decoder, build_model
+from models import Model, build_model
 from trainer.checkpoint.load.plan import TensorInfo
+from trainer.engines.optim import counts_steps, state_keys
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -25,16 +27,19 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
 def names_of(section: ModelSection) -> tuple[list[str], dict[str, str]]:
     """(names of a model's parameters, further names of tied ones), of a model that takes no memory."""
     with torch.device("meta"):
-        model = build_model(section)
+        model = build_model(section).module
     return [name for name, _ in model.named_parameters()], find_aliases(model)
 
 
 class Named:
     """Every engine's base. What it says of names holds for each model that is built anew in the same form."""
 
-    def __init__(self, model: Decoder) -> None:
-        """`model`: on meta, parameters in the format in which they are stored."""
-        self.model = model
+    config: Config
+
+    def __init__(self, built: Model) -> None:
+        """`built`: on meta, parameters in the format in which they are stored."""
+        self.built, self.model = built, built.module
+        model = self.model
         self._aliases = find_aliases(model)
         self._infos = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
         kept = model.state_dict().keys()
@@ -54,12 +59,19 @@ class Named:
 
     @staticmethod
     def _weighted(total: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        """What to differentiate of a micro batch. A loss that is not finite makes NaN of its gradients, even of
-        finite ones: they reach all ranks by the reduction that is made anyway, and all skip the update alike."""
-        return total * (scale + 0.0 * sums.detach().sum().to(scale.dtype))
+        """What to differentiate of a micro batch. A loss (the first column) that is not finite makes NaN of its
+        gradients, even of finite ones: they reach all ranks by the reduction that is made anyway, and all skip the
+        update alike."""
+        return total * (scale + 0.0 * sums[0].detach().to(scale.dtype))
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return {name: b for name, b in self.model.named_buffers() if name in self._buffer_infos}
+
+    def state_keys(self, name: str) -> tuple[str, ...]:
+        return state_keys(self.config.optim, self.built, name, len(self._infos[name].shape))
+
+    def counts_steps(self, name: str) -> bool:
+        return counts_steps(self.config.optim, self.built, name, len(self._infos[name].shape))
 
     def parameters(self) -> dict[str, TensorInfo]:
         return dict(self._infos)

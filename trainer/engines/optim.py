@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from configs.schema.optim import OptimSection
+from models import Model
 from trainer.engines.boxes import box_of
 
 
@@ -70,13 +71,16 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def build_optimizers(optim: OptimSection, trained: Mapping[str, torch.Tensor]) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    optim: OptimSection, model: Model, trained: Mapping[str, torch.Tensor]
+) -> list[torch.optim.Optimizer]:
     """One optimizer (two under muon) over `trained`, decay on matrices only. Each group keeps its peak as `peak_lr`."""
-    muon = {n for n, p in trained.items() if _is_muons(optim, n, p.ndim)}
+    muon = {n for n, p in trained.items() if _is_muons(optim, model, n, p.ndim)}
     rest = [n for n in trained if n not in muon]
+    matrices = {n for n in rest if model.matrices(n, trained[n].ndim)}
     groups = [
-        {"params": [trained[n] for n in rest if trained[n].ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [trained[n] for n in rest if trained[n].ndim < 2], "weight_decay": 0.0},
+        {"params": [trained[n] for n in rest if n in matrices], "weight_decay": optim.weight_decay},
+        {"params": [trained[n] for n in rest if n not in matrices], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     optimizers: list[torch.optim.Optimizer] = []
@@ -94,19 +98,19 @@ def build_optimizers(optim: OptimSection, trained: Mapping[str, torch.Tensor]) -
     return optimizers
 
 
-def _is_muons(optim: OptimSection, name: str, dims: int) -> bool:
-    return optim.name == "muon" and name.startswith("blocks.") and dims == 2
+def _is_muons(optim: OptimSection, model: Model, name: str, dims: int) -> bool:
+    return optim.name == "muon" and model.muon(name, dims)
 
 
-def state_keys(optim: OptimSection, name: str, dims: int) -> tuple[str, ...]:
+def state_keys(optim: OptimSection, model: Model, name: str, dims: int) -> tuple[str, ...]:
     """Names of the tensors that the optimizer keeps for a parameter of this name, each of the parameter's shape."""
-    if _is_muons(optim, name, dims):
+    if _is_muons(optim, model, name, dims):
         return ("momentum_buffer",)
     if optim.name == "sgd":
         return ("momentum_buffer",) if optim.momentum else ()
     return ("exp_avg", "exp_avg_sq")
 
 
-def counts_steps(optim: OptimSection, name: str, dims: int) -> bool:
+def counts_steps(optim: OptimSection, model: Model, name: str, dims: int) -> bool:
     """Whether the optimizer keeps a step count for this parameter (bias correction)."""
-    return optim.name != "sgd" and not _is_muons(optim, name, dims)
+    return optim.name != "sgd" and not _is_muons(optim, model, name, dims)

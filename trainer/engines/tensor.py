@@ -6,7 +6,8 @@ plain local tensors, with one collective wherever tokens are gathered or partial
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn import functional as F
 
-from models import IGNORE, PLANS, Decoder, LossSums, TensorPlan
+from models import LossSums, Model, TensorPlan
 from models.cross_entropy import Head, VocabularyPart, chunked_cross_entropy
 
 _KNOWN = (nn.Linear, nn.RMSNorm, nn.LayerNorm, nn.Embedding, Head)
@@ -36,10 +37,11 @@ def tensor_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
     return None if mesh is None or "tensor" not in (mesh.mesh_dim_names or ()) else mesh["tensor"]
 
 
-def split_model(model: Decoder, mesh: DeviceMesh) -> None:
-    """Cut the parameters of `model` (on the meta device) over the ranks of a 1-D mesh, and make its modules compute
+def split_model(built: Model, mesh: DeviceMesh) -> None:
+    """Cut the parameters of the model (on the meta device) over the ranks of a 1-D mesh, and make its modules compute
     with the parts. Parameter names stay, and so do the `forward` signatures."""
-    plan = PLANS[model.section.name]
+    model, plan = built.module, built.plan
+    assert plan is not None  # a config with parallel.tensor > 1 is refused without one
     group = _Group(mesh)
     cut = _Cut(mesh)
     modules: list[tuple[str, Any]] = list(model.named_modules())
@@ -51,11 +53,11 @@ def split_model(model: Decoder, mesh: DeviceMesh) -> None:
             module.forward = forward
     left = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if left:
-        raise ValueError(f"the tensor plan of {model.section.name!r} leaves out {', '.join(left)}")
+        raise ValueError(f"the tensor plan of {type(model).__name__} leaves out {', '.join(left)}")
     for name, module in modules:
         if _matches(name, plan.gathered):
             module.forward = _gathered(module.forward, group)
-    modules[0][1].forward = _filled_up(model.forward, mesh.size())
+    modules[0][1].forward = _filled_up(model.forward, mesh.size(), plan.filled)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -255,20 +257,19 @@ def _gathered(forward: Callable[..., Any], group: _Group) -> Callable[..., Any]:
     return lambda x, *args: forward(group.all_tokens(x), *args)
 
 
-def _filled_up(forward: Callable[..., Any], size: int) -> Callable[..., Any]:
+def _filled_up(forward: Callable[..., Any], size: int, filled: Mapping[str, int]) -> Callable[..., Any]:
     """Fill the sequences up to a multiple of the ranks, so that every rank has equally many tokens. What is added
     stands last, where nothing sees it, and has no target."""
+    signature = inspect.signature(forward)
 
-    def filled(
-        tokens: Tensor, documents: Tensor | None = None, targets: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor | LossSums:
-        seq_len = tokens.shape[1]
+    def longer(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        given = {name: arguments[name] for name in filled if arguments.get(name) is not None}
+        seq_len = next(iter(given.values())).shape[1]
         missing = -seq_len % size
-        if missing:
-            tokens = F.pad(tokens, (0, missing))
-            documents = None if documents is None else F.pad(documents, (0, missing))
-            targets = None if targets is None else F.pad(targets, (0, missing), value=IGNORE)
-        out = forward(tokens, documents, targets, *args, **kwargs)
+        for name, tensor in given.items() if missing else ():
+            arguments[name] = F.pad(tensor, (0, missing), value=filled[name])
+        out = forward(**arguments)
         return out[:, :seq_len] if isinstance(out, Tensor) else out
 
-    return filled
+    return longer

@@ -15,7 +15,6 @@ from trainer.life.folder import RunFolder
 from trainer.ranks.world import World
 from trainer.shown.peaks import peak_flops_per_s
 from trainer.shown.series import Readings, Series, open_series
-from trainer.step import StepResult
 
 
 def memory_gib(device: torch.device) -> float:
@@ -32,44 +31,46 @@ class Meter:
     """
 
     def __init__(
-        self, config: Config, world: World, folder: RunFolder, console: Console, attempt: int, flops_per_token: float
+        self, config: Config, world: World, folder: RunFolder, console: Console, attempt: int, unit: str
     ) -> None:
         self.config, self.world, self.folder, self.console, self.attempt = config, world, folder, console, attempt
-        self.flops_per_token = flops_per_token
+        self.unit, self.flops_per_unit = unit, 0.0
         self._peak = peak_flops_per_s(world.device, config.precision.compute)
         self._series: list[Series] = []
         self._readings = Readings(folder.readings)
-        self._steps, self._seconds, self._wait_s, self._samples = 0, 0.0, 0.0, 0
+        self._steps, self._seconds, self._wait_s, self._cost = 0, 0.0, 0.0, 0
 
     def begin_series(self, first_step: int) -> None:
         """From here on rows also go where the config asks for. Raises UserError."""
         self._series = open_series(self.config, self.folder, first_step, self.console.say)
 
-    def add(self, seconds: float, wait_s: float, samples: int) -> None:
-        """One step of this rank."""
+    def add(self, seconds: float, wait_s: float, cost: int) -> None:
+        """One step: this rank's time, and the tokens (or samples) of all ranks."""
         self._steps += 1
         self._seconds += seconds
         self._wait_s += wait_s
-        self._samples += samples
+        self._cost += cost
 
-    def row(self, step: int, consumed_samples: int, result: StepResult, values: dict[str, float]) -> dict[str, Any]:
-        """Write the row of `step` and begin a new interval. `values`: the task's metrics over all ranks."""
-        tokens_per_s = self._samples * self.config.data.seq_len / self._seconds
-        mfu = tokens_per_s * self.flops_per_token / (self._peak * self.world.size) if self._peak else None
+    def row(
+        self, step: int, consumed_samples: int, values: dict[str, float], lr_factor: float, grad_norm: float | None
+    ) -> dict[str, Any]:
+        """Write the row of `step` and begin a new interval. `values`: the task's numbers over all ranks; `grad_norm`:
+        None after a skipped update."""
+        per_s = self._cost / self._seconds
+        mfu = per_s * self.flops_per_unit / (self._peak * self.world.size) if self._peak else None
         row = {
             "step": step,
             **values,
-            "target_tokens": result.target_tokens,
             "consumed_samples": consumed_samples,
-            "lr": self.config.optim.lr * result.lr_factor,
-            "grad_norm": result.grad_norm if result.applied else None,
+            "lr": self.config.optim.lr * lr_factor,
+            "grad_norm": grad_norm,
             "step_s": round(self._seconds / self._steps, 6),
             "data_wait_s": round(self._wait_s / self._steps, 6),
-            "tokens_per_s": round(tokens_per_s, 1),
+            f"{self.unit}_per_s": round(per_s, 1),
             "mfu": round(mfu, 4) if mfu is not None else None,
             "memory_gib": round(memory_gib(self.world.device), 3),
         }
-        self._steps, self._seconds, self._wait_s, self._samples = 0, 0.0, 0.0, 0
+        self._steps, self._seconds, self._wait_s, self._cost = 0, 0.0, 0.0, 0
         self.write(row)
         self.console.live(self._line(row))
         return row
@@ -97,8 +98,9 @@ class Meter:
         last = self.config.train.steps
         mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "n/a"
         wait = row["data_wait_s"] / row["step_s"] if row["step_s"] else 0.0
+        per_s = f"{si(row[f'{self.unit}_per_s'])} {self.unit}/s"
         return (
-            f"step {row['step']}/{last} | loss {row['loss']:.4f} | {si(row['tokens_per_s'])} tokens/s | MFU {mfu} | "
+            f"step {row['step']}/{last} | loss {row['loss']:.4f} | {per_s} | MFU {mfu} | "
             f"memory {row['memory_gib']:.2f} GiB | data wait {wait:.0%} | "
             f"left {duration((last - row['step']) * row['step_s'])}"
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from configs.config import Config
@@ -19,9 +23,14 @@ def write_sample(config: Config, engine: Engine, step: int) -> str:
     ids = [int(i) for i in tokenizer.encode([config.lm.sample_prompt.encode()])[0]] or [tokenizer.end_token]
     draw = generator(torch.device("cpu"), config.run.seed, "sample", step)
     for _ in range(config.lm.sample_tokens):
-        window = torch.tensor([ids[-config.data.seq_len :]], device=engine.device)
-        logits = engine.logits(window)[0].cpu()
+        window = torch.tensor([ids[-config.seq_len :]], device=engine.device)
+        logits = engine.call(partial(_last, window)).cpu()
         logits[tokenizer.size :] = -torch.inf  # rows of the embedding beyond the tokenizer
         probabilities = torch.softmax(logits / TEMPERATURE, dim=-1)
         ids.append(int(torch.multinomial(probabilities, 1, generator=draw)))
     return tokenizer.decode(ids)
+
+
+def _last(window: torch.Tensor, model: Callable[..., Any]) -> torch.Tensor:
+    logits: torch.Tensor = model(window)[0, -1].float()
+    return logits

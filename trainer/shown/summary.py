@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from configs.config import Config
+from configs.schema.model import ModelSection
 from trainer.engines.base import Engine
 from trainer.host.console import duration, gib, si
 from trainer.life.attempts import Attempt, End
@@ -12,27 +14,52 @@ from trainer.life.layout import resolve
 from trainer.ranks.world import World
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of a sample: its cost in `unit` (tokens or samples), and the FLOPs of one unit, forward and backward."""
+
+    unit: str
+    cost: int
+    flops: float
+
+
 def start_lines(
-    config: Config, world: World, engine: Engine, states: Mapping[str, int], data: Sequence[str], begins: str
+    config: Config,
+    world: World,
+    engine: Engine,
+    size: Size,
+    states: Mapping[str, int],
+    data: Sequence[str],
+    begins: str,
 ) -> list[str]:
     """Model, parameters, layout, tokens per step, bytes per rank, data, and where it begins. `states`: how many tensors
     the optimizer keeps for a parameter."""
     infos, trainable = engine.parameters(), engine.trainable()
     counts = {name: _numel(info.shape) for name, info in infos.items()}
     total, trained = sum(counts.values()), sum(counts[n] for n in trainable)
-    tokens = config.train.global_batch * config.data.seq_len
-    m = config.decoder
-    flops = engine.flops_per_token(config.data.seq_len)
     return [
-        f"model     {m.name}: {m.layers} blocks of width {m.dim}, {m.heads} heads, vocabulary {m.vocab_size}",
-        f"params    {si(total)}, {trained / total:.1%} trained; {si(flops)}FLOP per token",
+        f"model     {_model(config.model)}",
+        f"params    {si(total)}, {trained / total:.1%} trained; {si(size.flops)}FLOP per {size.unit.removesuffix('s')}",
         *_group_table(engine, states, counts),
         f"layout    {_layout(config, world)}",
-        f"step      {config.train.global_batch} samples, {si(tokens)} tokens; {config.train.steps} steps, "
-        f"{si(tokens * config.train.steps)} tokens in all",
+        f"step      {_step(config, size)}",
         *(f"data      {line}" for line in data),
         f"begins    {begins}",
     ]
+
+
+def _model(m: ModelSection) -> str:
+    if m.name == "decoder":
+        return f"{m.name}: {m.layers} blocks of width {m.dim}, {m.heads} heads, vocabulary {m.vocab_size}"
+    return f"{m.name}: " + ", ".join(f"{key} {value}" for key, value in m if key != "name")
+
+
+def _step(config: Config, size: Size) -> str:
+    batch, steps = config.train.global_batch, config.train.steps
+    if size.unit == "samples":
+        return f"{batch} samples; {steps} steps, {si(batch * steps)} samples in all"
+    tokens = batch * size.cost
+    return f"{batch} samples, {si(tokens)} tokens; {steps} steps, {si(tokens * steps)} tokens in all"
 
 
 def _group_table(engine: Engine, states: Mapping[str, int], counts: dict[str, int]) -> list[str]:

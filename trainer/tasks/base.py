@@ -7,7 +7,7 @@ counts each sample once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,9 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 
 from configs.config import Config
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, Collates
 from trainer.data.prepared import Prepared
-from trainer.data.samples import Columns, Samples
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,7 @@ class Best:
     better: Literal["min", "max"] = "min"
 
 
-@dataclass(frozen=True)
-class Row:
-    """Where a row of a batch comes from; what is random in collating it follows from this alone."""
-
-    seed: int
-    epoch: int
-    sample: int
-
-
-class Task(Protocol):
+class Task(Collates, Protocol):
     """`columns[0]` is the loss, and `columns[0].per` is `weights[0]`: the step divides the gradient by it."""
 
     columns: tuple[Column, ...]
@@ -63,18 +53,11 @@ class Task(Protocol):
     ) -> Path:
         """Make the samples once, on rank 0, and return what `open` takes. Raises UserError and Interrupted."""
 
-    def open(self, path: Path) -> Prepared:
+    def open(self, path: Path, config: Config) -> Prepared:
         """The prepared samples, memory-mapped. On every rank."""
 
     def resolve(self, config: Config, prepared: Prepared) -> Config:
         """The config with the sizes that the data decide. Raises UserError where the data do not fit it."""
-
-    def collate(self, samples: Sequence[Columns], real: int, rows: Sequence[Row]) -> Batch:
-        """A batch of these samples, in this order, on the host. Those from `real` on are fill-ups: repeated samples
-        that must have weight 0."""
-
-    def weigh(self, batch: Batch) -> tuple[float, ...]:
-        """This batch's share of each of `weights`, on the host."""
 
     def sums(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(0-d total to differentiate, fp64 [columns]) of one batch: sums over its rows, never means."""
@@ -82,8 +65,17 @@ class Task(Protocol):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Named numbers from sums over all ranks: columns and weights by name. The first is the loss."""
 
-    def example(self, config: Config) -> Batch:
-        """A batch of one row as the largest sample gives it, on the meta device: for FLOPs and plans."""
+    def example(self, config: Config) -> tuple[Batch, int]:
+        """A batch of one row as the largest sample gives it, on the meta device, and its cost: for FLOPs and plans."""
+
+    def describe(self, prepared: Prepared, config: Config) -> list[str]:
+        """A line per source for the start-up summary."""
+
+    def fault(self, batch: Batch) -> str | None:
+        """What is wrong with a batch, for `--debug`."""
+
+    def first_loss(self, config: Config) -> float | None:
+        """The loss of a model that knows nothing, where there is such a number; for `--debug`."""
 
 
 def mean_loss(task: Task, sums: Mapping[str, float]) -> dict[str, float]:
@@ -96,5 +88,3 @@ def named(task: Task, sums: Iterable[float], weights: Iterable[float]) -> dict[s
     """Columns and weights by name."""
     names = [column.name for column in task.columns]
     return dict(zip([*names, *task.weights], [*sums, *weights], strict=True))
-
-

@@ -3,42 +3,87 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
 
+from configs.config import Config
 from configs.schema.task import LmSection
-from trainer.data.loader import MicroBatch
+from models import IGNORE
+from trainer.data.batch import Batch, Row
+from trainer.data.open_tokens import describe_tokens, open_tokens
+from trainer.data.prepare import prepare
+from trainer.data.prepared import Prepared
+from trainer.data.samples import Columns
+from trainer.tasks.base import Best, Column
 
 
 class LanguageModelling:
-    """Turns a micro batch into a differentiable total and the sums that metrics are made of.
+    """Windows of tokens, each with the token that follows it as its target; sums are over targets."""
 
-    All are sums over targets, never means: the step divides by the global count of targets, so the loss does not depend
-    on how samples fall on ranks and micro batches.
-    """
+    columns: tuple[Column, ...] = (Column("loss", per="targets"),)
+    weights: tuple[str, ...] = ("targets",)
+    best = Best("loss")
+    unit: Literal["tokens", "samples"] = "tokens"
 
     def __init__(self, section: LmSection) -> None:
         self.section = section
 
-    def sums(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(0-d total to differentiate, fp64 [columns]) of one micro batch."""
-        losses = model(
-            micro_batch.tokens,
-            documents=micro_batch.documents,
-            targets=micro_batch.targets,
-            z_loss=self.section.z_loss,
-            chunk_tokens=self.section.loss_chunk_tokens,
-        )
+    def prepare(
+        self,
+        config: Config,
+        cache: Path,
+        say: Callable[[str], None],
+        should_stop: Callable[[], bool],
+        began_with: Mapping[str, str],
+    ) -> Path:
+        return prepare(config, cache, say, should_stop, began_with)
+
+    def open(self, path: Path, config: Config) -> Prepared:
+        return open_tokens(path, config)
+
+    def resolve(self, config: Config, prepared: Prepared) -> Config:
+        return config
+
+    def describe(self, prepared: Prepared, config: Config) -> list[str]:
+        return describe_tokens(prepared, config.train.steps * config.train.global_batch)
+
+    def collate(self, samples: Sequence[Columns], real: int, rows: Sequence[Row]) -> Batch:
+        """`tokens`, `targets` (rows, T) int64, and `documents` (rows, T) int32 where tokens see only their own."""
+        tensors = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+        tensors["targets"][real:] = IGNORE
+        return Batch(tensors, real)
+
+    def weigh(self, batch: Batch) -> tuple[float, ...]:
+        return (float(np.count_nonzero(batch.tensors["targets"].numpy() != IGNORE)),)
+
+    def sums(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = model(**batch.tensors, z_loss=self.section.z_loss, chunk_tokens=self.section.loss_chunk_tokens)
         return losses.total, losses.loss.double().reshape(1)
 
-    @staticmethod
-    def metrics(sums: torch.Tensor, target_tokens: int) -> dict[str, float]:
-        """Named numbers from summed columns and the count of targets."""
-        return {"loss": float(sums[0]) / target_tokens}
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        loss = sums["loss"] / sums["targets"]
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
-    @staticmethod
-    def validation_metrics(sums: torch.Tensor, target_tokens: int) -> dict[str, float]:
-        """As `metrics`, for held-out data. The first one decides which checkpoint is best: lower is better."""
-        loss = float(sums[0]) / target_tokens
-        return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+    def example(self, config: Config) -> tuple[Batch, int]:
+        row = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
+        return Batch({"tokens": row, "targets": row}, 1), config.seq_len
+
+    def fault(self, batch: Batch) -> str | None:
+        """A batch has targets, and none of them belongs to another document than its input."""
+        targets, documents = batch.tensors["targets"], batch.tensors.get("documents")
+        if batch.rows and not (targets != IGNORE).any():
+            return "a micro batch with samples has no target"
+        if documents is None:
+            return None
+        crosses = (documents[:, 1:] != documents[:, :-1]) & (targets[:, :-1] != IGNORE)
+        if not crosses.any():
+            return None
+        sample, place = (int(n) for n in crosses.nonzero()[0])
+        return f"the target of token {place} of sample {sample} is another document's"
+
+    def first_loss(self, config: Config) -> float:
+        return math.log(config.decoder.vocab_size)

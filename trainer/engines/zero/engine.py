@@ -10,7 +10,7 @@ import gc
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,19 +21,19 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from configs.config import Config
 from configs.deepspeed import deepspeed_settings
 from configs.errors import UserError
-from models import Decoder, build_model
-from models.flops import flops_per_token
+from models import Model, build_model
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.request import Loading
-from trainer.data.loader import MicroBatch
+from trainer.data.batch import Batch
 from trainer.engines.activations import checkpoint_activations
+from trainer.engines.base import T
 from trainer.engines.named import DTYPES, Named
-from trainer.engines.optim import build_optimizers, counts_steps, state_keys
+from trainer.engines.optim import build_optimizers
 from trainer.engines.zero.partitions import Fragment, Partitions, leave_secondary_group, partition_module, share_of
 from trainer.engines.zero.swapped import Swapping
 from trainer.ranks.seeds import generator
 from trainer.ranks.world import World
-from trainer.tasks.lm import LanguageModelling
+from trainer.tasks.base import Task
 
 BUCKET_ELEMENTS = 500_000_000  # reduced at once, at most: DeepSpeed's own default
 
@@ -41,7 +41,7 @@ BUCKET_ELEMENTS = 500_000_000  # reduced at once, at most: DeepSpeed's own defau
 class ZeroEngine(Named):
     """See `trainer.engines.base.Engine` for what each method promises."""
 
-    def __init__(self, config: Config, world: World, task: LanguageModelling) -> None:
+    def __init__(self, config: Config, world: World, task: Task) -> None:
         self.config, self.world, self.task = config, world, task
         self.device = world.device
         self._stage, self._compute = config.parallel.zero_stage, DTYPES[config.precision.compute]
@@ -56,7 +56,7 @@ class ZeroEngine(Named):
         numel = sum(math.prod(info.shape) for info in self._infos.values())
         self._settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET_ELEMENTS, numel))
         largest = max(math.prod(info.shape) for info in self._infos.values())
-        self._swapping.set_buffers(world, -(-largest // world.size), len(list(self.model.blocks[0].parameters())))
+        self._swapping.set_buffers(world, -(-largest // world.size), len(list(self.built.blocks[0].parameters())))
         self._engine: Any = None
         self._parts: Partitions
         self._named: dict[str, nn.Parameter] = {}
@@ -85,10 +85,12 @@ class ZeroEngine(Named):
         trainable, held = set(names), set(held_elsewhere)
         self._swapping.check_space(self.world, self._bytes_to_swap(trainable))
         self._swapping.make_folders()
-        self.model = self._allocate(trainable)
+        self.built = self._allocate(trainable)
+        self.model = self.built.module
+        self.built.rebuild_buffers(self.model)
         self._named = dict(self.model.named_parameters())
         parallel = self.config.parallel
-        checkpoint_activations(self.model.blocks, parallel.activation_checkpoint)
+        checkpoint_activations(self.built.blocks, parallel.activation_checkpoint)
         if self._stage == 3 and (parallel.compile or parallel.activation_checkpoint == "selective"):
             self._make_leaves()
         if parallel.compile:
@@ -111,7 +113,7 @@ class ZeroEngine(Named):
             self._engine.destroy()
         named = self._named
         self._engine, self._named, self._originals = None, {}, {}
-        self.model = None  # type: ignore[assignment]
+        self.model = self.built = None  # type: ignore[assignment]
         if hasattr(self, "_parts"):
             self._parts.free(named.values())
             del self._parts, named
@@ -125,7 +127,7 @@ class ZeroEngine(Named):
     def _bytes_to_swap(self, trainable: set[str]) -> tuple[int, int]:
         """Of this rank, at most: masters with their state, and what forward reads."""
         shares = {name: -(-math.prod(info.shape) // self.world.size) for name, info in self._infos.items()}
-        masters = sum(4 * (1 + len(self._state_keys(name))) * shares[name] for name in trainable)
+        masters = sum(4 * (1 + len(self.state_keys(name))) * shares[name] for name in trainable)
         return masters, self._compute.itemsize * sum(shares.values())
 
     @property
@@ -133,11 +135,12 @@ class ZeroEngine(Named):
         """Where parameters rest."""
         return torch.device("cpu") if self.config.parallel.cpu_offload or self._swapping.sections else self.device
 
-    def _allocate(self, trainable: set[str]) -> Decoder:
+    def _allocate(self, trainable: set[str]) -> Model:
         """The model with memory but without values: whole, or at stage 3 cut module by module, so that no rank ever
         holds more than one module of it whole."""
         with torch.device("meta"):
-            model = build_model(self.config.model)
+            built = build_model(self.config.model)
+        model = built.module
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
         made: dict[int, nn.Parameter] = {}  # tied ones once
@@ -156,24 +159,24 @@ class ZeroEngine(Named):
             if own and self._stage == 3:
                 partition_module(module, self._settings, cut)
                 cut = own[0]
-        return model
+        return built
 
     def _make_leaves(self) -> None:
         """Stage 3 gathers by hooks, on which a graph breaks, and whose collectives selective checkpointing would take
         for the block's own. As a leaf a block is gathered at once, by hooks around its forward, and has none inside."""
         from deepspeed.utils import set_z3_leaf_modules
 
-        set_z3_leaf_modules(self.model, [type(self.model.blocks[0])])
-        for block in self.model.blocks:
+        set_z3_leaf_modules(self.model, [type(self.built.blocks[0])])
+        for block in self.built.blocks:
             if any(p.requires_grad for p in block.parameters()):
                 block.register_forward_pre_hook(_with_gradient)
 
     def _compile(self) -> None:
         if self._stage < 3:
-            for block in self.model.blocks:
+            for block in self.built.blocks:
                 block.compile(fullgraph=True)
             return
-        for block in self.model.blocks:  # the forward alone: the hooks of stage 3 stand around it
+        for block in self.built.blocks:  # the forward alone: the hooks of stage 3 stand around it
             block.forward = torch.compile(block.forward, fullgraph=True)
 
     def _optimizer(
@@ -183,7 +186,7 @@ class ZeroEngine(Named):
         group. A flat tensor has one step count and has state as a whole: so a group for each count there is."""
         # Who decays is decided by dimensions, which a parameter that stage 3 has cut does not show.
         stand_ins = {name: nn.Parameter(torch.empty((1,) * len(self._infos[name].shape))) for name in trained}
-        (optimizer,) = build_optimizers(self.config.optim, stand_ins)
+        (optimizer,) = build_optimizers(self.config.optim, self.built, stand_ins)
         names = {id(parameter): name for name, parameter in stand_ins.items()}
         groups, found = [], []
         for group in optimizer.param_groups:
@@ -205,7 +208,7 @@ class ZeroEngine(Named):
             shape = (self._infos | self._buffer_infos)[name].shape
             # Drawn whole and cut, so that the values are those of every other engine, layout and world size.
             whole = torch.empty(shape, dtype=torch.float32, device=self.device)
-            self.model.init_parameter(name, whole, generator(self.device, seed, "init", name))
+            self.built.initialise(name, whole, generator(self.device, seed, "init", name))
             if name in self._buffer_infos:
                 self._buffers()[name].copy_(whole)
                 continue
@@ -231,9 +234,9 @@ class ZeroEngine(Named):
 
     # ---- one update -------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, micro_batch: MicroBatch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
-        total, sums = self.task.sums(self._engine, micro_batch)
+        total, sums = self.task.sums(self._engine, batch)
         # DeepSpeed averages over the ranks at every stage: undone by this factor.
         self._engine.backward(self._weighted(total, scale * self.world.size, sums), scale_wrt_gas=False)
         return sums
@@ -252,14 +255,13 @@ class ZeroEngine(Named):
         found = {name: self._parts.gradient(name) for name in self._parts.fragments}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def evaluate(self, batch: Batch) -> torch.Tensor:
         with self._evaluating():
-            return self.task.sums(self._engine, micro_batch)[1]
+            return self.task.sums(self._engine, batch)[1]
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def call(self, function: Callable[[Callable[..., Any]], T]) -> T:
         with self._evaluating():
-            logits: torch.Tensor = self._engine(tokens)[:, -1].float()
-            return logits
+            return function(self._engine)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -273,7 +275,7 @@ class ZeroEngine(Named):
                 continue
             flat, state = self._parts.flat(fragment.flat), self._parts.state(fragment.flat)
             found.append(Piece(name, "model", fragment.of(flat), info.shape, (), (), start=fragment.start))
-            for key in self._state_keys(name):
+            for key in self.state_keys(name):
                 if key in state:
                     part = fragment.of(state[key])
                     found.append(Piece(f"{name}.{key}", "optim", part, info.shape, (), (), start=fragment.start))
@@ -290,15 +292,12 @@ class ZeroEngine(Named):
         original = tensor.dtype == self._infos[name].dtype
         return Piece(name, "frozen", tensor, self._infos[name].shape, (), (), start=start, original=original)
 
-    def _state_keys(self, name: str) -> tuple[str, ...]:
-        return state_keys(self.config.optim, name, len(self._infos[name].shape))
-
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops(self, example: Batch) -> float:
         with torch.device("meta"):
-            model = build_model(self.config.model)  # stage 3 leaves nothing of a parameter's size in the real one
-        for name, parameter in model.named_parameters():
+            built = build_model(self.config.model)  # stage 3 leaves nothing of a parameter's size in the real one
+        for name, parameter in built.module.named_parameters():
             parameter.requires_grad_(self._named[name].requires_grad)
-        return flops_per_token(model, seq_len)
+        return built.flops(example.tensors)
 
     def step_counts(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -322,12 +321,12 @@ class ZeroEngine(Named):
 
     def _want_state(self, loading: Loading, name: str, fragment: Fragment) -> None:
         state, shape = self._parts.state(fragment.flat), self._infos[name].shape
-        for key in self._state_keys(name):
+        for key in self.state_keys(name):
             if loading.has(f"{name}.{key}"):
                 if key not in state:
                     state[key] = self._parts.add_state(fragment.flat, key)
                 loading.want_range(f"{name}.{key}", shape, fragment.start, fragment.of(state[key]))
-        if state and counts_steps(self.config.optim, name, len(shape)):
+        if state and self.counts_steps(name):
             self._parts.set_count(fragment.flat, loading.count(name))
 
     def after_load(self) -> None:
