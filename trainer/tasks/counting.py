@@ -14,9 +14,9 @@ import numpy as np
 def classification(confusion: np.ndarray) -> dict[str, float]:
     """Metrics of counts (labels, predictions), K x K.
 
-    `precision`, `recall` and `f1` are those of the second of two labels, else the mean over labels that occur, as a label
-    or a prediction (macro), which is also said of two labels as `f1_macro`. `majority` is the accuracy of always
-    naming the most frequent label.
+    `precision`, `recall` and `f1` are those of the second of two labels; of more labels they are the macro ones, means
+    over the labels that occur, as a label or a prediction. `majority` is the accuracy of always naming the most
+    frequent label.
     """
     confusion = np.asarray(confusion, dtype=np.float64)
     hits, total = np.diagonal(confusion), confusion.sum()
