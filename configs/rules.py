@@ -22,6 +22,10 @@ def _data(config: Sections) -> Iterator[str]:
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         yield f"data.sources: the name {twice!r} stands twice"
+    if config.task.name == "lm":
+        for source in config.data.sources:
+            if source.has_records:
+                yield f"data.sources: {source.name!r} has kind {source.kind}; task lm reads text, jsonl or tokens"
     if config.task.sample_tokens and config.data.tokenizer == "none":
         yield "task.sample_tokens needs a data.tokenizer, which is none"
 
