@@ -23,7 +23,7 @@ def check_memory(config: Config, here: int, processes: int) -> None:
     """
     total = _machine_bytes()
     share = -(-config.train.global_batch // processes)
-    batches = here * share * config.data.seq_len * _SAMPLE_BYTES * (config.data.prefetch_steps + 1)
+    batches = here * share * (config.data.seq_len or 0) * _SAMPLE_BYTES * (config.data.prefetch_steps + 1)
     if batches > total:
         raise UserError(
             f"train.global_batch {config.train.global_batch} of data.seq_len {config.data.seq_len} needs "

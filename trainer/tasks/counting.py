@@ -50,13 +50,11 @@ def per_label(confusion: np.ndarray) -> dict[str, np.ndarray]:
     return {"precision": _ratio(hits, predicted), "recall": _ratio(hits, support), "f1": f1, "support": support}
 
 
-REGRESSION = ("count", "absolute", "squared", "target", "target_squared")
-
-
 def regression(sums: Mapping[str, float], scale: float = 1.0) -> dict[str, float]:
-    """`mse`, `mae` and, of two rows or more, `r2` from sums over rows (REGRESSION) of errors and targets.
+    """`mse`, `mae` and, of two rows or more, `r2` from sums over rows: `count`, `absolute` and `squared` errors,
+    `target`, `target_squared`.
 
-    sums: targets less the mean of the training targets, in units of `scale`; around that mean the variance loses no
+    Targets are less the mean of the training targets, in units of `scale`; around that mean the variance loses no
     digits. The results are in the target's own units. r2 of targets that are all alike is 1 when they are hit, else 0.
     """
     count, squared = sums["count"], sums["squared"]
