@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.schema.model import DecoderSection, ModelSection
+from models import mlp
 from models.base import Model
 from models.decoder import Decoder
 from models.flops import flops_per_token
@@ -33,7 +34,7 @@ def _decoder(section: DecoderSection) -> Model:
     )
 
 
-REGISTRY: dict[str, Callable[[Any], Model]] = {"decoder": _decoder}
+REGISTRY: dict[str, Callable[[Any], Model]] = {"decoder": _decoder, "mlp": mlp.build}  # each takes its own section
 
 
 def build_model(section: ModelSection) -> Model:

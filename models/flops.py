@@ -50,18 +50,18 @@ def _flops(model: Decoder, keys: float) -> float:
         before: list[list[nn.Module]] = [[block.attn_norm], [attn.wq, attn.wk, attn.wv]]
         if attn.qk_norm:
             before.append([attn.q_norm, attn.k_norm])
-        projections, scores_need = _stages(before, needs)
-        output, attn_needs = _stages([[attn.wo]], scores_need)
+        projections, scores_need = stages(before, needs)
+        output, attn_needs = stages([[attn.wo]], scores_need)
         total += projections + scores * (3 if scores_need else 1) + output
         needs = needs or attn_needs
         inner: list[nn.Module] = [mlp.gate, mlp.up] if mlp.kind == "swiglu" else [mlp.up]
-        products, mlp_needs = _stages([[block.mlp_norm], inner, [mlp.down]], needs)
+        products, mlp_needs = stages([[block.mlp_norm], inner, [mlp.down]], needs)
         total += products
         needs = needs or mlp_needs
-    return total + _stages([[model.norm], [model.head]], needs)[0]
+    return total + stages([[model.norm], [model.head]], needs)[0]
 
 
-def _stages(stages: list[list[nn.Module]], needs: bool) -> tuple[float, bool]:
+def stages(stages: list[list[nn.Module]], needs: bool) -> tuple[float, bool]:
     """FLOPs of stages that follow each other, each of modules that read the same input; and whether the last
     output needs a gradient when the first input does or not."""
     total = 0.0

@@ -210,7 +210,7 @@ def begun_with(config: Config, old: Config) -> Config:
 def _is_settled_by_content(change: dict[str, Any], config: Config) -> bool:
     """Whether a change is only where data lies. What it holds is compared, before a checkpoint is gone on from."""
     if change["key"] == "data.sources":
-        old, new = ([{**s, "path": "", "pattern": ""} for s in change[when]] for when in ("old", "new"))
+        old, new = ([{**s, "path": "", "pattern": "", "labels": ""} for s in change[when]] for when in ("old", "new"))
         return old == new
     # Ids are there already: these two only tell where documents end, and the content is compared for that too.
     only_ids = all(source.kind == "tokens" for source in config.data.sources)

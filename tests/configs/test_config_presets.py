@@ -49,7 +49,10 @@ def test_demo_is_small() -> None:
 
 
 def test_all_presets_are_listed_and_begin_with_the_schema() -> None:
-    assert presets() == ["demo", "demo-freeze", "llama3-1b", "llama3-405b", "llama3-70b", "llama3-8b"]
+    assert presets() == [
+        *("demo", "demo-freeze", "digits-mlp"),
+        *("llama3-1b", "llama3-405b", "llama3-70b", "llama3-8b", "regression-mlp"),
+    ]
     for path in FOLDER.glob("*.yaml"):
         first = path.read_text("utf-8").splitlines()[0]
         assert first == f"# yaml-language-server: $schema=../{SCHEMA_FILE.name}", path

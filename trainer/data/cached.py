@@ -22,6 +22,7 @@ from trainer.data.tokenizer import Tokenizer
 FORMAT = 1
 CUTS = 2  # the way long texts are cut: see `_is_cut_as_now`
 FILES, META = "files.json", "meta.json"
+_NOT_OF_DOCUMENTS = {"weight", "split", "labels"}  # and so not in META: what was prepared before they came still serves
 _CHUNK_TOKENS = 1 << 20
 
 Found = list[tuple[str, Path]]
@@ -33,7 +34,7 @@ def settings_of(config: Config, source: Source, tokenizer: Tokenizer) -> dict[st
     size = config.decoder.vocab_size if source.kind == "tokens" else tokenizer.size
     return {
         "format": FORMAT,
-        "source": {**source.model_dump(exclude={"weight"}), "path": str(source_root(source))},
+        "source": {**source.model_dump(exclude=_NOT_OF_DOCUMENTS), "path": str(source_root(source))},
         "tokenizer": "ids" if source.kind == "tokens" else tokenizer.fingerprint,
         "end_token": tokenizer.end_token,
         "validation_fraction": config.data.validation_fraction,
@@ -57,15 +58,15 @@ def find_prepared(
     def is_own(folder: Path) -> bool:
         return began_with is not None and folder.name.endswith(f"-{began_with[:16]}")
 
-    alike = _alike(cache, source, settings)
+    alike = alike_folders(cache, source, settings)
     for folder in sorted(alike, key=lambda folder: not is_own(folder)):
         usable = is_own(folder) or _is_cut_as_now(alike[folder], source, places, stats)
-        if usable and _still_holds(folder, alike[folder], source, dict(found), stats, poll):
+        if usable and still_holds(folder, alike[folder], source, dict(found), stats, poll):
             return folder
     return None
 
 
-def _alike(cache: Path, source: Source, settings: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+def alike_folders(cache: Path, source: Source, settings: dict[str, Any]) -> dict[Path, dict[str, Any]]:
     """Folders prepared under these settings, and their META, wherever the files lay then: those that know this path
     first."""
     path, found = settings["source"]["path"], []
@@ -88,7 +89,7 @@ def _is_cut_as_now(meta: dict[str, Any], source: Source, places: re.Pattern[byte
     return bool(meta.get("cuts") == CUTS)
 
 
-def _still_holds(
+def still_holds(
     folder: Path,
     meta: dict[str, Any],
     source: Source,

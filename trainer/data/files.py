@@ -23,10 +23,12 @@ _STALE_S = 24 * 3600.0
 
 
 class ArrayWriter:
-    """A one-dimensional .npy file of unknown length, written in chunks; `close` puts the length into its header."""
+    """A .npy file of unknown length, written in chunks; `close` puts the length into its header. `item`: the shape of
+    what is counted, where that is no number."""
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, item: tuple[int, ...] = ()) -> None:
         self.dtype = dtype.newbyteorder("<")
+        self.item = item
         self.count = 0
         self._file: BinaryIO = path.open("wb", buffering=1 << 20)
         self._file.write(self._header())
@@ -49,7 +51,8 @@ class ArrayWriter:
             self._file.close()
 
     def _header(self) -> bytes:
-        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.count},), }}"
+        shape = (self.count, *self.item)
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
         body = text.ljust(_HEADER_BYTES - 11).encode() + b"\n"
         return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
 

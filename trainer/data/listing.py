@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sysconfig
@@ -14,6 +15,8 @@ from configs.errors import UserError
 from configs.schema.data import Source
 
 STDLIB = "python:stdlib"
+DIGITS, DIABETES = "python:digits", "python:diabetes"
+_IN_PACKAGES = {DIGITS: ("idx", "images"), DIABETES: ("csv", "a table")}  # data without files: kind, and what they are
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -54,8 +57,44 @@ def refuse_unreadable(source: Source, wrong: dict[str, str], count: int) -> None
         )
 
 
+def stat_files(source: Source, found: list[tuple[str, Path]], poll: Callable[[], None]) -> dict[str, FileStat]:
+    """Size and time of each. UserError when one of them is gone, or may not be looked at."""
+    stats, gone = {}, {}
+    for name, path in found:
+        poll()
+        try:
+            stats[name] = FileStat.of(path)
+        except OSError as error:
+            gone[name] = error.strerror or str(error)
+    refuse_unreadable(source, gone, len(found))
+    return stats
+
+
+def is_in_package(source: Source) -> bool:
+    """Whether a Python package holds the data of this source: it has no files."""
+    return source.path in _IN_PACKAGES
+
+
+def check_installed(source: Source) -> None:
+    """UserError when the package that reads this source is missing."""
+    if is_in_package(source):
+        module, install = "sklearn", "pip install scikit-learn"
+    elif source.kind == "parquet":
+        module, install = "pyarrow", "pip install 'muster[tables]'"
+    else:
+        return
+    if importlib.util.find_spec(module) is None:
+        what = f"path {source.path}" if is_in_package(source) else "kind parquet"
+        raise UserError(f"data source {source.name!r}: {what} needs {module}, which is not installed\n{install}")
+
+
 def source_root(source: Source) -> Path:
-    """Absolute path of a source. UserError when there is no file or folder."""
+    """Absolute path of a source; what a package holds keeps its name. UserError when there is no file or folder."""
+    if is_in_package(source):
+        kind, what = _IN_PACKAGES[source.path]
+        if source.kind != kind:
+            raise UserError(f"data source {source.name!r}: path {source.path} is {what}; set its kind to {kind}")
+        return Path(source.path)
     if source.path == STDLIB:
         if source.kind != "text":
             raise UserError(f"data source {source.name!r}: path {STDLIB} is text; set its kind to text")
@@ -78,8 +117,13 @@ def source_root(source: Source) -> Path:
 def list_files(source: Source, poll: Callable[[], None]) -> list[tuple[str, Path]]:
     """(relative path, path) of every file, sorted by relative path. Hidden files and folders are left out.
 
-    UserError when there is none, or when what should be one is a dead link, a pipe or a device.
+    UserError when there is none, or when what should be one is a dead link, a pipe or a device. Of what a package holds
+    there is none.
     """
+    check_installed(source)
+    if is_in_package(source):
+        source_root(source)
+        return []
     found: dict[str, Path] = {}
     wrong: dict[str, str] = {}
     for name, path, reason in _wanted(source, poll):
@@ -93,6 +137,10 @@ def list_files(source: Source, poll: Callable[[], None]) -> list[tuple[str, Path
 
 def check_source(source: Source) -> None:
     """Raise UserError when there is nothing to read. Looks no further than to the first file."""
+    check_installed(source)
+    if is_in_package(source):
+        source_root(source)
+        return
     wrong: dict[str, str] = {}
     for name, _, reason in _wanted(source, lambda: None):
         if reason is None:
@@ -111,7 +159,11 @@ def _refuse(source: Source, found: dict[str, Path], wrong: dict[str, str]) -> No
 
 
 def _pattern(source: Source) -> str:
-    return "**/*.py" if source.path == STDLIB and source.pattern == "**/*" else source.pattern
+    if source.pattern != "**/*":
+        return source.pattern
+    if source.kind == "idx":
+        return "**/*images*"  # labels lie beside them
+    return "**/*.py" if source.path == STDLIB else source.pattern
 
 
 def _wanted(source: Source, poll: Callable[[], None]) -> Iterator[tuple[str, Path, str | None]]:

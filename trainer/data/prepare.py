@@ -14,12 +14,8 @@ config: it is what `Prepared.open` reads on every rank.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,21 +29,17 @@ from trainer.data.cached import CUTS, FILES, FORMAT, META, check_largest_id, fin
 from trainer.data.content import check_content
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES, pieces
 from trainer.data.enough import check_enough
-from trainer.data.listing import FileStat, list_files, readable, refuse_unreadable
+from trainer.data.listing import FileStat, list_files, readable, stat_files
 from trainer.data.open_tokens import open_tokens
 from trainer.data.order import quotas
+from trainer.data.preparing import Interrupted, Progress, cache_errors, key_of
 from trainer.data.sources import Document, FileReading, new_hash, read_file
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is seen soon
 _LARGE_PIECE_BYTES = 1 << 20  # a piece of this much text is worth a line
-_POLL_S = 0.05
-_SAY_S = 1.0
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
-
-class Interrupted(Exception):
-    """A stop was asked for while data was prepared. Finished sources stay; the next start goes on after them."""
+__all__ = ["Interrupted", "prepare"]
 
 
 def prepare(
@@ -65,15 +57,15 @@ def prepare(
     """
     tokenizer = load_tokenizer(config.data, config.decoder.vocab_size)
     quotas([s.weight for s in config.data.sources], [s.name for s in config.data.sources])  # refused before the work
-    with _cache_errors(cache):
+    with cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(cache)
         # Of all of them before the work on any: a dead link in the last source is said before the first is tokenised.
-        listed = {s.name: list_files(s, _Progress(s.name, say, should_stop).poll) for s in config.data.sources}
+        listed = {s.name: list_files(s, Progress(s.name, say, should_stop).poll) for s in config.data.sources}
         folders = [
             _source_folder(
                 *(config, s, listed[s.name], tokenizer, cache),
-                *(_Progress(s.name, say, should_stop), (began_with or {}).get(s.name)),
+                *(Progress(s.name, say, should_stop), (began_with or {}).get(s.name)),
             )
             for s in config.data.sources
         ]
@@ -89,56 +81,11 @@ def prepare(
                 for source, folder in zip(config.data.sources, folders, strict=True)
             ],
         }
-        path = cache / f"run-{_digest(index)}.json"
+        path = cache / f"run-{key_of(index)}.json"
         if not path.exists():
             files.write_json(path, index)
     check_enough(open_tokens(path, config, patience_s=0.0), config)
     return path
-
-
-@contextlib.contextmanager
-def _cache_errors(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in _DISK_ERRORS:
-            raise
-        raise UserError(
-            f"data.cache: cannot write to {cache}: {e.strerror}\nmake room there, or set data.cache to another folder"
-        ) from e
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-class _Progress:
-    """Says how far a source is and asks whether to stop; cheap enough to be called for every document."""
-
-    def __init__(self, source: str, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
-        self.documents = self.bytes = 0
-        self._source, self._say, self._should_stop = source, say, should_stop
-        self._started_s = self._said_s = time.monotonic()
-        self._polled_s = 0.0
-
-    def poll(self, read_bytes: int = 0) -> None:
-        self.bytes += read_bytes
-        now_s = time.monotonic()
-        if now_s - self._polled_s < _POLL_S:
-            return
-        self._polled_s = now_s
-        if self._should_stop():
-            raise Interrupted
-        if now_s - self._said_s >= _SAY_S:
-            self._said_s = now_s
-            self.say(self.summary())
-
-    def say(self, line: str) -> None:
-        self._say(f"data {self._source}: {line}")
-
-    def summary(self) -> str:
-        mb, seconds = self.bytes / 1e6, max(time.monotonic() - self._started_s, 1e-3)
-        return f"{self.documents:,} documents, {mb:,.1f} MB, {mb / seconds:,.1f} MB/s"
 
 
 def _source_folder(
@@ -147,14 +94,14 @@ def _source_folder(
     found: list[tuple[str, Path]],
     tokenizer: Tokenizer,
     cache: Path,
-    progress: _Progress,
+    progress: Progress,
     began_with: str | None,
 ) -> Path:
     """The folder of a prepared source that holds what its files, those `found`, hold now; made if there is none."""
     progress.poll()
     settings = settings_of(config, source, tokenizer)
-    name = f"{source.name}-{_digest(settings)}"
-    stats = _stats(source, found, progress)
+    name = f"{source.name}-{key_of(settings)}"
+    stats = stat_files(source, found, progress.poll)
     prepared = find_prepared(cache, source, settings, tokenizer.places, found, stats, began_with, progress.poll)
     if prepared is not None:
         if source.kind == "tokens":
@@ -170,18 +117,6 @@ def _source_folder(
                 (temporary / file).replace(final / file)
     progress.say(f"prepared {progress.summary()}")
     return final
-
-
-def _stats(source: Source, found: list[tuple[str, Path]], progress: _Progress) -> dict[str, FileStat]:
-    stats, gone = {}, {}
-    for relative, path in found:
-        progress.poll()
-        try:
-            stats[relative] = FileStat.of(path)
-        except OSError as error:
-            gone[relative] = error.strerror or str(error)
-    refuse_unreadable(source, gone, len(found))
-    return stats
 
 
 class _SplitWriter:
@@ -292,7 +227,7 @@ def _tokenise(
     tokenizer: Tokenizer,
     found: list[tuple[str, Path]],
     folder: Path,
-    progress: _Progress,
+    progress: Progress,
 ) -> str:
     """Write all of a source into a folder; returns the fingerprint of its content."""
     writer = _SourceWriter(folder, settings, tokenizer, progress.say)
@@ -305,7 +240,7 @@ def _tokenise(
                 stat = FileStat.of(path)
             for document in read_file(source, path, tokenizer.end_token, config.decoder.vocab_size, reading):
                 writer.add(document, progress.poll)
-                progress.documents += 1
+                progress.count += 1
             known[name] = [stat.size_bytes, stat.mtime_ns, reading.digest]
         splits = writer.close()
     finally:

@@ -110,9 +110,9 @@ def _what_changed(source: PreparedSource, expected: str) -> str:
         except (OSError, ValueError):
             continue
         parts = [
-            f"{key} was {meta[key]}, is {source.meta[key]}"
-            for key in ("tokenizer", "end_token", "validation_fraction", "dtype")
-            if meta[key] != source.meta[key]
+            f"{key} was {meta.get(key)}, is {source.meta.get(key)}"
+            for key in ("tokenizer", "end_token", "validation_fraction", "test_fraction", "dtype")
+            if meta.get(key) != source.meta.get(key)
         ]
         groups = {
             "changed": [n for n in old.keys() & new.keys() if old[n][2] != new[n][2]],
@@ -123,7 +123,7 @@ def _what_changed(source: PreparedSource, expected: str) -> str:
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
                 parts.append(f"{len(names)} {'file' if len(names) == 1 else 'files'} {what} ({shown})")
-        if not parts and meta.get("cuts") != source.meta["cuts"]:
+        if not parts and meta.get("cuts") != source.meta.get("cuts"):
             parts = ["its long texts were cut where that can change ids, and are not any more"]
         return "; ".join(parts) or unknown
     return unknown

@@ -7,9 +7,16 @@ from typing import Any
 
 from configs.config import Config
 from trainer.tasks.base import Task
+from trainer.tasks.classify import Classification
 from trainer.tasks.lm import LanguageModelling
+from trainer.tasks.regress import Regression
 
-TASKS: dict[str, Callable[[Any], Task]] = {"lm": LanguageModelling}
+# Each takes its own section.
+TASKS: dict[str, Callable[[Any], Task]] = {
+    "lm": LanguageModelling,
+    "classify": Classification,
+    "regress": Regression,
+}
 
 
 def build_task(config: Config) -> Task:
