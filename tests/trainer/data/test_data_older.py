@@ -68,3 +68,11 @@ def test_lines_prepared_in_the_older_way_are_looked_at_once_more(
     assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
     monkeypatch.setattr("trainer.data.prepare.read_file", refuse_to_read)
     assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
+
+
+def test_keys_of_records_are_not_noted_of_documents(tmp_path: Path) -> None:
+    """What was prepared before `split` and `labels` of a source came is looked for by these keys, and found."""
+    (tmp_path / "a.txt").write_text("the model learns\n" * 50)
+    (source,) = prepared(tmp_path / "cache", config({"name": "t", "path": str(tmp_path / "a.txt")})).sources
+    assert set(source.meta["source"]) == {"name", "kind", "path", "pattern", "field"}
+    assert "test_fraction" not in source.meta
