@@ -180,7 +180,9 @@ def test_samples_against_a_plain_reading(lengths: list[int], seq_len: int, value
 def test_without_document_masks_targets_are_masked_all_the_same(corpus: Any) -> None:
     p, make = corpus
     (with_mask,) = batches(p, make(train__global_batch=100), 0, 0, 0, 1, 1)
-    (without,) = batches(p, make(train__global_batch=100, data__document_mask=False), 0, 0, 0, 1, 1)
+    cfg = make(train__global_batch=100, data__document_mask=False)
+    (without,) = batches(prepared(p.sources[0].folder.parent, cfg), cfg, 0, 0, 0, 1, 1)
+    assert all(m.tensors.keys() == {*NAMES} for m in with_mask.batches)
     assert all(m.tensors.keys() == {"tokens", "targets"} for m in without.batches)
     for a, b in zip(with_mask.batches, without.batches, strict=True):
         assert torch.equal(a.tensors["tokens"], b.tensors["tokens"])
@@ -316,7 +318,7 @@ def test_validation_is_the_same_samples_at_every_layout(corpus: Any) -> None:
 
 
 def test_validation_takes_turns_between_sources_and_stops_at_what_there_is(corpus: Any) -> None:
-    p, make = corpus
+    p, _ = corpus
     sizes = [tokens_of(s, "validation").sample_count(16) for s in p.sources]
     assert sizes == [len(s.validation) for s in p.sources]
     chosen = held_out(p, "validation", 10**6)

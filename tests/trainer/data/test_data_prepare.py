@@ -57,7 +57,7 @@ def test_every_document_stands_in_one_split_in_order(tmp_path: Path) -> None:
     assert texts(p.sources[0], "validation") == [c for c, h in zip(contents, held_out, strict=True) if h]
     assert 2 <= sum(held_out) <= 20
     assert tokens_of(p.sources[0], "train").tokens.dtype == np.uint16
-    assert p.facts == {"tokenizer": {"size": 257, "end_token": 256}}
+    assert (p.facts["tokenizer"]["size"], p.facts["tokenizer"]["end_token"]) == (257, 256)
 
 
 def test_all_kinds_and_tokenizers_together(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_two_starts_at_once_give_one_folder(tmp_path: Path) -> None:
     starts = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait(timeout=60) for p in starts] == [0, 0]
     assert len(list((tmp_path / "cache").glob("t-*"))) == 1
-    assert len(texts(prepared(tmp_path / "cache", config(source)).sources[0].train)) > 10
+    assert len(texts(prepared(tmp_path / "cache", config(source)).sources[0], "train")) > 10
 
 
 def test_token_files_without_an_end_token_are_warned_about(tmp_path: Path) -> None:
