@@ -10,8 +10,9 @@ from small_data import bpe, config, jsonl, prepared
 
 from configs.errors import UserError
 from trainer.data import files
+from trainer.data.open_tokens import open_tokens
 from trainer.data.prepare import prepare
-from trainer.data.prepared import Prepared, check_unchanged
+from trainer.data.prepared import check_unchanged
 
 
 def refuse_to_read(*args: Any) -> None:
@@ -35,7 +36,7 @@ def test_long_texts_prepared_in_the_older_way_serve_only_the_run_that_began_with
     as_of_old(next(cache.glob("t-*")), old)
     assert prepared(cache, cfg).fingerprints == now
     began = prepare(cfg, cache, lambda line: None, lambda: False, began_with={"t": old})
-    assert Prepared.open(began).fingerprints == {"t": old}
+    assert open_tokens(began, cfg).fingerprints == {"t": old}
     with pytest.raises(UserError, match="its long texts were cut where that can change ids"):
         check_unchanged({"t": old}, prepared(cache, cfg))
 
