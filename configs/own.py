@@ -41,10 +41,10 @@ def check_own(key: str, name: str) -> None:
         )
 
 
-def make_own(key: str, name: str, options: dict[str, Any]) -> Any:
+def make_own(section: str, name: str, options: dict[str, Any]) -> Any:
     """What the class or function of that name makes of its options. Raises UserError for what is wrong with either."""
-    maker = _load(key, name)
-    return maker(*_sections(key, name, maker, options))
+    maker = _load(f"{section}.name", name)
+    return maker(*_sections(section, name, maker, options))
 
 
 def _load(key: str, name: str) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ def _sections(key: str, name: str, maker: Callable[..., Any], options: dict[str,
         return []
     section = get_type_hints(function).get(takes[0].name)
     if not (inspect.isclass(section) and issubclass(section, BaseModel)):
-        raise UserError(f"{key} {name}: its first argument, {takes[0].name}, needs a pydantic model as its type")
+        raise UserError(f"{key}.name {name}: its first argument, {takes[0].name}, needs a pydantic model as its type")
     try:
         return [section.model_validate(options)]
     except ValidationError as error:

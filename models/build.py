@@ -47,7 +47,7 @@ def build_model(section: ModelSection) -> Model:
     """
     if not isinstance(section, OwnModel):
         return REGISTRY[section.name](section)
-    made = make_own("model.name", section.name, section.options)
+    made = make_own("model", section.name, section.options)
     if not isinstance(made, Model):
         raise UserError(f"model.name {section.name} gave a {type(made).__name__}: it must return a models.base.Model")
     return made

@@ -28,7 +28,7 @@ def build_task(config: Config) -> Task:
     section = config.task
     if not isinstance(section, OwnTask):
         return TASKS[section.name](section)
-    made: Task = make_own("task.name", section.name, section.options)
+    made: Task = make_own("task", section.name, section.options)
     wanted = [name for kind in (Task, Collates) for name in (*vars(kind), *kind.__annotations__) if name[0] != "_"]
     missing = sorted({name for name in wanted if not hasattr(made, name)})
     if missing:
