@@ -7,8 +7,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs.config import Config
+from configs.errors import UserError
 from configs.schema.section import Section
+
+_LENGTH = ("train.steps", "train.epochs")
 
 
 def fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -27,8 +32,37 @@ def fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """The fields that change what is learned, by dotted key. `train.steps` is left to an event of its own."""
-    return {k: v for k, v, changes in fields(config) if changes == "result" and k != "train.steps"}
+    """The fields that change what is learned, by dotted key. The length of a run is left to an event of its own."""
+    return {k: v for k, v, changes in fields(config) if changes == "result" and k not in _LENGTH}
+
+
+def undecided(section: Section, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that were left out and that the data decide."""
+    for name, info in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{prefix}{info.alias or name}"
+        if isinstance(value, Section):
+            yield from undecided(value, key + ".")
+        elif value is None and isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("from_data"):
+            yield key
+
+
+def decide(config: Config, sizes: dict[str, Any]) -> Config:
+    """The config with values for keys that were left out, or the same one where none was. Raises UserError when they
+    do not fit the others."""
+    if not sizes:
+        return config
+    data = to_dict(config)
+    for key, value in sizes.items():
+        *path, last = key.split(".")
+        section = data
+        for part in path:
+            section = section[part]
+        section[last] = value
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        told = "; ".join(str(found["msg"]).removeprefix("Value error, ") for found in error.errors())
+        raise UserError(f"what the data decide does not fit the config: {told}") from error
 
 
 def fingerprint(config: Config) -> str:

@@ -13,8 +13,11 @@ from configs.schema.task import LmSection
 
 def mistakes(config: Sections) -> list[str]:
     """What cannot be, in plain words with the keys; before any rank is started."""
+    unfit = list(_task(config))
+    if unfit:
+        return unfit  # what follows takes for granted that task and model have what they need
     zero = contradictions(config) if config.parallel.engine == "zero" else []
-    return [*_task(config), *_data(config), *_tensor(config), *zero]
+    return [*_data(config), *_tensor(config), *zero]
 
 
 def _task(config: Sections) -> Iterator[str]:
@@ -23,24 +26,21 @@ def _task(config: Sections) -> Iterator[str]:
     fitting = "decoder" if task == "lm" else "mlp"
     if model != fitting:
         yield f"task.name {task} needs model.name {fitting}, not {model}"
+    if config.task.needs_tokenizer and config.data.seq_len is None:
+        yield "data.seq_len is missing: tokens per sample"
 
 
 def _data(config: Sections) -> Iterator[str]:
     model, task = config.model, config.task
-    seq_len = config.data.seq_len
-    if task.name == "lm" and seq_len is None:
-        yield "data.seq_len is missing (tokens per sample)"
-    if task.name != "lm" and seq_len is not None:
-        yield f"data.seq_len is for tokens: task {task.name} has none"
-    if isinstance(model, DecoderSection) and seq_len is not None and seq_len > model.max_seq_len:
-        yield f"data.seq_len {seq_len} is longer than model.max_seq_len {model.max_seq_len}"
+    if isinstance(model, DecoderSection) and config.seq_len > model.max_seq_len:
+        yield f"data.seq_len {config.seq_len} is longer than model.max_seq_len {model.max_seq_len}"
     names = Counter(source.name for source in config.data.sources)
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         yield f"data.sources: the name {twice!r} stands twice"
     for source in config.data.sources:
-        if source.has_records == (task.name == "lm"):
-            kinds = "text, jsonl or tokens" if task.name == "lm" else "csv, parquet or idx"
+        if source.has_records == task.needs_tokenizer:
+            kinds = "text, jsonl or tokens" if task.needs_tokenizer else "csv, parquet or idx"
             yield f"data.sources: {source.name!r} has kind {source.kind}; task {task.name} reads {kinds}"
     if isinstance(task, LmSection) and task.sample_tokens and config.data.tokenizer == "none":
         yield "task.sample_tokens needs a data.tokenizer, which is none"
@@ -69,11 +69,10 @@ def _tensor(config: Sections) -> Iterator[str]:
                 f"use a smaller parallel.tensor"
             )
             return
-    seq_len = config.data.seq_len or 0
-    padded = -(-seq_len // tensor) * tensor
-    if model.position == "learned" and padded > model.max_seq_len >= seq_len:
+    padded = -(-config.seq_len // tensor) * tensor
+    if model.position == "learned" and padded > model.max_seq_len >= config.seq_len:
         yield (
-            f"data.seq_len {seq_len} is filled up to {padded}, a multiple of parallel.tensor {tensor}, "
+            f"data.seq_len {config.seq_len} is filled up to {padded}, a multiple of parallel.tensor {tensor}, "
             f"but model.max_seq_len gives learned positions for {model.max_seq_len}; "
             f"use data.seq_len={padded - tensor} or a parallel.tensor that divides it"
         )

@@ -13,7 +13,6 @@ import torch
 
 from configs.config import Config
 from configs.errors import UserError
-from configs.schema.task import LmSection
 from trainer.host.console import Console
 from trainer.host.terminal import say
 from trainer.life import attempts as life
@@ -28,7 +27,6 @@ from trainer.preflight import check_folder, write_config
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.schedule import rate_change, remarks
-from trainer.shown.sample import write_sample
 from trainer.shown.summary import Size, end_lines, start_lines
 from trainer.step import RunFailed
 
@@ -51,14 +49,20 @@ def live(run: Run) -> End:
             run.console.say(f"FAILED: {failure}")
             newest = run.folder.newest_checkpoint()[1]
             return End("failed", run.progress.step, newest, requeue=False, cause=failure.cause)
-        task = run.config.task
-        if cause is None and isinstance(task, LmSection) and task.sample_tokens:
-            text = write_sample(run.config, run.engine, run.progress.step)
-            run.console.end_live()
-            run.console.say(f"what the model writes now:\n{text}")
+        if cause is None:
+            _show(run)
     if cause is None:
         return End("finished", run.progress.step, run.folder.newest_checkpoint()[1], requeue=False)
     return stopped(run, cause)
+
+
+def _show(run: Run) -> None:
+    """What the task shows of a finished run."""
+    engine = run.engine
+    text = run.task.show(engine.call, run.config, engine.device, run.progress.step)
+    if text is not None:
+        run.console.end_live()
+        run.console.say(text)
 
 
 @contextmanager
@@ -125,7 +129,7 @@ def run_attempt(config: Config, wish: StopWish, world: World, kind: type[Run]) -
                 facts = {k: getattr(end, k) for k in ("reason", "step", "cause")}
                 run.events.write("ended", phases_s=world.heartbeat.seconds(), **facts)
                 run.console.end_live()
-                run.console.say("\n".join(end_lines(config, attempt, end, run.seconds())))
+                run.console.say("\n".join(end_lines(run.config, attempt, end, run.seconds())))
             world.barrier()
         except UserError:
             raise
@@ -153,6 +157,7 @@ def _attempt(run: Run, changes: Changes) -> End:
         run.build()
     except StopRequested as request:
         return stopped(run, request.cause)
+    config = run.config  # the data may have decided some of it
     world.from_first(lambda: run.meter.begin_series(run.progress.step + 1))
     hosts = sorted(set(world.gather(world.node)))
     if world.first:

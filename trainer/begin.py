@@ -72,18 +72,6 @@ class Beginning:
             named, everything = named_checkpoint(Path(start.from_)), start.take == "everything"
             self._plan(named, everything, self.trainable_after(named.step if everything else 0), continuing=False)
 
-    def fingerprints_to_find(self) -> dict[str, str]:
-        """What the sources held when the checkpoint that this run goes on from was saved. Empty without one, and
-        when it is bad: loading it will say so."""
-        start, name = self.config.start, self.folder.newest_checkpoint()[1]
-        if name is None and (start.from_ is None or start.take == "weights"):
-            return {}
-        path = self.folder.checkpoints / name if name is not None else checkpoint_named(Path(start.from_ or ""))
-        try:
-            return read_manifest(path)[0].data
-        except BadCheckpoint:
-            return {}
-
     def begin(self) -> tuple[Origin, Progress]:
         """Build the engine, then load or initialise, on every rank. If a checkpoint proves bad while it is read, all
         ranks go back to the one before it."""
@@ -241,3 +229,16 @@ def _open(path: Path, patience_s: float) -> Checkpoint:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.5)
+
+
+def fingerprints_to_find(config: Config, folder: RunFolder) -> dict[str, str]:
+    """What the sources held when the checkpoint that this run goes on from was saved. Empty without one, and
+    when it is bad: loading it will say so."""
+    start, name = config.start, folder.newest_checkpoint()[1]
+    if name is None and (start.from_ is None or start.take == "weights"):
+        return {}
+    path = folder.checkpoints / name if name is not None else checkpoint_named(Path(start.from_ or ""))
+    try:
+        return read_manifest(path)[0].data
+    except BadCheckpoint:
+        return {}

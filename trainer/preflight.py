@@ -14,10 +14,9 @@ from typing import Any
 
 from configs.config import Config
 from configs.errors import UserError
-from configs.fingerprint import differences, fields, fingerprint, result_fields
+from configs.fingerprint import decide, differences, fields, fingerprint, result_fields, undecided
 from configs.load import dump, load
 from configs.paths import fitting
-from configs.schema.model import DecoderSection
 from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.listing import check_source
 from trainer.engines import check_engine, check_package
@@ -92,8 +91,8 @@ def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
             checkpoint_named(Path(config.start.from_))
 
     def tokenizer() -> None:
-        if isinstance(config.model, DecoderSection):  # others read no tokens
-            load_tokenizer(config.data, config.model.vocab_size)
+        if config.task.needs_tokenizer:
+            load_tokenizer(config.data, config.decoder.vocab_size)
 
     return problems_of(
         start,
@@ -184,6 +183,7 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
     if not folder.config.exists():
         return []
     old = load(str(folder.config), [])
+    config = begun_with(config, old)
     changes = [
         {"key": key, "old": before, "new": after}
         for key, before, after in differences(result_fields(old), result_fields(config))
@@ -194,9 +194,17 @@ def check_folder(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
         named = ", ".join(f"{c['key']} {c['old']!r} -> {c['new']!r}" for c in refused)
         raise UserError(f"{folder.root} was begun with another config: {named}\n{_advice(refused, folder)}")
     events = [{"event": "data_moved" if c in moved else "config_changed", **c} for c in changes]
-    if old.train.steps != config.train.steps:
+    if config.train.epochs is None and old.train.steps != config.train.steps:
         events.append(_steps_changed(old, config))
     return events
+
+
+def begun_with(config: Config, old: Config) -> Config:
+    """The config with the sizes that the data decided when the folder was begun, where it leaves them out."""
+    if old.model.name != config.model.name:
+        return config  # it is refused by that name
+    known = {key: value for key, value, _ in fields(old)}
+    return decide(config, {key: known[key] for key in undecided(config) if known.get(key) is not None})
 
 
 def _is_settled_by_content(change: dict[str, Any], config: Config) -> bool:

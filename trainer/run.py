@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,8 +11,8 @@ from pathlib import Path
 import torch
 
 from configs.config import Config
-from configs.fingerprint import fingerprint, to_dict
-from trainer.begin import Beginning
+from configs.fingerprint import fingerprint, to_dict, undecided
+from trainer.begin import Beginning, fingerprints_to_find
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.load.checkpoint import Checkpoint
@@ -68,22 +69,49 @@ class Run:
 
     def build(self) -> None:
         """Data, engine, weights. Raises UserError, or StopRequested when a wish to stop comes in between."""
-        config, world = self.config, self.world
+        world = self.world
         if world.first:
-            self.wish.watch(self.folder.stop, config.train.time_limit_s, self.began)
-        self.engine = build_engine(config, world, self.task)  # names and shapes: it takes memory when it is filled
-        self.beginning = Beginning(config, world, self.folder, self.engine, self.store, self.events, self.console)
-        world.from_first(self.beginning.look_ahead)
+            self.wish.watch(self.folder.stop, self.config.train.time_limit_s, self.began)
+        complete = not any(undecided(self.config))
+        if complete:
+            self._make_engine()  # before hours of preparing data: it finds what does not fit
         # Tokenising takes as long as it takes, longer than any collective may.
         with world.heartbeat.during(Phase.PREPARING):
-            prepared = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
-        self.prepared = self.beginning.prepared = self.task.open(prepared, config)
+            path = world.from_first(self._prepare, patiently=f"prepared/{self.attempt.number}")
+        self.prepared = self.task.open(path, self.config)
+        self._take_sizes()
+        if not complete:
+            self._make_engine()
+        self.beginning.prepared = self.prepared
         world.from_first(self._last_look_before_loading)
         self.origin, self.progress = self.beginning.begin()
         self._say_frozen_ties()
         if self.origin.continuing:
             self.saved_step = self.progress.step
         self.check_space()
+        self._open_batches()
+        self.meter = Meter(self.config, world, self.folder, self.console, self.attempt.number, self.task.unit)
+        self.meter.flops_per_unit = self.flops_per_unit()
+
+    def _make_engine(self) -> None:
+        """Names and shapes: it takes memory when it is filled."""
+        config, world = self.config, self.world
+        self.engine = build_engine(config, world, self.task)
+        self.beginning = Beginning(config, world, self.folder, self.engine, self.store, self.events, self.console)
+        world.from_first(self.beginning.look_ahead)
+
+    def _take_sizes(self) -> None:
+        """What the data decide: sizes that the config leaves out, and how many steps its epochs are."""
+        config, train = self.config, self.config.train
+        if train.epochs is not None:
+            samples = sum(len(source.train) for source in self.prepared.sources)
+            steps = max(1, math.ceil(train.epochs * samples / train.global_batch))
+            train = train.model_copy(update={"steps": steps, "epochs": None})
+            config = config.model_copy(update={"train": train})
+        self.config = self.task.resolve(config, self.prepared)
+
+    def _open_batches(self) -> None:
+        config, world = self.config, self.world
         chosen = held_out(self.prepared, "validation", config.train.validate_samples)
         self.held_out = HeldOut(self.task, chosen, config, world.data_rank, world.data_size)
         self.loader = Loader(
@@ -96,12 +124,10 @@ class Run:
             world_size=world.data_size,
             pin=world.device.type == "cuda",
         )
-        self.meter = Meter(config, world, self.folder, self.console, self.attempt.number, self.task.unit)
-        self.meter.flops_per_unit = self.flops_per_unit()
 
     def _prepare(self) -> Path:
         config = self.config
-        cache, began_with = self.folder.cache(config.data.cache), self.beginning.fingerprints_to_find()
+        cache, began_with = self.folder.cache(config.data.cache), fingerprints_to_find(config, self.folder)
         try:
             return self.task.prepare(config, cache, self.console.say, self._wished, began_with)
         except Interrupted as interrupted:

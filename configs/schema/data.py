@@ -54,7 +54,7 @@ class Source(Section):
 class DataSection(Section):
     """What is read, and how it is cut into samples."""
 
-    seq_len: int | None = result(None, "tokens per sample; must be given where a task has tokens", ge=2, le=MOST_TOKENS)
+    seq_len: int | None = result(None, "tokens per sample, of a task that has tokens", ge=2, le=MOST_TOKENS)
     tokenizer: PathText = result(
         "bytes", "`bytes`, the path of a tokenizer.json, or `none` where all sources are token ids"
     )

@@ -27,6 +27,12 @@ def speed(default: Any = ..., doc: str = "", **constraints: Any) -> Any:
     return Field(default, description=doc, json_schema_extra={"changes": "speed"}, **constraints)
 
 
+def from_data(doc: str, **constraints: Any) -> Any:
+    """A field of `result` that the data decide when it is left out; None until they are known."""
+    told = f"{doc}; from the data when left out"
+    return Field(None, description=told, json_schema_extra={"changes": "result", "from_data": True}, **constraints)
+
+
 class Section(BaseModel):
     """Unknown keys are refused, values are never coerced between types, a built config does not change."""
 

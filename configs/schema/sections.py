@@ -40,6 +40,12 @@ class Sections(Section):
         return self.run.dir or f"runs/{self.run.name}"
 
     @property
+    def seq_len(self) -> int:
+        """Tokens per sample, of a task that has tokens."""
+        assert self.data.seq_len is not None
+        return self.data.seq_len
+
+    @property
     def decoder(self) -> DecoderSection:
         """The model, where only a decoder can be meant. Raises TypeError for another."""
         if not isinstance(self.model, DecoderSection):
@@ -52,9 +58,3 @@ class Sections(Section):
         if not isinstance(self.task, LmSection):
             raise TypeError(f"task.name is {self.task.name}, not lm")
         return self.task
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens per sample, of a task that has tokens."""
-        assert self.data.seq_len is not None
-        return self.data.seq_len

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Tag
 
 from configs.schema.section import MILLION, MOST_TOKENS, Section, by_name, result, speed
 
 
-class LmSection(Section):
+class AnyTask(Section):
+    """What every task says of itself."""
+
+    needs_tokenizer: ClassVar[bool] = False  # and `data.seq_len`
+
+
+class LmSection(AnyTask):
     """Language modelling: predict each next token."""
+
+    needs_tokenizer: ClassVar[bool] = True
 
     name: Literal["lm"] = result("lm", "language modelling: predict the next token")
     z_loss: float = result(0.0, "weight of the squared log-partition penalty", ge=0, le=1000)
@@ -19,7 +27,7 @@ class LmSection(Section):
     sample_tokens: int = speed(0, "length of that text; 0: none", ge=0, le=MILLION)
 
 
-class ClassifySection(Section):
+class ClassifySection(AnyTask):
     """Classification: one of several labels for each record."""
 
     name: Literal["classify"] = result(..., "classification: predict the label of a record")
@@ -32,7 +40,7 @@ class ClassifySection(Section):
     )
 
 
-class RegressSection(Section):
+class RegressSection(AnyTask):
     """Regression: a number for each record."""
 
     name: Literal["regress"] = result(..., "regression: predict a number of a record")

@@ -11,11 +11,12 @@ class TrainSection(Section):
     """How long and in what batches."""
 
     steps: int = result(
-        ...,
+        0,
         "the absolute last step; may change later: the schedule then ends at the new one, and a line says the new rate",
         ge=0,
         le=MOST_STEPS,
     )
+    epochs: float | None = result(None, "in place of steps: passes over all training samples", gt=0, le=MOST_STEPS)
     global_batch: int = result(..., "samples per update over all ranks", ge=1, le=10**8)
     micro_batch: int = speed(1, "samples per rank and forward, at most", ge=1, le=MOST_TIMES)
     clip_norm: float | None = result(1.0, "largest global gradient norm", gt=0, le=1e30)
@@ -26,6 +27,14 @@ class TrainSection(Section):
         0, "validations without a better loss before the run ends; 0: never", ge=0, le=MOST_STEPS
     )
     time_limit_s: float | None = speed(None, "an attempt stops with a save after this long", gt=0, le=MOST_S)
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainSection:
+        if "steps" not in self.model_fields_set and self.epochs is None:
+            raise ValueError("steps is missing: how long to train (or epochs)")
+        if self.steps and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
 
     @model_validator(mode="after")
     def _early_stop(self) -> TrainSection:

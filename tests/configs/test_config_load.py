@@ -240,7 +240,8 @@ TRICKY = st.sampled_from([*PLAIN.split(), *BLANKS])
 RULES: dict[str, dict[str, Any]] = {
     "model": {"heads": 6, "kv_heads": 2, "head_dim": 8, "rope_scaling": None, "max_seq_len": 10**9},
     "optim": {"betas": [0.5, 0.25], "decay_steps": 1},
-    "train": {"validate_every_steps": 1},
+    "train": {"validate_every_steps": 1, "epochs": None},
+    "data": {"seq_len": 16},
     "parallel": {"engine": "fsdp", "shard": -1, "replicate": 1, "tensor": 1},
     "monitor": {"profile_steps": [3, 5]},
     "freeze": {"schedule": [{"step": 3, "frozen": ["a.*"], "trainable": []}]},

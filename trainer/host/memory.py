@@ -23,10 +23,11 @@ def check_memory(config: Config, here: int, processes: int) -> None:
     """
     total = _machine_bytes()
     share = -(-config.train.global_batch // processes)
-    batches = here * share * (config.data.seq_len or 0) * _SAMPLE_BYTES * (config.data.prefetch_steps + 1)
+    length = config.data.seq_len or 1  # of a row of a table nothing is known
+    batches = here * share * length * _SAMPLE_BYTES * (config.data.prefetch_steps + 1)
     if batches > total:
         raise UserError(
-            f"train.global_batch {config.train.global_batch} of data.seq_len {config.data.seq_len} needs "
+            f"train.global_batch {config.train.global_batch} of data.seq_len {length} needs "
             f"{batches / 1e9:.0f} GB of memory for the batches of {here} processes ({config.data.prefetch_steps} made "
             f"ahead), this machine has {total / 1e9:.0f} GB: lower train.global_batch or data.prefetch_steps"
         )

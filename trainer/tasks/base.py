@@ -18,6 +18,8 @@ from configs.config import Config
 from trainer.data.batch import Batch, Collates
 from trainer.data.prepared import Prepared
 
+Call = Callable[[Callable[[Callable[..., Any]], torch.Tensor]], torch.Tensor]  # `Engine.call`
+
 
 @dataclass(frozen=True)
 class Column:
@@ -70,6 +72,9 @@ class Task(Collates, Protocol):
 
     def describe(self, prepared: Prepared, config: Config) -> list[str]:
         """A line per source for the start-up summary."""
+
+    def show(self, call: Call, config: Config, device: torch.device, step: int) -> str | None:
+        """What a finished run prints of what it has learned. All ranks call it together."""
 
     def fault(self, batch: Batch) -> str | None:
         """What is wrong with a batch, for `--debug`."""

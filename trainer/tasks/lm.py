@@ -18,7 +18,8 @@ from trainer.data.open_tokens import describe_tokens, open_tokens
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 from trainer.data.samples import Columns
-from trainer.tasks.base import Best, Column
+from trainer.tasks.base import Best, Call, Column
+from trainer.tasks.sample import write_sample
 
 
 class LanguageModelling:
@@ -71,6 +72,11 @@ class LanguageModelling:
     def example(self, config: Config) -> tuple[Batch, int]:
         row = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
         return Batch({"tokens": row, "targets": row}, 1), config.seq_len
+
+    def show(self, call: Call, config: Config, device: torch.device, step: int) -> str | None:
+        if not self.section.sample_tokens:
+            return None
+        return f"what the model writes now:\n{write_sample(call, config, device, step)}"
 
     def fault(self, batch: Batch) -> str | None:
         """A batch has targets, and none of them belongs to another document than its input."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from configs.config import Config
 from configs.errors import UserError
@@ -18,7 +19,7 @@ from trainer.data.columns import open_columns
 from trainer.data.prepare_records import Facts, prepare_records
 from trainer.data.prepared import Prepared
 from trainer.data.records import Record, Value
-from trainer.tasks.base import Best
+from trainer.tasks.base import Best, Call
 
 
 class Moments:
@@ -142,6 +143,9 @@ class OfRecords:
             f"{s.name:<{width}}  {share}; held out {len(s.validation):,} samples"
             for s, share in zip(prepared.sources, shares, strict=True)
         ]
+
+    def show(self, call: Call, config: Config, device: torch.device, step: int) -> str | None:
+        return None
 
     def first_loss(self, config: Config) -> float | None:
         """None: a new model's scores are far enough from 0 to show in its loss."""
