@@ -32,15 +32,17 @@ def _task(config: Sections) -> Iterator[str]:
 
 def _data(config: Sections) -> Iterator[str]:
     model, task = config.model, config.task
-    if isinstance(model, DecoderSection) and config.seq_len > model.max_seq_len:
+    if not config.task.needs_tokenizer and config.data.seq_len is not None:
+        yield f"data.seq_len is for tokens: task {task.name} has none"
+    if isinstance(model, DecoderSection) and config.data.seq_len is not None and config.seq_len > model.max_seq_len:
         yield f"data.seq_len {config.seq_len} is longer than model.max_seq_len {model.max_seq_len}"
     names = Counter(source.name for source in config.data.sources)
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         yield f"data.sources: the name {twice!r} stands twice"
     for source in config.data.sources:
-        if source.has_records == task.needs_tokenizer:
-            kinds = "text, jsonl or tokens" if task.needs_tokenizer else "csv, parquet or idx"
+        if source.has_records == (task.name == "lm"):
+            kinds = "text, jsonl or tokens" if task.name == "lm" else "csv, parquet or idx"
             yield f"data.sources: {source.name!r} has kind {source.kind}; task {task.name} reads {kinds}"
     if isinstance(task, LmSection) and task.sample_tokens and config.data.tokenizer == "none":
         yield "task.sample_tokens needs a data.tokenizer, which is none"

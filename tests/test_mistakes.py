@@ -263,15 +263,16 @@ def test_preparation_may_take_longer_than_a_collective(tmp_path: Path) -> None:
 
 def _alone(config: dict[str, Any], arguments: list[str]) -> tuple[int, str]:
     """Rank 1 alone meets what a person has to mend."""
+    from configs.config import Config
     from configs.errors import UserError
-    from trainer import run
+    from trainer.tasks.lm import LanguageModelling
 
     if os.environ["RANK"] == "1":
 
-        def refuse(path: Path) -> None:
+        def refuse(self: LanguageModelling, path: Path, config: Config) -> Any:
             raise UserError(f"{path}: not readable on this node")
 
-        run.Prepared.open = staticmethod(refuse)  # type: ignore[assignment]
+        LanguageModelling.open = refuse  # type: ignore[method-assign]
     return entry(arguments)
 
 

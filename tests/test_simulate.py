@@ -39,11 +39,12 @@ def cut_by_torch(overrides: list[str]) -> dict[str, Any]:
     mesh = make_mesh(config.parallel, world)
     assert mesh is not None
     with torch.device("meta"):
-        model = build_model(config.model)
+        built = build_model(config.model)
     group = tensor_mesh(mesh)
     if group is not None:
-        split_model(model, group)
-    for block in model.blocks:
+        split_model(built, group)
+    model: Any = built.module
+    for block in built.blocks:
         fully_shard(block, mesh=data_mesh(mesh))
     fully_shard(model, mesh=data_mesh(mesh))
     found = {name: (*box_of(p), *replica_of(p)) for name, p in model.named_parameters()}

@@ -121,7 +121,7 @@ def test_another_world_size_goes_on_at_the_very_sample(engine: dict[str, Any], t
 def stop_at(step: int, config: dict[str, Any]) -> int:
     """A run in which somebody touches STOP while `step` is being made."""
     from configs.config import Config
-    from trainer.data.loader import StepBatch
+    from trainer.data.batch import StepBatch
     from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start

@@ -56,8 +56,9 @@ def cut_to_size(config: Config, run_dir: str) -> Config:
     data = to_dict(config)
     if config.start.from_ is None and isinstance(config.model, DecoderSection):
         data["model"] |= _cut_model(data["model"])
-    seq_len = config.data.seq_len and min(config.data.seq_len, 128)
-    data["data"] |= {"seq_len": seq_len, "cache": str(RunFolder(Path(config.run_dir)).cache(config.data.cache))}
+    if config.data.seq_len is not None:
+        data["data"]["seq_len"] = min(config.data.seq_len, 128)
+    data["data"]["cache"] = str(RunFolder(Path(config.run_dir)).cache(config.data.cache))
     batch = min(config.train.global_batch, 8)
     data["train"] |= {
         "steps": min(config.train.steps, STEPS),

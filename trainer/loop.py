@@ -16,6 +16,7 @@ from trainer.life.stop import Cause, Kind
 from trainer.progress import due
 from trainer.run import Run
 from trainer.step import RunFailed, StepResult, train_step
+from trainer.tasks.base import best_metric
 from trainer.validation import validate
 
 
@@ -52,6 +53,8 @@ def train(run: Run) -> Cause | None:
         if cause is None and (due(progress.step, config.checkpoint.every_steps) or keeps_best):
             run.save()
         run.poll_saves()
+    if cause is None:
+        cause = test(run, agreement)
     if cause is not None and cause.kind is Kind.FAIL:
         raise RunFailed(cause.word, "the run was ended by the failure said above")
     return cause
@@ -70,6 +73,18 @@ def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Caus
     if values is not None:
         take_validation(run, values)
     return agreement.outcome()
+
+
+def test(run: Run, agreement: Agreement) -> Cause | None:
+    """Metrics of the test split, where there is one, with the weights of the last step. Returns a wish to stop that
+    came in between: then the next start makes up for it."""
+    if not len(run.test_set):
+        return None
+    with run.world.heartbeat.during(Phase.VALIDATING):
+        values = validate(run.engine, run.task, run.test_set, agreement)
+    if values is not None and run.world.first:
+        run.meter.validation(run.progress.step, {f"test_{name}": value for name, value in values.items()})
+    return agreement.outcome() if values is None else None
 
 
 def stopped_early(run: Run) -> bool:
@@ -92,9 +107,10 @@ def log(run: Run, result: StepResult) -> None:
 
 def take_validation(run: Run, values: dict[str, float]) -> None:
     """Note a validation's outcome. The values are the same on all ranks."""
-    progress, best = run.progress, run.task.best
+    progress, (metric, better_is) = run.progress, best_metric(run.task, run.config)
     progress.validated_step = progress.step
-    score = values[best.metric] if best.better == "min" else -values[best.metric]
+    value = values.get(metric, math.nan)  # too few samples to tell
+    score = value if better_is == "min" else -value
     better = math.isfinite(score) and (progress.best_score is None or score < progress.best_score)
     progress.best_score = score if better else progress.best_score
     progress.validations_without_better = 0 if better else progress.validations_without_better + 1

@@ -36,6 +36,7 @@ from trainer.shown.metrics import Meter
 from trainer.shown.profiling import Profiling
 from trainer.step import RunFailed
 from trainer.tasks import build_task
+from trainer.tasks.base import best_metric
 
 
 class Run:
@@ -50,6 +51,7 @@ class Run:
         self.progress = Progress()
         self.profiling = Profiling(config, world, attempt, self.events, self.console)
         self.task = build_task(config)
+        best_metric(self.task, config)  # or refused
         self.store = CheckpointStore(
             folder.checkpoints,
             world.rank,
@@ -112,16 +114,18 @@ class Run:
 
     def _open_batches(self) -> None:
         config, world = self.config, self.world
+        rank, ranks = world.data_rank, world.data_size
         chosen = held_out(self.prepared, "validation", config.train.validate_samples)
-        self.held_out = HeldOut(self.task, chosen, config, world.data_rank, world.data_size)
+        self.held_out = HeldOut(self.task, chosen, config, rank, ranks)
+        self.test_set = HeldOut(self.task, held_out(self.prepared, "test"), config, rank, ranks)
         self.loader = Loader(
             self.task,
             self.prepared,
             config,
             start=self.progress.consumed_samples,
             step=self.progress.step,
-            rank=world.data_rank,
-            world_size=world.data_size,
+            rank=rank,
+            world_size=ranks,
             pin=world.device.type == "cuda",
         )
 

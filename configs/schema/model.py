@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from configs.schema.section import MILLION, MOST_TOKENS, Section, by_name, result
+from configs.schema.section import MILLION, MOST_TOKENS, Section, by_name, from_data, result
 
 
 class RopeScaling(Section):
@@ -66,13 +66,11 @@ class MlpSection(Section):
     """A multilayer perceptron: from numbers to a score for each class, or to a number for each target."""
 
     name: Literal["mlp"] = result(..., "a multilayer perceptron")
-    features: int | None = result(None, "numbers that go in; default: as many as the data have", ge=1, le=MILLION)
+    features: int | None = from_data("numbers that go in", ge=1, le=MILLION)
     hidden: list[Annotated[int, Field(ge=1, le=MILLION)]] = result(
         [64], "width of each hidden layer, in order; []: a linear model", max_length=1000
     )
-    outputs: int | None = result(
-        None, "numbers that come out; default: the classes of the data, or 1 target", ge=1, le=MILLION
-    )
+    outputs: int | None = from_data("classes, or 1 target: numbers that come out", ge=1, le=MILLION)
     activation: Literal["relu", "gelu", "tanh"] = result("relu", "after each hidden layer")
     norm: Literal["none", "layernorm"] = result("none", "before each activation")
     norm_eps: float = result(1e-5, "added to the variance", gt=0, le=1)

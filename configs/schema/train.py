@@ -23,8 +23,11 @@ class TrainSection(Section):
     nonfinite_limit: int = result(5, "updates skipped in a row before the run fails", ge=1, le=MOST_STEPS)
     validate_every_steps: int = speed(0, "steps between validations; 0: never", ge=0, le=MOST_STEPS)
     validate_samples: int = result(256, "validation samples, at most", ge=1, le=10**12)
+    best_metric: str | None = result(
+        None, "the metric of validation that decides which checkpoint is best; default: the loss", min_length=1
+    )
     early_stop_patience: int = result(
-        0, "validations without a better loss before the run ends; 0: never", ge=0, le=MOST_STEPS
+        0, "validations without a better one before the run ends; 0: never", ge=0, le=MOST_STEPS
     )
     time_limit_s: float | None = speed(None, "an attempt stops with a save after this long", gt=0, le=MOST_S)
 

@@ -133,7 +133,7 @@ def test_parameters_are_those_of_the_model(preset: str) -> None:
 
     config = load(preset, [])
     with torch.device("meta"):
-        model = build_model(config.model)
+        model = build_model(config.model).module
     assert parameters(config.model) == pytest.approx(parameter_count(model), rel=2e-3)
 
 

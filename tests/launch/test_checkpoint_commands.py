@@ -54,7 +54,7 @@ def save(run: Path, cut: int = 0) -> None:
                 pieces.append(Piece(key, group, tensor, shape, (0,) * len(shape), shape))  # type: ignore[arg-type]
         state = RunState(
             position={"consumed_samples": 8 * step},
-            loop=Progress(step, 8 * step, best_loss=1.0 / step).state(),
+            loop=Progress(step, 8 * step, best_score=1.0 / step).state(),
             config={"optim": {"lr": step / 100}},
             fingerprint="0123",
             layout={"engine": "fsdp", "replicate": 1, "shard": 2 * cut},

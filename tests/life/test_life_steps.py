@@ -20,7 +20,7 @@ from tests.distributed import run_ranks, tiny, write_config
 from tests.engines import under_both
 from tests.life.runs import LAUNCH, Watched, clean_end, running
 from trainer.checkpoint.format import disk
-from trainer.data.loader import MicroBatch
+from trainer.data.batch import Batch
 from trainer.life.stop import Cause, StopWish
 from trainer.run import Run
 from trainer.start import start
@@ -75,9 +75,9 @@ class Poisoned(Engine):
         self.poisoned = steps
         self.task_sums, engine.task.sums = engine.task.sums, self.sums
 
-    def sums(self, model: torch.nn.Module, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The task's: what is differentiated, and the loss."""
-        total, sums = self.task_sums(model, micro_batch)
+        total, sums = self.task_sums(model, batch)
         if self.step in self.bad:
             total = total * (1.0 if self.what == "loss alone" else math.nan)
             sums = sums * (1.0 if self.what == "gradient" else math.nan)

@@ -12,10 +12,12 @@ from configs.config import Config
 from tests.matrix.cells import GLOBAL_BATCH, PATTERNS, STEPS, Frozen
 from tests.matrix.model import Buffered
 from tests.stored import Stored
-from trainer.data.loader import Loader, StepBatch
+from trainer.data.batch import StepBatch
+from trainer.data.loader import Loader
+from trainer.data.open_tokens import open_tokens
 from trainer.data.prepare import prepare
-from trainer.data.prepared import Prepared
 from trainer.life.folder import RunFolder
+from trainer.tasks.lm import LanguageModelling
 
 STATE = ("exp_avg", "exp_avg_sq")
 BUFFERS = ("drop.count", "drop.gain")
@@ -81,14 +83,14 @@ def plain_losses(config: dict[str, Any], history: History, checkpoint: Stored) -
 
 
 def _step(config: Config, model: Buffered, optimizer: torch.optim.Optimizer, batch: StepBatch) -> float:
-    losses = []
-    for micro in batch.micro_batches:
+    losses, (targets,) = [], batch.weights
+    for micro in batch.batches:
         weights: dict[str, torch.Tensor] = dict(model.named_parameters())
         if config.precision.compute == "bf16":
             weights = {name: weight.bfloat16() for name, weight in weights.items()}
-        sums = functional_call(model, weights, (micro.tokens, micro.documents, micro.targets))
-        (sums.total / batch.target_tokens).backward()
-        losses.append(float(sums.loss) / batch.target_tokens)
+        sums = functional_call(model, weights, kwargs=micro.tensors)
+        (sums.total / targets).backward()
+        losses.append(float(sums.loss) / targets)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert config.train.clip_norm is not None
     torch.nn.utils.clip_grad_norm_(parameters, config.train.clip_norm)
@@ -99,8 +101,10 @@ def _step(config: Config, model: Buffered, optimizer: torch.optim.Optimizer, bat
 
 def _batches(config: Config) -> list[StepBatch]:
     cache = RunFolder("unused").cache(config.data.cache)
-    prepared = Prepared.open(prepare(config, cache, lambda text: None, lambda: False))
-    loader = Loader(prepared, config, start=STEPS * GLOBAL_BATCH, step=STEPS, rank=0, world_size=1)
+    prepared = open_tokens(prepare(config, cache, lambda text: None, lambda: False), config)
+    loader = Loader(
+        LanguageModelling(config.task), prepared, config, start=STEPS * GLOBAL_BATCH, step=STEPS, rank=0, world_size=1
+    )
     batches = list(loader)
     loader.close()
     return batches

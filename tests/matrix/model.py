@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-import models
 from configs.schema.model import DecoderSection
-from models import Decoder
+from models import Decoder, Model
+from models.build import REGISTRY
+from models.flops import flops_per_token
+
+_PLAIN = REGISTRY["decoder"]
 
 
 class Gain(nn.Module):
@@ -49,6 +55,25 @@ class Buffered(Decoder):
             super().init_parameter(name, tensor, generator)
 
 
+def as_model(decoder: Decoder) -> Model:
+    """What engines take of a decoder, of a subclass as well."""
+
+    def flops(tensors: Mapping[str, Tensor]) -> float:
+        rows, seq_len = tensors["tokens"].shape
+        return rows * seq_len * flops_per_token(decoder, seq_len)
+
+    with torch.device("meta"):
+        plain = _PLAIN(decoder.section)
+    return replace(
+        plain,
+        module=decoder,
+        blocks=list(decoder.blocks),
+        units=decoder.shard_units(),
+        initialise=decoder.init_parameter,
+        flops=flops,
+    )
+
+
 def register() -> None:
     """From now on the registry's decoder is this one, in this process."""
-    models.REGISTRY["decoder"] = Buffered
+    REGISTRY["decoder"] = lambda section: as_model(Buffered(section))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.schema.model import DecoderSection
-from models import Decoder, build_model
+from models import Decoder, Model, build_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_dim": 48, "max_seq_len": 64
@@ -19,11 +19,12 @@ def section_of(**overrides: Any) -> DecoderSection:
     return DecoderSection(**{**SMALL, **overrides})
 
 
-def initialise(model: Decoder, seed: int = 0) -> Decoder:
+def initialise(built: Model, seed: int = 0) -> Decoder:
     """Weights as an engine fills them: a generator per parameter, from seed and name."""
-    for name, parameter in model.named_parameters():
-        model.init_parameter(name, parameter, torch.Generator().manual_seed(seed + zlib.crc32(name.encode())))
-    return model
+    for name, parameter in built.module.named_parameters():
+        built.initialise(name, parameter, torch.Generator().manual_seed(seed + zlib.crc32(name.encode())))
+    assert isinstance(built.module, Decoder)
+    return built.module
 
 
 @pytest.fixture(name="section")

@@ -78,11 +78,11 @@ def test_the_loss_is_that_of_the_logits(build: Callable[..., Decoder]) -> None:
 
 
 def test_initialisation_is_a_function_of_seed_and_name(section: Callable[..., DecoderSection]) -> None:
-    model = build_model(section(dim=64, layers=8))
+    built = build_model(section(dim=64, layers=8))
 
     def draw(name: str, seed: int = 3) -> Tensor:
-        tensor = torch.empty_like(model.get_parameter(name))
-        model.init_parameter(name, tensor, torch.Generator().manual_seed(seed))
+        tensor = torch.empty_like(built.module.get_parameter(name))
+        built.initialise(name, tensor, torch.Generator().manual_seed(seed))
         return tensor
 
     first = draw("blocks.0.attn.wq.weight")
@@ -106,14 +106,15 @@ def test_norms_begin_at_one_and_biases_at_zero(build: Callable[..., Decoder]) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_meta_allocates_nothing_and_materialises_whole(kind: str, section: Callable[..., DecoderSection]) -> None:
     with torch.device("meta"):
-        model = build_model(section(**KINDS[kind]))
+        built = build_model(section(**KINDS[kind]))
+        model = built.module
         assert all(p.is_meta for p in model.parameters())
         assert model(torch.zeros(2, 9, dtype=torch.int64)).is_meta
     names = [name for name, _ in model.named_parameters()]
     model.to_empty(device="cpu")
     assert [name for name, _ in model.named_parameters()] == names  # still tied
     for name, parameter in model.named_parameters():
-        model.init_parameter(name, parameter, torch.Generator().manual_seed(0))
+        built.initialise(name, parameter, torch.Generator().manual_seed(0))
     assert model(**batch()).loss.isfinite()
 
 
@@ -219,7 +220,8 @@ def test_sharded_on_meta_then_materialised(kind: str, one_rank: None, build: Cal
     """As an engine does it; a tied weight must be one parameter from the start."""
     whole = build(**KINDS[kind])
     with torch.device("meta"):
-        model = build_model(whole.section)
+        model = build_model(whole.section).module
+    assert isinstance(model, Decoder)
     sharded(model).to_empty(device="cpu")
     names = [name for name, _ in model.named_parameters()]
     assert names == [name for name, _ in whole.named_parameters()]
@@ -233,10 +235,13 @@ def test_sharded_on_meta_then_materialised(kind: str, one_rank: None, build: Cal
     assert all(torch.equal(sharded_grads[name], grad) for name, grad in grads.items())
 
 
-def test_units_cover_every_parameter_once(build: Callable[..., Decoder]) -> None:
+def test_units_cover_every_parameter_once(section: Callable[..., DecoderSection]) -> None:
     for kind in KINDS.values():
-        model = build(**kind)
-        in_units = [id(p) for unit in model.shard_units() for module in unit for p in module.parameters()]
+        built = build_model(section(**kind))
+        model = built.module
+        assert isinstance(model, Decoder)
+        assert list(built.blocks) == list(model.blocks)
+        in_units = [id(p) for unit in built.units for module in unit for p in module.parameters()]
         assert len(in_units) == len(set(in_units))
         left = {name for name, p in model.named_parameters() if id(p) not in in_units}
         tied = {"embed.weight", "norm.weight", "norm.bias", "pos.weight"}

@@ -113,7 +113,8 @@ def pair(family: Any) -> tuple[hf.PreTrainedModel, Decoder]:
     for name, parameter in theirs.named_parameters():
         if "norm" in name or "ln_" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0 if name.endswith("bias") else 1.0, 0.3)
-    ours = build_model(DecoderSection(**{**OURS, **overrides}))
+    ours = build_model(DecoderSection(**{**OURS, **overrides})).module
+    assert isinstance(ours, Decoder)
     ours.load_state_dict(ours_named(family, theirs.state_dict()), strict=True)
     return theirs.eval(), ours.eval()
 

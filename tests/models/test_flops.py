@@ -23,7 +23,9 @@ LARGE = {"dim": 256, "layers": 3, "heads": 8, "kv_heads": 2, "mlp_dim": 384, "vo
 
 def on_meta(section: DecoderSection) -> Decoder:
     with torch.device("meta"):
-        return build_model(section)
+        model = build_model(section).module
+    assert isinstance(model, Decoder)
+    return model
 
 
 def shape(name: str) -> Decoder:
@@ -137,3 +139,14 @@ def test_nothing_trainable_costs_the_forward(section: Callable[..., DecoderSecti
     model = on_meta(section(**LARGE)).requires_grad_(False)
     weights = sum(map(parameter_count, (*model.blocks, model.norm, model.head)))
     assert flops_per_token(model, 48) == 2 * weights + 4 * len(model.blocks) * 8 * 32 * 48
+
+
+def test_a_batch_costs_what_its_tokens_do() -> None:
+    with torch.device("meta"):
+        built = build_model(ModelSection(**LARGE, max_seq_len=64))
+    assert isinstance(built.module, Decoder)
+    tensors = {"tokens": torch.zeros(3, 48, dtype=torch.int64, device="meta")}
+    assert built.flops(tensors) == 3 * 48 * flops_per_token(built.module, 48)
+    trained = built.flops(tensors)
+    built.module.blocks.requires_grad_(False)  # what trains now, not what trained when it was built
+    assert built.flops(tensors) == 3 * 48 * flops_per_token(built.module, 48) < trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,53 @@ import pytest
 import torch
 
 from configs.load import load, presets
+from configs.schema.task import TaskSection
 from models import IGNORE
 from tests.distributed import run_ranks, tiny, train, train_here
 from tests.engines import under_both
-from trainer.data.loader import MicroBatch
-from trainer.debug import check_batch, check_first_loss, check_gradients, cut_to_size
+from trainer.data.batch import Batch
+from trainer.debug import CheckedEngine, check_first_loss, check_gradients, cut_to_size
 from trainer.step import RunFailed
+from trainer.tasks.lm import LanguageModelling
 
 
-def batch(targets: list[int], documents: list[int]) -> MicroBatch:
+def batch(targets: list[int], documents: list[int], rows: int = 1) -> Batch:
     tokens = torch.arange(1, len(targets) + 1)[None]
-    return MicroBatch(tokens, torch.tensor([targets]), torch.tensor([documents]))
+    return Batch({"tokens": tokens, "targets": torch.tensor([targets]), "documents": torch.tensor([documents])}, rows)
+
+
+class Asked:
+    """An engine that counts what reaches it."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+        self.batches.append(batch)
+        return torch.zeros(1, dtype=torch.float64)
+
+
+def check_batch(batch: Batch) -> None:
+    """As `--debug` does it. Raises RunFailed before the engine gets the batch."""
+    inner: Any = Asked()
+    checked = CheckedEngine(inner, LanguageModelling(TaskSection()), None)
+    try:
+        checked.forward_backward(batch, torch.tensor(1.0), last=True)
+    finally:
+        failed = sys.exc_info()[0] is not None
+        assert inner.batches == ([] if failed else [batch])
 
 
 def test_a_target_of_another_document_is_found() -> None:
     check_batch(batch([2, IGNORE, 4, 5], [0, 0, 1, 1]))
-    with pytest.raises(RunFailed, match="target of token 1 of sample 0"):
+    with pytest.raises(RunFailed, match=r"^check failed: the target of token 1 of sample 0 is another"):
         check_batch(batch([2, 3, 4, 5], [0, 0, 1, 1]))
 
 
 def test_a_batch_without_targets_is_found() -> None:
-    with pytest.raises(RunFailed, match="no target"):
+    with pytest.raises(RunFailed, match=r"^check failed: a micro batch with samples has no target"):
         check_batch(batch([IGNORE] * 4, [0, 0, 1, 1]))
+    check_batch(batch([IGNORE] * 4, [0, 0, 1, 1], rows=0))  # fill-ups alone have none
 
 
 @pytest.mark.parametrize(
@@ -52,7 +78,7 @@ def test_a_wrong_gradient_is_found(gradients: dict[str, float], message: str) ->
 def test_a_first_loss_far_from_guessing_is_found() -> None:
     check_first_loss(5.5, 5.56)
     for loss in (4.0, 7.0, float("nan")):
-        with pytest.raises(RunFailed, match="first loss"):
+        with pytest.raises(RunFailed, match=r"first loss is .*, that of guessing is 5\.560"):
             check_first_loss(loss, 5.56)
 
 

@@ -10,13 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.schema.model import ModelSection
 from configs.schema.optim import OptimSection
+from models import build_model
 from tests.distributed import tiny, train
 from tests.test_train import losses
 from trainer.engines.optim import Muon, build_optimizers
 from trainer.schedule import lr_factor
 
 SCHEDULES = ["cosine", "linear", "wsd", "constant"]
+DECODER = build_model(ModelSection(vocab_size=4, dim=2, layers=1, heads=1, mlp_dim=1, max_seq_len=2))
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(0, 50), st.integers(60, 500), st.floats(0, 1), st.integers(1, 100))
@@ -41,7 +44,9 @@ def test_cosine_is_the_formula() -> None:
 
 def test_norms_and_biases_do_not_decay() -> None:
     named = {"blocks.0.w": torch.zeros(3, 3), "blocks.0.norm": torch.zeros(3), "head.bias": torch.zeros(2)}
-    (optimizer,) = build_optimizers(OptimSection(weight_decay=0.3), {k: v.requires_grad_() for k, v in named.items()})
+    for tensor in named.values():
+        tensor.requires_grad_()
+    (optimizer,) = build_optimizers(OptimSection(weight_decay=0.3), DECODER, named)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert [decay[id(p)] for p in named.values()] == [0.3, 0.0, 0.0]
 
@@ -49,7 +54,7 @@ def test_norms_and_biases_do_not_decay() -> None:
 def test_muon_takes_the_blocks_matrices_alone() -> None:
     shapes = {"embed.weight": (4, 3), "blocks.0.w": (3, 3), "blocks.0.norm": (3,), "head.weight": (4, 3)}
     named = {k: torch.zeros(v, requires_grad=True) for k, v in shapes.items()}
-    adamw, muon = build_optimizers(OptimSection(name="muon"), named)
+    adamw, muon = build_optimizers(OptimSection(name="muon"), DECODER, named)
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(named["blocks.0.w"])]
     assert sum(len(g["params"]) for g in adamw.param_groups) == 3
 

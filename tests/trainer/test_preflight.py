@@ -92,7 +92,7 @@ def test_patterns_of_parameters_are_held_against_the_model(change: dict[str, Any
 
 def test_the_names_are_those_of_the_model(tmp_path: Path) -> None:
     config = Config.model_validate(tiny(tmp_path, model__tie_embeddings=True, model__qkv_bias=True))
-    model = build_model(config.model)
+    model = build_model(config.model).module
     assert names_of(config.model) == ([name for name, _ in model.named_parameters()], find_aliases(model))
 
 

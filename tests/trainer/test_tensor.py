@@ -162,7 +162,7 @@ def test_every_sample_is_given_once_and_noted_once(tmp_path: Path) -> None:
 
 def wish_on(rank: int, config: dict[str, Any]) -> int:
     """A run that one rank alone wishes to leave at step 2."""
-    from trainer.data.loader import StepBatch
+    from trainer.data.batch import StepBatch
     from trainer.life.stop import Cause, StopWish
     from trainer.run import Run
     from trainer.start import start
@@ -183,7 +183,7 @@ def test_a_wish_of_a_rank_that_counts_nothing_is_heard(tmp_path: Path) -> None:
 
 def spoil(config: dict[str, Any]) -> int:
     """A run in which the loss of step 2 is not finite on the second data rank, as both of its ranks see it."""
-    from trainer.data.loader import MicroBatch
+    from trainer.data.batch import Batch
     from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
@@ -193,9 +193,9 @@ def spoil(config: dict[str, Any]) -> int:
             super().build()
             plain, steps, world = self.engine.forward_backward, iter([1, 2, 3]), self.world
 
-            def forward_backward(micro_batch: MicroBatch, scale: Tensor, last: bool) -> Tensor:
+            def forward_backward(batch: Batch, scale: Tensor, last: bool) -> Tensor:
                 bad = next(steps) == 2 and world.data_rank == 1
-                return plain(micro_batch, scale * torch.nan if bad else scale, last) * (torch.nan if bad else 1)
+                return plain(batch, scale * torch.nan if bad else scale, last) * (torch.nan if bad else 1)
 
             self.engine.forward_backward = forward_backward  # type: ignore[method-assign]
 
@@ -224,7 +224,8 @@ def logits(config: dict[str, Any]) -> list[list[float]]:
     engine = FsdpEngine(built, worlds.start(built), LanguageModelling(built.task))
     engine.set_trainable(engine.parameters())
     engine.initialise(0)
-    return [engine.logits(torch.arange(length)[None])[0].tolist() for length in (1, 4, 31)]
+    tokens = [torch.arange(length)[None] for length in (1, 4, 31)]
+    return [engine.call(lambda model, t=t: model(t)[:, -1].float())[0].tolist() for t in tokens]
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
@@ -252,7 +253,7 @@ def test_dropout_differs_between_ranks_and_survives_recomputing(tmp_path: Path) 
 def dropped(config: dict[str, Any]) -> list[bool]:
     """Which channels of this rank's first token are dropped after the embedding."""
     from trainer.agreement import Agreement
-    from trainer.data.loader import MicroBatch, StepBatch
+    from trainer.data.batch import Batch, StepBatch
     from trainer.engines.fsdp import FsdpEngine
     from trainer.life.stop import StopWish
     from trainer.ranks import world as worlds
@@ -267,7 +268,7 @@ def dropped(config: dict[str, Any]) -> list[bool]:
     seen: list[Tensor] = []
     engine.model.drop.register_forward_hook(lambda module, args, out: seen.append(out == 0))
     tokens = torch.arange(32)[None]
-    batch = StepBatch(1, [MicroBatch(tokens, tokens, None)], 32, torch.arange(1).numpy(), 1)
+    batch = StepBatch(1, [Batch({"tokens": tokens, "targets": tokens}, 1)], (32.0,), torch.arange(1).numpy(), 1, 32)
     train_step(engine, batch, 1, built, Agreement(world, StopWish()))
     return seen[0][0, 0].tolist()
 
@@ -291,7 +292,7 @@ class LargestLocal(TorchDispatchMode):
 
 
 def largest(config: dict[str, Any]) -> tuple[int, ...]:
-    from trainer.data.loader import MicroBatch
+    from trainer.data.batch import Batch
     from trainer.engines.fsdp import FsdpEngine
     from trainer.ranks import world as worlds
     from trainer.tasks.lm import LanguageModelling
@@ -302,7 +303,7 @@ def largest(config: dict[str, Any]) -> tuple[int, ...]:
     engine.initialise(0)
     tokens = torch.arange(64).view(2, 32)
     with LargestLocal() as seen:
-        engine.forward_backward(MicroBatch(tokens, tokens, None), torch.tensor(0.1), last=True)
+        engine.forward_backward(Batch({"tokens": tokens, "targets": tokens}, 2), torch.tensor(0.1), last=True)
     return seen.shape
 
 
@@ -345,17 +346,19 @@ def test_every_parameter_has_a_place_in_the_plan(tmp_path: Path) -> None:
 
     for shape in SHAPES.values():
         with torch.device("meta"):
-            model = build_model(Config.model_validate(tiny(tmp_path, **shape)).model)
-        plan = PLANS["decoder"]
+            built = build_model(Config.model_validate(tiny(tmp_path, **shape)).model)
+        plan = built.plan
+        assert plan is PLANS["decoder"]
         kinds = (plan.columns, plan.rows, plan.whole, plan.positions, plan.vocabulary)
-        for name, module in model.named_modules():
+        for name, module in built.module.named_modules():
             places = sum(_matches(name, kind) for kind in kinds)
             assert places == bool(list(module.parameters(recurse=False))), name
 
 
 def split_with_a_norm_of_its_own(config: dict[str, Any]) -> str:
-    import models
     from models import Decoder
+    from models.build import REGISTRY
+    from tests.matrix.model import as_model
     from trainer.life.stop import StopWish
     from trainer.start import start
 
@@ -370,7 +373,7 @@ def split_with_a_norm_of_its_own(config: dict[str, Any]) -> str:
             super().__init__(section)
             self.norm = Scaled(section.dim, eps=section.norm_eps)
 
-    models.REGISTRY["decoder"] = Own
+    REGISTRY["decoder"] = lambda section: as_model(Own(section))
     assert start(Config.model_validate(config), StopWish()) == 1
     return Path(config["run"]["dir"], f"attempts/000/rank-{int(os.environ['RANK']):05d}.log").read_text()
 

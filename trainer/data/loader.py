@@ -215,17 +215,19 @@ class HeldOut:
             yield assemble(self._task, self._seed, chunk[self._mine], self._cut, chunk[0])
 
 
-def held_out(prepared: Prepared, split: str, wanted: int) -> list[Place]:
-    """The first `wanted` samples of a split, round robin over the sources (weights do not count).
+def held_out(prepared: Prepared, split: str, wanted: int | None = None) -> list[Place]:
+    """The first `wanted` samples of a split (default: all of it), round robin over the sources (weights do not count).
 
     Each source goes through its held-out samples in a fixed permutation: a spread over all documents that is the same
     for every seed, so that runs compare.
     """
     rounds: list[tuple[int, int, Place]] = []
     for s, source in enumerate(prepared.sources):
-        samples = source.splits[split]
+        samples = source.splits.get(split)
+        if samples is None:
+            continue
         size = len(samples)
-        first = np.arange(min(size, wanted), dtype=np.uint64)
+        first = np.arange(size if wanted is None else min(size, wanted), dtype=np.uint64)
         key = np.array([base_key("validation", s)], dtype=np.uint64)
         chosen = permute(first, size, key).tolist() if size else []
         rounds += [(k, s, Place(samples, int(index))) for k, index in enumerate(chosen)]

@@ -24,6 +24,9 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+_SHOWN = 5  # metrics of a validation on the terminal; the row has all
+
+
 class Meter:
     """Adds up steps between two rows, and writes the row.
 
@@ -77,7 +80,7 @@ class Meter:
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Write a validation's row."""
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in list(values.items())[:_SHOWN])
         self.console.say(f"step {step}: {told}")
         self.write({"step": step, **values})
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from configs.config import Config
+from configs.errors import UserError
 from trainer.data.batch import Batch, Collates
 from trainer.data.prepared import Prepared
 
@@ -29,12 +30,7 @@ class Column:
     per: str
 
 
-@dataclass(frozen=True)
-class Best:
-    """Which metric of a validation decides the best checkpoint and early stopping, and which direction is better."""
-
-    metric: str
-    better: Literal["min", "max"] = "min"
+Better = Literal["min", "max"]
 
 
 class Task(Collates, Protocol):
@@ -42,7 +38,9 @@ class Task(Collates, Protocol):
 
     columns: tuple[Column, ...]
     weights: tuple[str, ...]
-    best: Best
+    # Every metric of a validation, and which direction is better. The first, the loss, decides which checkpoint is best
+    # and when to stop early, unless `train.best_metric` names another.
+    better: Mapping[str, Better]
     unit: Literal["tokens", "samples"]  # of `Samples.cost`, and of the speed that is shown
 
     def prepare(
@@ -93,3 +91,13 @@ def named(task: Task, sums: Iterable[float], weights: Iterable[float]) -> dict[s
     """Columns and weights by name."""
     names = [column.name for column in task.columns]
     return dict(zip([*names, *task.weights], [*sums, *weights], strict=True))
+
+
+def best_metric(task: Task, config: Config) -> tuple[str, Better]:
+    """Which metric decides, and its better direction. UserError where the task has no such metric."""
+    name = config.train.best_metric or next(iter(task.better))
+    if name not in task.better:
+        raise UserError(
+            f"train.best_metric: {name!r} is no metric of task {config.task.name}: {', '.join(task.better)}"
+        )
+    return name, task.better[name]

@@ -18,8 +18,8 @@ from trainer.data.prepare_records import Facts
 from trainer.data.prepared import Prepared
 from trainer.data.records import Record
 from trainer.data.samples import Columns
-from trainer.tasks.base import Column
-from trainer.tasks.counting import classification
+from trainer.tasks.base import Better, Column
+from trainer.tasks.counting import RATES, classification
 from trainer.tasks.records import (
     Moments,
     OfRecords,
@@ -41,6 +41,8 @@ class Classification(OfRecords):
     Numbers of tables go in with mean 0 and deviation 1 as the training records have them, images divided by the
     largest value of the training images.
     """
+
+    better: Mapping[str, Better] = {"loss": "min", **dict.fromkeys(RATES, "max")}
 
     def __init__(self, section: ClassifySection) -> None:
         self.section = section

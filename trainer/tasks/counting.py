@@ -10,6 +10,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+# What `classification` gives, of which more is better.
+RATES = ("accuracy", "precision", "recall", "f1", "precision_macro", "recall_macro", "f1_macro", "f1_micro")
+
 
 def classification(confusion: np.ndarray) -> dict[str, float]:
     """Metrics of counts (labels, predictions), K x K.

@@ -18,7 +18,7 @@ from trainer.data.open_tokens import describe_tokens, open_tokens
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 from trainer.data.samples import Columns
-from trainer.tasks.base import Best, Call, Column
+from trainer.tasks.base import Better, Call, Column
 from trainer.tasks.sample import write_sample
 
 
@@ -27,7 +27,7 @@ class LanguageModelling:
 
     columns: tuple[Column, ...] = (Column("loss", per="targets"),)
     weights: tuple[str, ...] = ("targets",)
-    best = Best("loss")
+    better: Mapping[str, Better] = {"loss": "min", "perplexity": "min"}
     unit: Literal["tokens", "samples"] = "tokens"
 
     def __init__(self, section: LmSection) -> None:

@@ -19,7 +19,7 @@ from trainer.data.columns import open_columns
 from trainer.data.prepare_records import Facts, prepare_records
 from trainer.data.prepared import Prepared
 from trainer.data.records import Record, Value
-from trainer.tasks.base import Best, Call
+from trainer.tasks.base import Call
 
 
 class Moments:
@@ -107,7 +107,6 @@ def features_of(config: Config) -> int:
 class OfRecords:
     """The part of a task that does not depend on what is predicted."""
 
-    best = Best("loss")
     unit: Literal["tokens", "samples"] = "samples"
     weights: tuple[str, ...] = ("weight",)
 

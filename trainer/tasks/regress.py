@@ -15,7 +15,7 @@ from trainer.data.prepare_records import Facts
 from trainer.data.prepared import Prepared
 from trainer.data.records import Record
 from trainer.data.samples import Columns
-from trainer.tasks.base import Column
+from trainer.tasks.base import Better, Column
 from trainer.tasks.counting import regression
 from trainer.tasks.records import (
     Moments,
@@ -40,6 +40,8 @@ class Regression(OfRecords):
     """
 
     columns: tuple[Column, ...] = tuple(Column(n, per="weight") for n in ("loss", *_SUMS))
+
+    better: Mapping[str, Better] = {"loss": "min", "mse": "min", "mae": "min", "r2": "max"}
 
     def __init__(self, section: RegressSection) -> None:
         self.section = section

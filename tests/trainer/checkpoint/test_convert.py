@@ -77,7 +77,7 @@ def cut_state(root: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     groups["base.w"] = "frozen"
     state = RunState(
         position={"consumed_samples": 77},
-        loop=Progress(9, 77, best_loss=1.5).state(),
+        loop=Progress(9, 77, best_score=1.5).state(),
         config={"optim": {"lr": 0.5, "betas": [0.8, 0.9]}},
         fingerprint="f0",
         model={"dim": 7},

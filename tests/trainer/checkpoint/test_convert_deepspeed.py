@@ -129,10 +129,11 @@ def decoder() -> nn.Module:
 
     register()
     made = build_model(DecoderSection.model_validate(tiny(Path("/nowhere"))["model"]))
+    module = made.module
     with torch.no_grad():
-        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-            made.init_parameter(name, tensor, torch.Generator().manual_seed(len(name)))
-    return made
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            made.initialise(name, tensor, torch.Generator().manual_seed(len(name)))
+    return module
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -41,7 +41,7 @@ def save(run: Path, *steps: int) -> None:
     for step in steps:
         state = RunState(
             position={"consumed_samples": 8 * step},
-            loop=Progress(step, 8 * step, best_loss=0.5).state(),
+            loop=Progress(step, 8 * step, best_score=0.5).state(),
             layout={"engine": "fsdp", "replicate": 1, "shard": 1, "tensor": 1},
             step_counts={"a": step},
         )
@@ -121,7 +121,7 @@ def test_all_who_read_it_refuse_it_alike(tmp_path: Path, edit: str, capsys: pyte
     assert shelf.going() == []  # nothing is pruned while the newest is bad
     found = shelf.newest_good()
     assert found is not None
-    assert Progress.of(found.manifest) == Progress(1, 8, best_loss=0.5)
+    assert Progress.of(found.manifest) == Progress(1, 8, best_score=0.5)
     assert (run / "checkpoints/step-00000002.bad-0").is_dir()
     assert reason in said[-1]
 
@@ -131,7 +131,7 @@ def test_what_no_run_wrote_has_no_loop() -> None:
     told = {"step": 500, "position": {"consumed_samples": 4000}, "loop": {"best_loss": 2.5, "nonfinite": 0}}
     empty = {"files": [], "partitions": [], "tensors": {}, "checksums": "0" * 32}
     found = decode("m", sealed(json.dumps(told | empty).encode()))
-    assert Progress.of(found) == Progress(500, 4000, best_loss=2.5)
+    assert Progress.of(found) == Progress(500, 4000, best_score=2.5)
     assert Progress.of(Manifest(step=7, **empty)) == Progress(7)
 
 

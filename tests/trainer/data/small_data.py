@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.config import Config
+from trainer.data.open_tokens import open_tokens
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 
@@ -50,7 +51,7 @@ def config(*sources: dict[str, Any], **keys: Any) -> Config:
 
 
 def prepared(cache: Path, cfg: Config) -> Prepared:
-    return Prepared.open(prepare(cfg, cache, lambda line: None, lambda: False), patience_s=0.0)
+    return open_tokens(prepare(cfg, cache, lambda line: None, lambda: False), cfg, patience_s=0.0)
 
 
 def bpe(path: Path, end_token: str = "<|endoftext|>") -> Path:

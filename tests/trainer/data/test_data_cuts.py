@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from trainer.data import cuts
 from trainer.data.cuts import ANYWHERE, NOWHERE, pieces, places_of
+from trainer.data.open_tokens import tokens_of
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import JsonTokenizer
 
@@ -240,8 +241,8 @@ def test_a_long_text_is_prepared_as_its_whole(tmp_path: Path) -> None:
         data__validation_fraction=0.0,
         model__vocab_size=1000,
     )
-    found = prepared(tmp_path / "cache", cfg).sources[0].train.tokens
-    assert found.tolist() == [*loaded.encode([text.encode()])[0].tolist(), loaded.end_token]
+    found = prepared(tmp_path / "cache", cfg).sources[0]
+    assert tokens_of(found, "train").tokens.tolist() == [*loaded.encode([text.encode()])[0].tolist(), loaded.end_token]
 
 
 def test_a_text_that_is_not_cut_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from small_data import bpe, config, prepared
 from configs.errors import UserError
 from configs.load import load
 from trainer.data import files
+from trainer.data.open_tokens import tokens_of
 from trainer.life.folder import RunFolder
 from trainer.preflight import check, check_folder, write_config
 
@@ -46,16 +47,16 @@ def test_readmes_own_command_takes_a_folder_of_ids(tmp_path: Path, monkeypatch: 
             break
     assert check(cfg, 8, RunFolder(Path(cfg.run_dir))) == []
     source = prepared(tmp_path / "cache", cfg).sources[0]
-    assert source.train.tokens.tolist() == [0] * 10_000 + [128001]
-    assert len(source.validation.tokens) == 10_001
+    assert tokens_of(source, "train").tokens.tolist() == [0] * 10_000 + [128001]
+    assert len(tokens_of(source, "validation").tokens) == 10_001
 
 
 def test_ids_are_checked_against_the_models_vocabulary_alone(tmp_path: Path) -> None:
     source = ids(tmp_path / "ids", end_token=0)
     keys = {"data__tokenizer": "none", "data__end_token": "0"}
     p = prepared(tmp_path / "cache", config(source, **keys))
-    assert p.end_token == 0
-    assert len(p.sources[0].train.starts) + len(p.sources[0].validation.starts) == 40
+    assert p.facts["tokenizer"]["end_token"] == 0
+    assert sum(len(tokens_of(p.sources[0], side).starts) for side in ("train", "validation")) == 40
     small = config(source, **keys, model__vocab_size=60)
     with pytest.raises(UserError, match="token id 60 at position 40 is beyond the vocabulary"):
         prepared(tmp_path / "elsewhere", small)

@@ -20,8 +20,13 @@ from configs.config import Config
 from configs.errors import UserError
 from models import IGNORE
 from trainer.data import loader as loader_module
-from trainer.data.loader import Cut, Loader, StepBatch, validation_batches
-from trainer.data.prepared import Prepared, Split
+from trainer.data.batch import Batch, StepBatch
+from trainer.data.enough import check_enough
+from trainer.data.loader import Cut, HeldOut, Loader, held_out
+from trainer.data.open_tokens import tokens_of
+from trainer.data.prepared import Prepared
+from trainer.data.windows import Split
+from trainer.tasks.lm import LanguageModelling
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +41,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def batches(p: Prepared, cfg: Config, start: int, step: int, rank: int, world_size: int, count: int) -> list[StepBatch]:
-    loader = Loader(p, cfg, start, step, rank, world_size)
+    loader = loader_of(p, cfg, start, step, rank, world_size)
     try:
         return [next(loader) for _ in range(count)]
     finally:
         loader.close()
 
 
+NAMES = ("tokens", "targets", "documents")
+
+
+def loader_of(p: Prepared, cfg: Config, start: int, step: int, rank: int, world_size: int) -> Loader:
+    return Loader(LanguageModelling(cfg.task), p, cfg, start, step, rank, world_size)
+
+
+def validation_of(p: Prepared, cfg: Config, rank: int, world_size: int) -> HeldOut:
+    chosen = held_out(p, "validation", cfg.train.validate_samples)
+    return HeldOut(LanguageModelling(cfg.task), chosen, cfg, rank, world_size)
+
+
+def shapes(batch: Batch) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in batch.tensors.items()}
+
+
 def rows(batch: StepBatch) -> list[tuple[list[int], list[int], list[int]]]:
     """(tokens, targets, documents) of every sample that has a target."""
     return [
         (tokens.tolist(), targets.tolist(), documents.tolist())
-        for m in batch.micro_batches
-        for tokens, targets, documents in zip(m.tokens, m.targets, m.documents, strict=True)
+        for m in batch.batches
+        for tokens, targets, documents in zip(*(m.tensors[name] for name in NAMES), strict=True)
         if (targets != IGNORE).any()
     ]
 
@@ -67,7 +88,7 @@ def test_all_ranks_together_hold_each_sample_of_the_order_once(
     cfg = make(train__global_batch=global_batch, train__micro_batch=micro_batch)
     alone = batches(p, make(train__global_batch=global_batch), start, 0, 0, 1, 2)
     ranks = [batches(p, cfg, start, 0, r, world_size, 2) for r in range(world_size)]
-    order = p.order(cfg)
+    order = p.order(cfg.run.seed)
     for i in range(2):
         positions = np.arange(start + i * global_batch, start + (i + 1) * global_batch)
         assert np.array_equal(alone[i].samples, positions)
@@ -78,15 +99,15 @@ def test_all_ranks_together_hold_each_sample_of_the_order_once(
             batch = ranks[r][i]
             assert np.array_equal(batch.samples, positions[r::world_size])
             assert rows(batch) == expected[r::world_size]
-            assert {m.tokens.shape for m in batch.micro_batches} == {m.tokens.shape for m in ranks[0][i].micro_batches}
-            assert len(batch.micro_batches) == len(ranks[0][i].micro_batches)
-            assert batch.micro_batches[0].tokens.shape[0] <= micro_batch
+            assert [shapes(m) for m in batch.batches] == [shapes(m) for m in ranks[0][i].batches]
+            assert batch.batches[0].size <= micro_batch
+            assert sum(m.rows for m in batch.batches) == len(batch.samples)
             assert batch.consumed_samples == start + (i + 1) * global_batch
-        assert sum(ranks[r][i].target_tokens for r in range(world_size)) == alone[i].target_tokens
-        assert alone[i].target_tokens == sum(t != IGNORE for row in expected for t in row[1])
+        assert sum(ranks[r][i].weights[0] for r in range(world_size)) == alone[i].weights[0]
+        assert alone[i].weights[0] == sum(t != IGNORE for row in expected for t in row[1])
         # The samples are those that the order names.
         for row, s, k in zip(expected, source, sample, strict=True):
-            tokens = p.sources[s].train.tokens
+            tokens = tokens_of(p.sources[s], "train").tokens
             assert row[0] == tokens[k * 16 : k * 16 + 16].tolist()
 
 
@@ -108,20 +129,25 @@ def test_going_on_at_any_step_and_world_size_gives_the_same(corpus: Any) -> None
 def test_layout_pads_no_more_than_it_must(share: int, micro_batch: int, world_size: int) -> None:
     cut = Cut.of(share * world_size, micro_batch, world_size)
     assert cut.size <= micro_batch
-    assert cut.micro_batches == -(-share // micro_batch)  # as few forwards as can be
-    assert 0 <= cut.micro_batches * cut.size - share < cut.micro_batches
+    assert cut.batches == -(-share // micro_batch)  # as few forwards as can be
+    assert 0 <= cut.batches * cut.size - share < cut.batches
 
 
 def test_more_ranks_than_samples_get_empty_ones(corpus: Any) -> None:
     p, make = corpus
-    (batch,) = batches(p, make(train__global_batch=2), 0, 0, 3, 4, 1)
-    assert (batch.target_tokens, len(batch.samples), len(batch.micro_batches)) == (0, 0, 1)
-    m = batch.micro_batches[0]
-    assert m.tokens.shape == (1, 16)
-    assert not m.tokens.any()
-    assert not m.documents.any()
-    assert (m.targets == IGNORE).all()
-    assert (m.tokens.dtype, m.targets.dtype, m.documents.dtype) == (torch.int64, torch.int64, torch.int32)
+    cfg = make(train__global_batch=2)
+    (first,) = batches(p, cfg, 0, 0, 0, 4, 1)
+    (batch,) = batches(p, cfg, 0, 0, 3, 4, 1)
+    assert (batch.weights, len(batch.samples), len(batch.batches)) == ((0.0,), 0, 1)
+    m = batch.batches[0]
+    assert (m.rows, m.size) == (0, 1)
+    tokens, targets, documents = (m.tensors[name] for name in NAMES)
+    assert tokens.shape == (1, 16)
+    assert first.batches[0].rows == 1
+    assert torch.equal(tokens, first.batches[0].tensors["tokens"])  # the first sample of the global batch
+    assert torch.equal(documents, first.batches[0].tensors["documents"])
+    assert (targets == IGNORE).all()
+    assert (tokens.dtype, targets.dtype, documents.dtype) == (torch.int64, torch.int64, torch.int32)
 
 
 @given(
@@ -154,21 +180,23 @@ def test_samples_against_a_plain_reading(lengths: list[int], seq_len: int, value
 def test_without_document_masks_targets_are_masked_all_the_same(corpus: Any) -> None:
     p, make = corpus
     (with_mask,) = batches(p, make(train__global_batch=100), 0, 0, 0, 1, 1)
-    (without,) = batches(p, make(train__global_batch=100, data__document_mask=False), 0, 0, 0, 1, 1)
-    assert all(m.documents is None for m in without.micro_batches)
-    for a, b in zip(with_mask.micro_batches, without.micro_batches, strict=True):
-        assert torch.equal(a.tokens, b.tokens)
-        assert torch.equal(a.targets, b.targets)
-    assert (torch.stack([m.targets for m in without.micro_batches]) == IGNORE).any()
+    cfg = make(train__global_batch=100, data__document_mask=False)
+    (without,) = batches(prepared(p.sources[0].folder.parent, cfg), cfg, 0, 0, 0, 1, 1)
+    assert all(m.tensors.keys() == {*NAMES} for m in with_mask.batches)
+    assert all(m.tensors.keys() == {"tokens", "targets"} for m in without.batches)
+    for a, b in zip(with_mask.batches, without.batches, strict=True):
+        assert torch.equal(a.tensors["tokens"], b.tensors["tokens"])
+        assert torch.equal(a.tensors["targets"], b.tensors["targets"])
+    assert (torch.stack([m.tensors["targets"] for m in without.batches]) == IGNORE).any()
 
 
 def test_iteration_ends_with_the_last_step(corpus: Any) -> None:
     p, make = corpus
-    loader = Loader(p, make(train__steps=5), 16, 2, 0, 1)
+    loader = loader_of(p, make(train__steps=5), 16, 2, 0, 1)
     assert [b.step for b in loader] == [3, 4, 5]
     assert list(loader) == []
     loader.close()
-    assert list(Loader(p, make(train__steps=5), 0, 5, 0, 1)) == []
+    assert list(loader_of(p, make(train__steps=5), 0, 5, 0, 1)) == []
 
 
 class Broken(Exception):
@@ -184,7 +212,7 @@ def test_an_error_in_the_thread_reaches_the_consumer_with_its_traceback(
         raise Broken("row")
 
     monkeypatch.setattr(Split, "write_sample", write_sample_breaks)
-    loader = Loader(p, make(), 0, 0, 0, 1)
+    loader = loader_of(p, make(), 0, 0, 0, 1)
     for _ in range(2):
         with pytest.raises(Broken, match="row") as e:
             next(loader)
@@ -199,7 +227,7 @@ def ended(thread: threading.Thread) -> bool:
 
 def test_close_ends_the_thread_whatever_it_is_at(corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     p, make = corpus
-    full = Loader(p, make(), 0, 0, 0, 1)
+    full = loader_of(p, make(), 0, 0, 0, 1)
     time.sleep(0.1)  # the queue is full by now
     started_s = time.perf_counter()
     full.close()
@@ -211,7 +239,7 @@ def test_close_ends_the_thread_whatever_it_is_at(corpus: Any, monkeypatch: pytes
 
     slow = threading.Event()
     monkeypatch.setattr(loader_module, "assemble", lambda *a: slow.wait(0.5))
-    waiting = Loader(p, make(), 0, 0, 0, 1)
+    waiting = loader_of(p, make(), 0, 0, 0, 1)
     consumer_error: list[BaseException] = []
 
     def consume() -> None:
@@ -230,7 +258,7 @@ def test_close_ends_the_thread_whatever_it_is_at(corpus: Any, monkeypatch: pytes
 
 def test_a_dropped_loader_ends_its_thread(corpus: Any) -> None:
     p, make = corpus
-    loader = Loader(p, make(), 0, 0, 0, 1)
+    loader = loader_of(p, make(), 0, 0, 0, 1)
     next(loader)
     thread = loader._thread
     del loader
@@ -248,7 +276,7 @@ def test_the_wait_is_measured_and_batches_are_made_ahead(corpus: Any, monkeypatc
         return original(*args)
 
     monkeypatch.setattr(loader_module, "assemble", slow)
-    loader = Loader(p, make(data__prefetch_steps=3), 0, 0, 0, 1)
+    loader = loader_of(p, make(data__prefetch_steps=3), 0, 0, 0, 1)
     next(loader)
     assert loader.wait_s > 0.05
     deadline_s = time.monotonic() + 20
@@ -266,12 +294,13 @@ def test_validation_is_the_same_samples_at_every_layout(corpus: Any) -> None:
 
     def samples(world_size: int, **keys: Any) -> list[list[int]]:
         cfg = make(**keys)
-        ranks = [validation_batches(p, cfg, r, world_size) for r in range(world_size)]
+        ranks = [validation_of(p, cfg, r, world_size) for r in range(world_size)]
         assert len({len(v) for v in ranks}) == 1
         together = []
         for lists in zip(*ranks, strict=True):
-            assert len({(len(micro), micro[0].tokens.shape) for micro in lists}) == 1
-            flat = [[row for m in micro for row in m.targets if (row != IGNORE).any()] for micro in lists]
+            assert all([shapes(m) for m in micro] == [shapes(m) for m in lists[0]] for micro in lists)
+            flat = [[row for m in micro for row in m.tensors["targets"] if (row != IGNORE).any()] for micro in lists]
+            assert [len(f) for f in flat] == [sum(m.rows for m in micro) for micro in lists]
             for k in range(sum(len(f) for f in flat)):
                 together.append(flat[k % world_size][k // world_size].tolist())
         return together
@@ -282,28 +311,32 @@ def test_validation_is_the_same_samples_at_every_layout(corpus: Any) -> None:
         assert samples(world_size, train__micro_batch=3) == expected
     assert samples(2, run__seed=7) == expected
     assert samples(1, train__validate_samples=6) == expected[:6]
-    v = validation_batches(p, make(), 0, 1)
-    assert [torch.stack([m.tokens for m in a]).tolist() for a in v] == [
-        torch.stack([m.tokens for m in a]).tolist() for a in v
+    v = validation_of(p, make(), 0, 1)
+    assert [torch.stack([m.tensors["tokens"] for m in a]).tolist() for a in v] == [
+        torch.stack([m.tensors["tokens"] for m in a]).tolist() for a in v
     ]
 
 
 def test_validation_takes_turns_between_sources_and_stops_at_what_there_is(corpus: Any) -> None:
-    p, make = corpus
-    sizes = [s.validation.sample_count(16) for s in p.sources]
-    chosen = loader_module.validation_samples(p, make(train__validate_samples=10**6))
+    p, _ = corpus
+    sizes = [tokens_of(s, "validation").sample_count(16) for s in p.sources]
+    assert sizes == [len(s.validation) for s in p.sources]
+    chosen = held_out(p, "validation", 10**6)
     assert len(chosen) == sum(sizes)
     for source, size in zip(p.sources, sizes, strict=True):
-        assert sorted(i for split, i in chosen if split is source.validation) == list(range(size))
-    assert [split is p.sources[k % 2].validation for k, (split, _) in enumerate(chosen[:10])] == [True] * 10
+        assert sorted(place.index for place in chosen if place.samples is source.validation) == list(range(size))
+    assert [place.samples is p.sources[k % 2].validation for k, place in enumerate(chosen[:10])] == [True] * 10
 
 
 def test_validation_without_samples_is_refused(tmp_path: Path) -> None:
     source = {"name": "t", "path": str(text_folder(tmp_path / "text"))}
     p = prepared(tmp_path / "cache", config(source, data__validation_fraction=0.0))
-    assert list(validation_batches(p, config(source), 0, 1)) == []
+    assert list(validation_of(p, config(source), 0, 1)) == []
+    check_enough(p, config(source))
     with pytest.raises(UserError, match="validate_every_steps is 3"):
-        validation_batches(p, config(source, train__validate_every_steps=3), 0, 1)
+        check_enough(p, config(source, train__validate_every_steps=3))
+    with pytest.raises(UserError, match="validate_every_steps is 3"):
+        prepared(tmp_path / "cache", config(source, data__validation_fraction=0.0, train__validate_every_steps=3))
 
 
 @pytest.mark.alone
@@ -311,7 +344,7 @@ def test_speed_far_into_a_run(tmp_path: Path) -> None:
     source = {"name": "stdlib", "path": "python:stdlib"}
     cfg = config(source, data__seq_len=256, train__global_batch=64, train__micro_batch=8, train__steps=10**9)
     p = prepared(tmp_path / "cache", cfg)
-    loader = Loader(p, cfg, 10**12, 0, 0, 1)
+    loader = loader_of(p, cfg, 10**12, 0, 0, 1)
     next(loader)
     started_s = time.perf_counter()
     for _ in range(50):

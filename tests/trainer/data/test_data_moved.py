@@ -13,6 +13,7 @@ from small_data import config, prepared, text_folder
 
 from configs.errors import UserError
 from trainer.data.cached import as_far_as_writable
+from trainer.data.open_tokens import tokens_of
 from trainer.data.prepared import check_unchanged
 
 
@@ -51,7 +52,7 @@ def test_files_elsewhere_of_the_same_size_and_time_are_another_source(tmp_path: 
         os.utime(tmp_path / name / "shard.npy", ns=(10**18, 10**18))
         source = {"name": "ids", "kind": "tokens", "path": str(tmp_path / name)}
         found.append(prepared(tmp_path / "cache", config(source, data__validation_fraction=0.0)))
-    assert [p.sources[0].train.tokens[0] for p in found] == [5, 105]
+    assert [tokens_of(p.sources[0], "train").tokens[0] for p in found] == [5, 105]
     with pytest.raises(UserError, match=r"'ids' changed since this run began: 1 file changed \(shard\.npy\)"):
         check_unchanged(found[0].fingerprints, found[1])
 

@@ -10,8 +10,9 @@ from small_data import bpe, config, jsonl, prepared
 
 from configs.errors import UserError
 from trainer.data import files
+from trainer.data.open_tokens import open_tokens
 from trainer.data.prepare import prepare
-from trainer.data.prepared import Prepared, check_unchanged
+from trainer.data.prepared import check_unchanged
 
 
 def refuse_to_read(*args: Any) -> None:
@@ -35,7 +36,7 @@ def test_long_texts_prepared_in_the_older_way_serve_only_the_run_that_began_with
     as_of_old(next(cache.glob("t-*")), old)
     assert prepared(cache, cfg).fingerprints == now
     began = prepare(cfg, cache, lambda line: None, lambda: False, began_with={"t": old})
-    assert Prepared.open(began).fingerprints == {"t": old}
+    assert open_tokens(began, cfg).fingerprints == {"t": old}
     with pytest.raises(UserError, match="its long texts were cut where that can change ids"):
         check_unchanged({"t": old}, prepared(cache, cfg))
 
@@ -68,3 +69,11 @@ def test_lines_prepared_in_the_older_way_are_looked_at_once_more(
     assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
     monkeypatch.setattr("trainer.data.prepare.read_file", refuse_to_read)
     assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
+
+
+def test_keys_of_records_are_not_noted_of_documents(tmp_path: Path) -> None:
+    """What was prepared before `split` and `labels` of a source came is looked for by these keys, and found."""
+    (tmp_path / "a.txt").write_text("the model learns\n" * 50)
+    (source,) = prepared(tmp_path / "cache", config({"name": "t", "path": str(tmp_path / "a.txt")})).sources
+    assert set(source.meta["source"]) == {"name", "kind", "path", "pattern", "field"}
+    assert "test_fraction" not in source.meta

@@ -19,13 +19,15 @@ from small_data import bpe, config, jsonl, prepared, text_folder
 
 from configs.errors import UserError
 from trainer.data import files
+from trainer.data.open_tokens import describe_tokens, tokens_of
 from trainer.data.prepare import Interrupted, prepare
-from trainer.data.prepared import Split, check_unchanged
+from trainer.data.prepared import PreparedSource, check_unchanged
 from trainer.data.sources import read_file
 
 
-def texts(split: Split) -> list[bytes]:
+def texts(source: PreparedSource, side: str) -> list[bytes]:
     """The documents of a split, read back; checks the end tokens."""
+    split = tokens_of(source, side)
     ends = [*split.starts[1:].tolist(), len(split.tokens)]
     found = []
     for begin, end in zip(split.starts.tolist(), ends, strict=True):
@@ -51,11 +53,11 @@ def test_every_document_stands_in_one_split_in_order(tmp_path: Path) -> None:
     held_out = [
         int.from_bytes(hashlib.blake2b(c, digest_size=16).digest()[:8], "little") < 0.2 * 2**64 for c in contents
     ]
-    assert texts(p.sources[0].train) == [c for c, h in zip(contents, held_out, strict=True) if not h]
-    assert texts(p.sources[0].validation) == [c for c, h in zip(contents, held_out, strict=True) if h]
+    assert texts(p.sources[0], "train") == [c for c, h in zip(contents, held_out, strict=True) if not h]
+    assert texts(p.sources[0], "validation") == [c for c, h in zip(contents, held_out, strict=True) if h]
     assert 2 <= sum(held_out) <= 20
-    assert p.sources[0].train.tokens.dtype == np.uint16
-    assert (p.tokenizer_size, p.end_token) == (257, 256)
+    assert tokens_of(p.sources[0], "train").tokens.dtype == np.uint16
+    assert (p.facts["tokenizer"]["size"], p.facts["tokenizer"]["end_token"]) == (257, 256)
 
 
 def test_all_kinds_and_tokenizers_together(tmp_path: Path) -> None:
@@ -68,16 +70,16 @@ def test_all_kinds_and_tokenizers_together(tmp_path: Path) -> None:
         data__tokenizer=str(bpe(tmp_path / "tokenizer.json")),
     )
     p = prepared(tmp_path / "cache", cfg)
-    assert p.end_token == 0
+    assert p.facts["tokenizer"]["end_token"] == 0
     assert sum(p.effective_weights.values()) == 1.0
     assert p.effective_weights["lines"] == pytest.approx(0.6, abs=1e-4)
     for s in p.sources:
-        for split in (s.train, s.validation):
+        for split in (tokens_of(s, "train"), tokens_of(s, "validation")):
             assert np.all(split.tokens[split.starts[1:] - 1] == 0)
             assert np.count_nonzero(np.asarray(split.tokens) == 0) == len(split.starts)
     ids = p.sources[2]
-    assert len(ids.train.tokens) + len(ids.validation.tokens) == len(tokens)
-    lines = p.describe(cfg)
+    assert sum(len(tokens_of(ids, side).tokens) for side in ("train", "validation")) == len(tokens)
+    lines = describe_tokens(p, cfg.train.steps * cfg.train.global_batch)
     assert len(lines) == 3
     assert "weight 0.6000" in lines[1]
 
@@ -86,8 +88,8 @@ def test_wide_ids_take_four_bytes(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([70_000, 5, 256] * 50))
     source = {"name": "ids", "kind": "tokens", "path": str(tmp_path / "x.npy")}
     p = prepared(tmp_path / "cache", config(source, model__vocab_size=70_001, data__validation_fraction=0.0))
-    assert p.sources[0].train.tokens.dtype == np.uint32
-    assert p.sources[0].train.tokens[0] == 70_000
+    assert tokens_of(p.sources[0], "train").tokens.dtype == np.uint32
+    assert tokens_of(p.sources[0], "train").tokens[0] == 70_000
 
 
 def test_copies_of_a_document_land_on_the_same_side(tmp_path: Path) -> None:
@@ -95,8 +97,8 @@ def test_copies_of_a_document_land_on_the_same_side(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     cfg = config({"name": "j", "kind": "jsonl", "path": str(tmp_path / "x.jsonl")}, data__validation_fraction=0.5)
     s = prepared(tmp_path / "cache", cfg).sources[0]
-    assert s.validation.starts.size
-    assert not set(texts(s.train)) & set(texts(s.validation))
+    assert tokens_of(s, "validation").starts.size
+    assert not set(texts(s, "train")) & set(texts(s, "validation"))
 
 
 def test_prepared_data_is_used_again_and_touched_files_are_compared(
@@ -145,7 +147,7 @@ def test_a_changed_source_is_refused_by_name(tmp_path: Path, what: Any, said: st
         check_unchanged(first.fingerprints, second)
     assert f"data source 't' changed since this run began: {said}" in str(e.value)
     # A run that has the old data mapped still has it.
-    assert len(texts(first.sources[0].train)) > 10
+    assert len(texts(first.sources[0], "train")) > 10
     with pytest.raises(UserError, match=r"data source 't' changed since.*its fingerprint was 000000000000"):
         check_unchanged({**first.fingerprints, "t": "0" * 32}, second)
 
@@ -290,7 +292,7 @@ def test_killed_anywhere_the_next_start_is_whole_and_clears_up(every: int, tmp_p
         assert run(at, cache).returncode == -signal.SIGKILL
         p = prepared(cache, config(source))
         assert p.fingerprints == expected.fingerprints
-        assert texts(p.sources[0].train) == texts(expected.sources[0].train)
+        assert texts(p.sources[0], "train") == texts(expected.sources[0], "train")
         left = [f.name for f in cache.glob(".tmp-*") if f.is_dir() and (f / "lock").exists()]
         assert left == []
 
@@ -318,7 +320,7 @@ def test_two_starts_at_once_give_one_folder(tmp_path: Path) -> None:
     starts = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait(timeout=60) for p in starts] == [0, 0]
     assert len(list((tmp_path / "cache").glob("t-*"))) == 1
-    assert len(texts(prepared(tmp_path / "cache", config(source)).sources[0].train)) > 10
+    assert len(texts(prepared(tmp_path / "cache", config(source)).sources[0], "train")) > 10
 
 
 def test_token_files_without_an_end_token_are_warned_about(tmp_path: Path) -> None:
@@ -334,5 +336,5 @@ def test_the_standard_library_in_time(tmp_path: Path) -> None:
     cfg = config({"name": "stdlib", "path": "python:stdlib"}, data__validation_fraction=0.01)
     p = prepared(tmp_path / "cache", cfg)
     assert time.perf_counter() - started_s < 5.0
-    assert len(p.sources[0].train.tokens) > 5_000_000
-    assert p.sources[0].validation.sample_count(256) > 10
+    assert len(tokens_of(p.sources[0], "train").tokens) > 5_000_000
+    assert tokens_of(p.sources[0], "validation").sample_count(256) > 10

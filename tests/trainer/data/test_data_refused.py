@@ -15,8 +15,8 @@ from small_data import config, prepared, text_folder
 from configs.config import Config
 from configs.errors import UserError
 from trainer.data import files
+from trainer.data.open_tokens import open_tokens
 from trainer.data.prepare import prepare
-from trainer.data.prepared import Prepared
 
 
 def test_a_full_disk_is_a_user_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +74,13 @@ def test_too_little_data_is_refused_by_name(tmp_path: Path) -> None:
 def test_damaged_prepared_data_is_refused(tmp_path: Path) -> None:
     cfg = config({"name": "t", "path": str(text_folder(tmp_path / "text"))})
     path = prepare(cfg, tmp_path / "cache", lambda line: None, lambda: False)
-    file = Prepared.open(path).sources[0].folder / "train.npy"
+    file = open_tokens(path, cfg).sources[0].folder / "train.npy"
     os.truncate(file, file.stat().st_size - 2)
     with pytest.raises(UserError, match="missing or damaged"):
-        Prepared.open(path, patience_s=0.3)
+        open_tokens(path, cfg, patience_s=0.3)
     np.save(file, np.zeros(5, np.uint16))
     with pytest.raises(UserError, match=r"does not hold what its meta\.json says"):
-        Prepared.open(path, patience_s=0.0)
+        open_tokens(path, cfg, patience_s=0.0)
 
 
 def test_files_that_show_late_are_waited_for(tmp_path: Path) -> None:
@@ -91,5 +91,5 @@ def test_files_that_show_late_are_waited_for(tmp_path: Path) -> None:
     path.rename(hidden)
     timer = threading.Timer(0.3, lambda: hidden.rename(path))
     timer.start()
-    assert Prepared.open(path).fingerprints
+    assert open_tokens(path, cfg).fingerprints
     timer.join()

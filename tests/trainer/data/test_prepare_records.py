@@ -301,6 +301,27 @@ def test_facts_of_other_sources_are_not_taken(tmp_path: Path) -> None:
     assert len({json.dumps(files.read_json(index)["facts"]) for index in indices}) == 4
 
 
+def test_a_source_that_stood_beside_others_is_prepared_alone(tmp_path: Path) -> None:
+    one, two = table(tmp_path / "one.csv"), table(tmp_path / "two.csv", range(100, 160))
+    for number, sources in enumerate([(one, two), (one,), (two, one), (two,)]):
+        cfg = config(*sources)
+        index, fresh = prepare(tmp_path / "cache", cfg), prepare(tmp_path / f"fresh{number}", cfg)
+        assert files.read_json(index)["facts"] == files.read_json(fresh)["facts"]
+
+
+def test_files_that_change_to_and_fro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each content of a file there are several samples: only those made together belong together."""
+    known: dict[tuple[int, int], Path] = {}
+    for state in [(0, 0), (0, 1), (1, 1), (1, 0)] * 2:
+        one, two = (table(tmp_path / f"{n}.csv", range(100 * n + 7 * i, 100 * n + 60)) for n, i in enumerate(state))
+        cfg = config({**one, "split": "train"}, two)
+        if state in known:
+            monkeypatch.setattr(module, "read_records", None)
+        index = prepare(tmp_path / "cache", cfg)
+        assert known.setdefault(state, index) == index
+    assert len({json.dumps(files.read_json(index)["facts"]) for index in known.values()}) == 4
+
+
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     """Not of the name, the place or the kind of file."""
     one = table(tmp_path / "one.csv", range(20))
@@ -328,10 +349,17 @@ def test_a_stop_is_heard_and_finished_sources_stay(tmp_path: Path, monkeypatch: 
     assert said[0].startswith("data one: prepared 60 records")
     assert [path.name[:4] for path in cache.iterdir()] == ["one-"]
     begun = next(cache.iterdir())
-    written = (begun / "train.x.npy").stat().st_ino
-    index = prepare(cache, cfg)
+    encoded: list[str] = []
+
+    class Counting(Table):
+        def encode(self, record: Record, facts: Facts) -> Mapping[str, np.ndarray]:
+            encoded.append(record.place)
+            return super().encode(record, facts)
+
+    index = prepare(cache, cfg, Counting())
     assert folders(index)[0] == begun
-    assert (begun / "train.x.npy").stat().st_ino == written
+    assert len(encoded) == 30
+    assert {place.rpartition(":")[0] for place in encoded} == {str(tmp_path / "two.csv")}
     with pytest.raises(Interrupted):
         prepare_records(cfg, NoWork(), tmp_path / "other", nothing, lambda: True)
 

@@ -294,7 +294,7 @@ def test_other_content_has_another_digest() -> None:
         {"x": b},
         {"x": b, "y": 0},
     ]
-    values += [{"x": b, "y": 1}, {"x": b[:2], "y": b[2:]}, {"x": b[:3], "y": b[3:]}]
+    values += [{"x": b + 1}, {"x": b, "y": 1}, {"x": b[:2], "y": b[2:]}, {"x": b[:3], "y": b[3:]}]
     assert len({digest_of(v) for v in values}) == len(values)
 
 
