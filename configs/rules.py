@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from configs.deepspeed import contradictions
+from configs.own import is_own
 from configs.schema.model import DecoderSection
 from configs.schema.sections import Sections
 from configs.schema.task import LmSection
@@ -24,8 +25,10 @@ def _task(config: Sections) -> Iterator[str]:
     """A model computes with tokens or with features, and so does a task."""
     task, model = config.task.name, config.model.name
     fitting = "decoder" if task == "lm" else "mlp"
-    if model != fitting:
+    if model != fitting and not is_own(task) and not is_own(model):
         yield f"task.name {task} needs model.name {fitting}, not {model}"
+    if task == "lm" and config.vocab_size is None:
+        yield "task.name lm needs model.options.vocab_size: rows of the embedding"
     if config.task.needs_tokenizer and config.data.seq_len is None:
         yield "data.seq_len is missing: tokens per sample"
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.errors import UserError
+from configs.own import make_own
 from configs.schema.model import DecoderSection, ModelSection
+from configs.schema.own import OwnModel
 from models import mlp
 from models.base import Model
 from models.decoder import Decoder
@@ -42,4 +45,9 @@ def build_model(section: ModelSection) -> Model:
 
     Its weights mean nothing yet: fill each by `initialise`, or load them.
     """
-    return REGISTRY[section.name](section)
+    if not isinstance(section, OwnModel):
+        return REGISTRY[section.name](section)
+    made = make_own("model", section.name, section.options)
+    if not isinstance(made, Model):
+        raise UserError(f"model.name {section.name} gave a {type(made).__name__}: it must return a models.base.Model")
+    return made

@@ -16,6 +16,7 @@ from configs.config import Config
 from configs.errors import UserError
 from configs.fingerprint import decide, differences, fields, fingerprint, result_fields, undecided
 from configs.load import dump, load
+from configs.own import check_own, is_own
 from configs.paths import fitting
 from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.listing import check_source
@@ -58,7 +59,7 @@ def check(
     found = check_numbers(config, processes, packages)
     place = problems_of(lambda: check_place("run.dir", folder.root))
     found += place or problems_of(lambda: check_folder(config, folder))
-    found += problems_of(lambda: _check_freezing(config))
+    found += problems_of(lambda: _check_freezing(config), lambda: _check_own(config))
     return found + (_check_paths(config, folder) if paths and not place else [])
 
 
@@ -73,10 +74,18 @@ def check_numbers(config: Config, processes: int, packages: bool = True) -> list
     )
 
 
+def _check_own(config: Config) -> None:
+    for key, name in (("task.name", config.task.name), ("model.name", config.model.name)):
+        if is_own(name):
+            check_own(key, name)
+
+
 def _check_freezing(config: Config) -> None:
     """The patterns against the model's own names. A list of names beside the model would be a second truth, so torch
     is imported, seconds, by those who freeze."""
     freeze = config.freeze
+    if is_own(config.model.name):
+        return  # only what trains imports it, and that will look
     if freeze.frozen or freeze.trainable or freeze.schedule:
         from trainer.engines.named import names_of
 
@@ -92,7 +101,7 @@ def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
 
     def tokenizer() -> None:
         if config.task.needs_tokenizer:
-            load_tokenizer(config.data, config.decoder.vocab_size)
+            load_tokenizer(config.data, config.words)
 
     return problems_of(
         start,

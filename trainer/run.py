@@ -12,6 +12,7 @@ import torch
 
 from configs.config import Config
 from configs.fingerprint import fingerprint, to_dict, undecided
+from configs.own import is_own
 from trainer.begin import Beginning, fingerprints_to_find
 from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.pieces import Piece
@@ -74,7 +75,7 @@ class Run:
         world = self.world
         if world.first:
             self.wish.watch(self.folder.stop, self.config.train.time_limit_s, self.began)
-        complete = not any(undecided(self.config))
+        complete = not any(undecided(self.config)) and not is_own(self.config.model.name)  # theirs may take sizes
         if complete:
             self._make_engine()  # before hours of preparing data: it finds what does not fit
         # Tokenising takes as long as it takes, longer than any collective may.

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from configs.schema.section import MILLION, MOST_TOKENS, Section, by_name, from_data, result
+from configs.schema.own import OwnModel
+from configs.schema.section import MILLION, MOST_TOKENS, OWN, Section, by_name, from_data, result
 
 
 class RopeScaling(Section):
@@ -78,7 +79,7 @@ class MlpSection(Section):
 
 
 ModelSection = Annotated[
-    Annotated[DecoderSection, Tag("decoder")] | Annotated[MlpSection, Tag("mlp")],
+    Annotated[DecoderSection, Tag("decoder")] | Annotated[MlpSection, Tag("mlp")] | Annotated[OwnModel, Tag(OWN)],
     by_name("decoder"),
 ]
 """One of these, by its `name`; the decoder where none is given."""

@@ -52,24 +52,32 @@ def keys(*sections: type[Section]) -> dict[str, FieldInfo]:
     return found
 
 
+OWN = "own"  # the tag of a section whose `name` is the user's own: `module:name`
+
+
 def by_name(default: str) -> Discriminator:
     """Chooses among several sections, each tagged with the one value of its `name`; `default` where none is given."""
 
     def chosen(given: Any) -> str:
         name = given.get("name", default) if isinstance(given, dict) else getattr(given, "name", default)
-        return name if isinstance(name, str) else repr(name)  # the latter is none of theirs
+        if isinstance(name, str):
+            return OWN if ":" in name else name
+        return repr(name)  # none of theirs
 
     return Discriminator(chosen)
 
 
 def name_of(section: type[Section]) -> str:
     """The value of `name` that chooses this section among others."""
-    (name,) = get_args(section.model_fields["name"].annotation)
-    return str(name)
+    names = get_args(section.model_fields["name"].annotation)
+    return str(names[0]) if names else OWN
 
 
 def named(sections: Sequence[type[Section]], name: Any) -> tuple[type[Section], ...]:
     """The section of this name; all, when none has it. The first is meant where `name` is None."""
     if len(sections) < 2:
         return tuple(sections)
-    return (sections[0],) if name is None else tuple(s for s in sections if name_of(s) == name) or tuple(sections)
+    if name is None:
+        return (sections[0],)
+    tag = OWN if ":" in str(name) else name
+    return tuple(s for s in sections if name_of(s) == tag) or tuple(sections)

@@ -8,6 +8,7 @@ from configs.schema.freeze import FreezeSection
 from configs.schema.model import DecoderSection, ModelSection
 from configs.schema.monitor import MonitorSection
 from configs.schema.optim import OptimSection
+from configs.schema.own import OwnModel
 from configs.schema.parallel import ParallelSection
 from configs.schema.precision import PrecisionSection
 from configs.schema.run import RunSection
@@ -44,6 +45,20 @@ class Sections(Section):
         """Tokens per sample, of a task that has tokens."""
         assert self.data.seq_len is not None
         return self.data.seq_len
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, of a model that takes tokens."""
+        if isinstance(self.model, OwnModel):
+            size = self.model.options.get("vocab_size")
+            return size if isinstance(size, int) else None
+        return self.model.vocab_size if isinstance(self.model, DecoderSection) else None
+
+    @property
+    def words(self) -> int:
+        """`vocab_size`, where the task has tokens: then it is there."""
+        assert self.vocab_size is not None
+        return self.vocab_size
 
     @property
     def decoder(self) -> DecoderSection:

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Tag
 
-from configs.schema.section import MILLION, MOST_TOKENS, Section, by_name, result, speed
+from configs.schema.own import OwnTask
+from configs.schema.section import MILLION, MOST_TOKENS, OWN, Section, by_name, result, speed
 
 
 class AnyTask(Section):
@@ -52,7 +53,8 @@ class RegressSection(AnyTask):
 TaskSection = Annotated[
     Annotated[LmSection, Tag("lm")]
     | Annotated[ClassifySection, Tag("classify")]
-    | Annotated[RegressSection, Tag("regress")],
+    | Annotated[RegressSection, Tag("regress")]
+    | Annotated[OwnTask, Tag(OWN)],
     by_name("lm"),
 ]
 """One of these, by its `name`; language modelling where none is given."""

@@ -23,7 +23,7 @@ from trainer.host.console import duration, si
 from trainer.life import attempts as life
 from trainer.life.attempts import Attempt
 from trainer.life.folder import RunFolder
-from trainer.life.rows import PassedOver, Row, amount, last_row, rows_backwards, text, whole
+from trainer.life.rows import PassedOver, Row, amount, last_row, rows_backwards, speed_of, text, whole
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _HISTORY = 12
@@ -109,11 +109,11 @@ class Watcher:
         attempt = f"attempt {number}" if number is not None else "no attempt yet"
         head = [Text(f"{self.folder.root.name}  {attempt}  {state or self._state(number)}", style="bold", no_wrap=True)]
         if row := last_row(self.folder.metrics, "loss", number, self._over):
-            names = ("step", "loss", "tokens_per_s", "mfu")
-            step, loss, speed, mfu = (amount(row, name) for name in names)
+            step, loss, mfu = (amount(row, name) for name in ("step", "loss", "mfu"))
+            speed = speed_of(row)
             told = [f"step {step:,.0f}"] if step is not None else []
             told += [f"loss {loss:.4f}" if loss is not None else "loss nan"]
-            told += [f"{si(speed)} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}"] if speed is not None else []
+            told += [f"{si(speed[0])} {speed[1]}/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}"] if speed is not None else []
             told.append(f"{duration(age_s(self.folder.metrics))} ago")
             head.append(Text("  ".join(told), no_wrap=True))
         return head

@@ -19,7 +19,9 @@ from trainer.life.rows import last_row
 Row = dict[str, Any]
 _CLIENT_S = 2.0  # that one may take to say what it wants
 _NAMES = {"uuid", "index", "rank"}
-_OF_RUN = ("step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "data_wait_s", "step_s", "time_s")
+_OF_RUN = (
+    *("step", "loss", "grad_norm", "lr", "tokens_per_s", "samples_per_s", "mfu", "data_wait_s", "step_s", "time_s"),
+)
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 

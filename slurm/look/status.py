@@ -22,7 +22,7 @@ from slurm.look.state import job_of, lives, state_of, unexplained
 from trainer.host.arguments import Parser, typed
 from trainer.host.console import duration, si
 from trainer.host.terminal import say
-from trainer.life.rows import amount, whole
+from trainer.life.rows import amount, speed_of, whole
 
 NOTHING = "no run below runs/, and no job of yours in the queue"
 _READERS = 16  # a folder on a shared filesystem answers in milliseconds, many at once just as fast
@@ -136,7 +136,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (name, "-", row.state, *("-" for _ in _HEADER[3:]))
     newest, facts = view.newest, view.row
     step, last = _step(row), newest.last_step if newest else None
-    loss, speed = amount(facts, "loss"), amount(facts, "tokens_per_s")
+    loss, speed = amount(facts, "loss"), speed_of(facts) if row.lives else None
     nodes = job.nodes if job is not None else len(newest.hosts) if newest else 0
     return (
         name,
@@ -145,7 +145,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(nodes) if nodes else "-",
         "-" if step is None else f"{step}/{last}" if last is not None else str(step),
         f"{loss:.4f}" if loss is not None else "nan" if facts else "-",
-        si(speed) if speed is not None and row.lives else "-",
+        "-" if speed is None else si(speed[0]) if speed[1] == "tokens" else f"{si(speed[0])} samples",
         _left(facts, last) if row.state.startswith("running") else "-",
         duration(job.left_s) if job is not None and job.left_s is not None else "-",
         _restarts(view),

@@ -6,32 +6,36 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.own import own_files
 
 PACKAGES = ("configs", "models", "trainer", "launch", "slurm")
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _KEPT = {".py", ".yaml", ".json", ".sbatch"}
 
 
-def files() -> list[Path]:
-    """Every file of our packages, relative to where they lie."""
-    found = (path for package in PACKAGES for path in (_ROOT / package).rglob("*"))
-    return sorted(path.relative_to(_ROOT) for path in found if path.suffix in _KEPT and path.is_file())
+def files(own: Sequence[str] = ()) -> dict[Path, Path]:
+    """Every file of our packages, and of the user's own modules that lie in the current folder: where it goes in a
+    snapshot, and where it is."""
+    ours = (path for package in PACKAGES for path in (_ROOT / package).rglob("*"))
+    found = {path.relative_to(_ROOT): path for path in ours if path.suffix in _KEPT and path.is_file()}
+    found |= {path.relative_to(Path.cwd()): path for name in own for path in own_files(name)}
+    return dict(sorted(found.items()))
 
 
-def place(folder: Path, configs: Mapping[str, str]) -> Path:
+def place(folder: Path, configs: Mapping[str, str], own: Sequence[str] = ()) -> Path:
     """Where the snapshot of this code and these configs lies, or would lie. Equal ones share a folder."""
     digest = hashlib.sha256(json.dumps(configs).encode())
-    for path in files():
+    for path, source in files(own).items():
         digest.update(f"\0{path}\0".encode())
-        digest.update((_ROOT / path).read_bytes())
+        digest.update(source.read_bytes())
     return folder / f"snapshot-{digest.hexdigest()[:12]}"
 
 
-def take(target: Path, configs: Mapping[str, str], with_code: bool) -> None:
+def take(target: Path, configs: Mapping[str, str], with_code: bool, own: Sequence[str] = ()) -> None:
     """Write it, whole or not at all. Raises UserError when there is no room."""
     if target.exists():
         return
@@ -40,9 +44,9 @@ def take(target: Path, configs: Mapping[str, str], with_code: bool) -> None:
         partial.mkdir(parents=True)
         for name, text in configs.items():
             (partial / name).write_text(text, encoding="utf-8")
-        for path in files() if with_code else ():
+        for path, source in files(own).items() if with_code else ():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(_ROOT / path, partial / path)
+            shutil.copyfile(source, partial / path)
         partial.rename(target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,6 +17,7 @@ from typing import Any
 from configs.config import Config
 from configs.errors import UserError
 from configs.load import dump
+from configs.own import is_own
 from configs.schema.slurm import SlurmSection
 from launch.hooks import refuse_written_down
 from launch.look.run_folder import JOB_FILE, outcomes
@@ -51,7 +52,8 @@ class Submission:
         self.request, self.folder = request, RunFolder(Path(run_dir))
         self.place = self.folder.root / "slurm"
         self.configs = {"config.yaml": dump(self.config)}
-        self.snapshot = snapshot.place(self.place, self.configs)
+        self.own = [name for name in (config.task.name, config.model.name) if is_own(name)]
+        self.snapshot = snapshot.place(self.place, self.configs, self.own)
 
     @property
     def config_path(self) -> str:
@@ -182,7 +184,7 @@ class Submission:
         """The job's number. Raises UserError when another job has the folder, or Slurm does not want this one."""
         with _only_one(self.place):
             self.refuse_living()
-            snapshot.take(self.snapshot, self.configs, self.request.snapshot)
+            snapshot.take(self.snapshot, self.configs, self.request.snapshot, self.own)
             number = self._sbatch()
             self.note(number)
         return number

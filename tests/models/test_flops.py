@@ -143,7 +143,7 @@ def test_nothing_trainable_costs_the_forward(section: Callable[..., DecoderSecti
 
 def test_a_batch_costs_what_its_tokens_do() -> None:
     with torch.device("meta"):
-        built = build_model(ModelSection(**LARGE, max_seq_len=64))
+        built = build_model(DecoderSection(**LARGE, max_seq_len=64))
     assert isinstance(built.module, Decoder)
     tensors = {"tokens": torch.zeros(3, 48, dtype=torch.int64, device="meta")}
     assert built.flops(tensors) == 3 * 48 * flops_per_token(built.module, 48)

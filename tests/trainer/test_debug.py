@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.load import load, presets
-from configs.schema.task import TaskSection
+from configs.schema.task import LmSection
 from models import IGNORE
 from tests.distributed import run_ranks, tiny, train, train_here
 from tests.engines import under_both
@@ -40,7 +40,7 @@ class Asked:
 def check_batch(batch: Batch) -> None:
     """As `--debug` does it. Raises RunFailed before the engine gets the batch."""
     inner: Any = Asked()
-    checked = CheckedEngine(inner, LanguageModelling(TaskSection()), None)
+    checked = CheckedEngine(inner, LanguageModelling(LmSection()), None)
     try:
         checked.forward_backward(batch, torch.tensor(1.0), last=True)
     finally:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection
 from configs.schema.optim import OptimSection
 from models import build_model
 from tests.distributed import tiny, train
@@ -19,7 +19,7 @@ from trainer.engines.optim import Muon, build_optimizers
 from trainer.schedule import lr_factor
 
 SCHEDULES = ["cosine", "linear", "wsd", "constant"]
-DECODER = build_model(ModelSection(vocab_size=4, dim=2, layers=1, heads=1, mlp_dim=1, max_seq_len=2))
+DECODER = build_model(DecoderSection(vocab_size=4, dim=2, layers=1, heads=1, mlp_dim=1, max_seq_len=2))
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(0, 50), st.integers(60, 500), st.floats(0, 1), st.integers(1, 100))

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema.model import ModelSection
-from configs.schema.task import TaskSection
+from configs.schema.model import DecoderSection
+from configs.schema.task import LmSection
 from models import IGNORE, Model, build_model
 from trainer.data.batch import Batch, Row
 from trainer.data.loader import Cut, Place, assemble, weigh
@@ -39,7 +39,7 @@ def windows(documents: Sequence[int] = (5, 30, 7, 1, 40, 17, 90), document_mask:
 
 
 def lm(**keys: Any) -> LanguageModelling:
-    return LanguageModelling(TaskSection(**keys))
+    return LanguageModelling(LmSection(**keys))
 
 
 # ---- fill-ups -------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ ROWS = [(1, 1), (1, 3), (2, 1), (3, 2), (5, 3)]  # real ones, fill-ups
 
 def tiny(dtype: torch.dtype = torch.float32, **keys: Any) -> Model:
     small = {"vocab_size": VOCABULARY, "dim": 16, "layers": 2, "heads": 2, "mlp_dim": 24, "max_seq_len": SEQ_LEN}
-    built = build_model(ModelSection(**{**small, "init_std": 0.2, **keys}))
+    built = build_model(DecoderSection(**{**small, "init_std": 0.2, **keys}))
     built.module.to(dtype)
     for name, parameter in built.module.named_parameters():
         built.initialise(name, parameter, torch.Generator().manual_seed(zlib.crc32(name.encode())))

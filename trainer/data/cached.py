@@ -31,7 +31,7 @@ Poll = Callable[[int], None]  # called often with the bytes just read
 
 def settings_of(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything but the files themselves that decides what a prepared source holds."""
-    size = config.decoder.vocab_size if source.kind == "tokens" else tokenizer.size
+    size = config.words if source.kind == "tokens" else tokenizer.size
     return {
         "format": FORMAT,
         "source": {**source.model_dump(exclude=_NOT_OF_DOCUMENTS), "path": str(source_root(source))},

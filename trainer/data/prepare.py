@@ -55,7 +55,7 @@ def prepare(
     fingerprints that the run's checkpoint has: where they were prepared in an older way, that is used.
     Raises UserError for whatever is wrong with the data, Interrupted when `should_stop` says so.
     """
-    tokenizer = load_tokenizer(config.data, config.decoder.vocab_size)
+    tokenizer = load_tokenizer(config.data, config.words)
     quotas([s.weight for s in config.data.sources], [s.name for s in config.data.sources])  # refused before the work
     with cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _source_folder(
     prepared = find_prepared(cache, source, settings, tokenizer.places, found, stats, began_with, progress.poll)
     if prepared is not None:
         if source.kind == "tokens":
-            check_largest_id(prepared, source, config.decoder.vocab_size, progress.poll)
+            check_largest_id(prepared, source, config.words, progress.poll)
         return prepared
     check_content(source, found, progress.say, progress.poll)
     with files.temporary_folder(cache) as temporary:
@@ -238,7 +238,7 @@ def _tokenise(
             # Before reading: a change after this moment shows at the next start.
             with readable(source, path):
                 stat = FileStat.of(path)
-            for document in read_file(source, path, tokenizer.end_token, config.decoder.vocab_size, reading):
+            for document in read_file(source, path, tokenizer.end_token, config.words, reading):
                 writer.add(document, progress.poll)
                 progress.count += 1
             known[name] = [stat.size_bytes, stat.mtime_ns, reading.digest]

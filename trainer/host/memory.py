@@ -10,6 +10,7 @@ import psutil
 from configs.config import Config
 from configs.errors import UserError
 from configs.schema.model import DecoderSection, ModelSection
+from configs.schema.own import OwnModel
 from trainer.host.cgroups import groups_above
 
 _SAMPLE_BYTES = 20  # of each token of a batch: itself, its target, its document
@@ -53,6 +54,8 @@ def _least_bytes(config: Config) -> int:
 
 def parameters(model: ModelSection) -> int:
     """How many numbers the model's matrices hold; norms and biases are left out, and sizes that only the data tell."""
+    if isinstance(model, OwnModel):
+        return 0  # nobody knows but its own code
     if not isinstance(model, DecoderSection):
         return sum(a * b for a, b in pairwise((model.features or 1, *model.hidden, model.outputs or 1)))
     width = (model.head_dim or model.dim // model.heads) * (2 * model.heads + 2 * (model.kv_heads or model.heads))
@@ -66,6 +69,7 @@ def _sizes(model: ModelSection) -> str:
     """The keys that make it large."""
     if isinstance(model, DecoderSection):
         return f"model.layers {model.layers}, model.dim {model.dim}, model.vocab_size {model.vocab_size}"
+    assert not isinstance(model, OwnModel)  # it counts nothing, so it is never too large
     return f"model.features {model.features}, model.hidden {model.hidden}, model.outputs {model.outputs}"
 
 

@@ -249,3 +249,12 @@ def last_row(path: Path, key: str, attempt: int | None = None, over: PassedOver 
                 return row
             found = found or row
     return found
+
+
+def speed_of(row: Row) -> tuple[float, str] | None:
+    """How fast a row of metrics.jsonl says that a run is: a number, and tokens or samples (a second)."""
+    for unit in ("tokens", "samples"):
+        speed = amount(row, f"{unit}_per_s")
+        if speed is not None:
+            return speed, unit
+    return None

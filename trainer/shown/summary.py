@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.config import Config
-from configs.schema.model import ModelSection
+from configs.schema.model import DecoderSection, ModelSection
 from trainer.engines.base import Engine
 from trainer.host.console import duration, gib, si
 from trainer.life.attempts import Attempt, End
@@ -49,7 +49,7 @@ def start_lines(
 
 
 def _model(m: ModelSection) -> str:
-    if m.name == "decoder":
+    if isinstance(m, DecoderSection):
         return f"{m.name}: {m.layers} blocks of width {m.dim}, {m.heads} heads, vocabulary {m.vocab_size}"
     return f"{m.name}: " + ", ".join(f"{key} {value}" for key, value in m if key != "name")
 

@@ -92,4 +92,4 @@ class LanguageModelling:
         return f"the target of token {place} of sample {sample} is another document's"
 
     def first_loss(self, config: Config) -> float:
-        return math.log(config.decoder.vocab_size)
+        return math.log(config.words)

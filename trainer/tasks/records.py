@@ -13,7 +13,7 @@ import torch
 
 from configs.config import Config
 from configs.errors import UserError
-from configs.schema.model import MlpSection
+from configs.schema.own import OwnModel
 from trainer.data.batch import Batch
 from trainer.data.columns import open_columns
 from trainer.data.prepare_records import Facts, prepare_records
@@ -89,19 +89,21 @@ def facts_of(prepared: Prepared) -> Facts:
 
 def sized(config: Config, features: int, outputs: int, why: str) -> Config:
     """The config with the model's sizes. UserError where it has others than the data; `why`: what the outputs are."""
-    model = config.model
-    assert isinstance(model, MlpSection), "the config is refused otherwise"
-    if model.features not in (None, features):
-        raise UserError(f"model.features is {model.features}, the data have {features}\nremove model.features")
-    if model.outputs not in (None, outputs):
-        raise UserError(f"model.outputs is {model.outputs}, {why}\nremove model.outputs")
-    return config.model_copy(update={"model": model.model_copy(update={"features": features, "outputs": outputs})})
+    model, sizes = config.model, {"features": features, "outputs": outputs}
+    given = model.options if isinstance(model, OwnModel) else model.model_dump()
+    if given.get("features") not in (None, features):
+        raise UserError(f"model.features is {given['features']}, the data have {features}\nremove model.features")
+    if given.get("outputs") not in (None, outputs):
+        raise UserError(f"model.outputs is {given['outputs']}, {why}\nremove model.outputs")
+    update: dict[str, Any] = {"options": {**given, **sizes}} if isinstance(model, OwnModel) else sizes
+    return config.model_copy(update={"model": model.model_copy(update=update)})
 
 
 def features_of(config: Config) -> int:
     """How many numbers go in; 1 where only the data tell and `sized` has not said it."""
-    assert isinstance(config.model, MlpSection), "the config is refused otherwise"
-    return config.model.features or 1
+    model = config.model
+    found = model.options.get("features") if isinstance(model, OwnModel) else getattr(model, "features", None)
+    return int(found or 1)
 
 
 class OfRecords:

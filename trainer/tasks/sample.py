@@ -20,7 +20,7 @@ def write_sample(call: Call, config: Config, device: torch.device, step: int) ->
     """`task.sample_prompt` continued by `task.sample_tokens` tokens. A collective: each token is one forward of all
     ranks, so the number of tokens is fixed and no rank ends early."""
     section = config.lm
-    tokenizer = load_tokenizer(config.data, config.decoder.vocab_size)
+    tokenizer = load_tokenizer(config.data, config.words)
     ids = [int(i) for i in tokenizer.encode([section.sample_prompt.encode()])[0]] or [tokenizer.end_token]
     draw = generator(torch.device("cpu"), config.run.seed, "sample", step)
     for _ in range(section.sample_tokens):

@@ -1,0 +1,86 @@
+"""Tasks and models of the user's own: `module:name` in the folder where they work. Only what trains imports them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import UserError
+
+
+def is_own(name: str) -> bool:
+    """Whether a task or model is one of the user's."""
+    return ":" in name
+
+
+def own_files(name: str) -> list[Path]:
+    """The files of the module, or of its whole package, if it lies in the current folder. Imports nothing."""
+    top = name.partition(":")[0].partition(".")[0]
+    here = Path.cwd()
+    if (here / top / "__init__.py").is_file():
+        return sorted(path for path in (here / top).rglob("*.py"))
+    return [here / f"{top}.py"] if (here / f"{top}.py").is_file() else []
+
+
+def check_own(key: str, name: str) -> None:
+    """Raise UserError when there is no such module here, nor among what is installed. Imports nothing."""
+    top = name.partition(":")[0].partition(".")[0]
+    if not own_files(name) and PathFinder.find_spec(top) is None:
+        raise UserError(
+            f"{key} {name}: there is no {top}.py in {Path.cwd()}, and no such package is installed\n"
+            "start where the file lies, or correct the name"
+        )
+
+
+def make_own(section: str, name: str, options: dict[str, Any]) -> Any:
+    """What the class or function of that name makes of its options. Raises UserError for what is wrong with either."""
+    maker = _load(f"{section}.name", name)
+    return maker(*_sections(section, name, maker, options))
+
+
+def _load(key: str, name: str) -> Callable[..., Any]:
+    check_own(key, name)
+    module_name, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # at the end: our packages have common names, and so may files of theirs
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{key} {name}: importing {module_name} failed: {type(error).__name__}: {error}\n"
+            f"{place.filename}, line {place.lineno}"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(f"{key} {name}: {module.__file__} has no class or function {attribute!r}")
+    return found
+
+
+def _sections(key: str, name: str, maker: Callable[..., Any], options: dict[str, Any]) -> list[BaseModel]:
+    """The section that it takes as its first argument, checked; none where it takes no argument."""
+    function = maker.__init__ if inspect.isclass(maker) else maker
+    parameters = inspect.signature(maker).parameters.values()
+    takes = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    if not takes:
+        if options:
+            raise UserError(f"{key}.options: {name} takes no section, so it has no options")
+        return []
+    section = get_type_hints(function).get(takes[0].name)
+    if not (inspect.isclass(section) and issubclass(section, BaseModel)):
+        raise UserError(f"{key}.name {name}: its first argument, {takes[0].name}, needs a pydantic model as its type")
+    try:
+        return [section.model_validate(options)]
+    except ValidationError as error:
+        lines = [f"{key}.options.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError("\n".join(lines[:3])) from error

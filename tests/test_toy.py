@@ -1,0 +1,146 @@
+"""A task that nothing of Muster knows trains, stops, resumes, freezes, reshards and is looked at like any other."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import tiny, train
+from stored import Stored
+
+from launch.look.goodput import goodput
+from trainer.life.folder import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ("validation_loss", "validation_near")
+LOOKING = ("watch --once run", "report run", "checkpoint list run", "checkpoint verify run")
+
+
+def toy(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A config of the toy: 61 records, so that no batch and no validation is even."""
+    draw = random.Random(0)
+    table = folder / "pairs.csv"
+    if not table.exists():
+        table.write_text("a,b\n" + "".join(f"{draw.uniform(-9, 9)},{draw.uniform(-9, 9)}\n" for _ in range(61)))
+    config = tiny(folder)
+    config["model"] = {"name": "tests.toy:build", "options": {"width": 6}}
+    config["task"] = {"name": "tests.toy:Difference"}
+    config["data"] = {
+        "cache": str(folder / "cache"),
+        "sources": [{"name": "pairs", "kind": "csv", "path": str(table)}],
+        "validation_fraction": 0.2,
+    }
+    config["optim"]["schedule"] = "constant"
+    config["train"] |= {"steps": 6, "global_batch": 7, "micro_batch": 2, "validate_every_steps": 3}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config.setdefault(section, {})[name] = value
+    return config
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder) if "loss" in row]
+
+
+def newest(folder: Path) -> dict[str, torch.Tensor]:
+    return Stored(max((folder / "run/checkpoints").glob("step-*"))).tensors
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    assert train(toy(folder)) == [0]
+    return folder
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("fsdp", 3), ("zero", 1), ("zero", 3)])
+def test_every_engine_and_size_learns_the_same(engine: str, ranks: int, alone: Path, tmp_path: Path) -> None:
+    assert train(toy(tmp_path, parallel__engine=engine), ranks) == [0] * ranks
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
+    told = [
+        [row[key] for row in rows(place) if "validation_loss" in row] for place in (tmp_path, alone) for key in KEYS
+    ]
+    assert told[: len(KEYS)] == [pytest.approx(values, rel=1e-5) for values in told[len(KEYS) :]]
+
+
+KEYS = ("validation_loss", "validation_near")
+
+
+def test_it_resumes_bit_for_bit_and_on_fewer_ranks(tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):
+        folder.mkdir()
+    assert train(toy(straight), 3) == [0] * 3
+    assert train(toy(stopped, train__steps=3), 3) == [0] * 3
+    assert train(toy(stopped), 3) == [0] * 3
+    first, second = newest(straight), newest(stopped)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert losses(stopped) == losses(straight)
+    assert train(toy(stopped, train__steps=8), 2) == [0] * 2  # 3 -> 2
+    assert train(toy(straight, train__steps=8), 3) == [0] * 3
+    assert losses(stopped) == pytest.approx(losses(straight), rel=1e-5)
+
+
+def test_what_is_frozen_stays(alone: Path, tmp_path: Path) -> None:
+    path = str(max((alone / "run/checkpoints").glob("step-*")))
+    assert train(toy(tmp_path, start__from=path, freeze__frozen=["0.*"]), 2) == [0] * 2
+    before, after = newest(alone), newest(tmp_path)
+    assert torch.equal(before["0.weight"], after["0.weight"])
+    assert not torch.equal(before["2.weight"], after["2.weight"])
+
+
+def test_it_is_watched_reported_and_listed(alone: Path) -> None:
+    found = [row for row in rows(alone) if "loss" in row][-1]
+    assert found["samples_per_s"] > 0
+    assert "tokens_per_s" not in found
+    assert goodput(RunFolder(alone / "run")) is not None
+    for words in LOOKING:
+        command = [sys.executable, "-m", "launch", *words.split()]
+        done = subprocess.run(command, cwd=alone, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "samples/s" in done.stdout or "watch" not in words
+
+
+def test_nothing_else_knows_the_toy() -> None:
+    places = [
+        path for room in ("configs", "models", "trainer", "launch", "slurm") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert len(places) > 100
+    assert [path for path in places if "Difference" in path.read_text() or "toy" in path.read_text()] == []
+    assert len((ROOT / "tests/toy.py").read_text().splitlines()) < 80
+
+
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    from configs.config import Config
+    from configs.errors import UserError
+    from models import build_model
+    from trainer.tasks import build_task
+
+    def built(**changes: Any) -> Config:
+        return Config.model_validate({**toy(tmp_path), **changes})
+
+    for change, told in (
+        ({"task": {"name": "tests.toy:Nothing"}}, "no class or function 'Nothing'"),
+        ({"task": {"name": "nowhere_at_all:Task"}}, "there is no nowhere_at_all.py in"),
+        ({"task": {"name": "tests.toy:Net"}}, "is no task: it has no "),
+        ({"task": {"name": "tests.toy:Difference", "options": {"a": 1}}}, "takes no section"),
+    ):
+        with pytest.raises(UserError, match=told):
+            build_task(built(**change))
+    for change, told in (
+        ({"model": {"name": "tests.toy:build", "options": {"width": "x"}}}, "model.options.width: Input should be"),
+        ({"model": {"name": "tests.toy:Net"}}, "needs a pydantic model|gave a Net"),
+    ):
+        with pytest.raises(UserError, match=told):
+            build_model(built(**change).model)
