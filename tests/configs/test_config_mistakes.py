@@ -196,6 +196,7 @@ HIDDEN = "unknown key model.hidden: model.name is decoder, and only mlp has it"
         (["model={name: mlp, hidden: [8, x]}"], ["model.hidden.1 wants a whole number, not the text 'x'"]),
         (["model={name: mlp, hidden: [0]}"], ["model.hidden.0 must be at least 1, not 0"]),
         (["model={name: mlp}", "model.hidden.0=x"], ["model.hidden.0 wants a whole number, not the text 'x'"]),
+        (["parallel.engine=zero", "optim.l1=1"], ["parallel.engine zero updates inside DeepSpeed, optim.l1 cannot be"]),
         (["model={name: mlp}"], ["task.name lm needs model.name decoder, not mlp"]),
         (["task={name: classify}"], ["task.name classify needs model.name mlp, not decoder"]),
         (
