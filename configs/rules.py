@@ -27,7 +27,7 @@ def _task(config: Sections) -> Iterator[str]:
     fitting = "decoder" if task == "lm" else "mlp"
     if model != fitting and not is_own(task) and not is_own(model):
         yield f"task.name {task} needs model.name {fitting}, not {model}"
-    if task == "lm" and config.vocab_size is None:
+    if task == "lm" and is_own(model) and config.vocab_size is None:
         yield "task.name lm needs model.options.vocab_size: rows of the embedding"
     if config.task.needs_tokenizer and config.data.seq_len is None:
         yield "data.seq_len is missing: tokens per sample"
