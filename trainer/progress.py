@@ -23,8 +23,7 @@ class Progress:
     validations_without_better: int = 0
 
     def state(self) -> dict[str, Any]:
-        state = asdict(self)
-        return {**state, _BEST: state.pop("best_score")}
+        return {_BEST if name == "best_score" else name: value for name, value in asdict(self).items()}
 
     @property
     def is_best(self) -> bool:
