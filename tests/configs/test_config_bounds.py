@@ -145,12 +145,21 @@ PATHS = {
     "start.from": lambda c: c.start.from_,
     "data.tokenizer": lambda c: c.data.tokenizer,
     "data.sources.0.path": lambda c: c.data.sources[0].path,
+    "data.sources.0.labels": lambda c: c.data.sources[0].labels,
     "slurm.container": lambda c: c.slurm.container,
     "slurm.python": lambda c: c.slurm.python,
     "parallel.deepspeed.zero_optimization.offload_param.nvme_path": lambda c: c.parallel.deepspeed["zero_optimization"][
         "offload_param"
     ]["nvme_path"],
     "parallel.deepspeed.tensorboard.output_path": lambda c: c.parallel.deepspeed["tensorboard"]["output_path"],
+}
+BESIDE = {
+    "data.sources.0.labels": [
+        "data.sources.0.kind=idx",
+        "model={name: mlp}",
+        "task={name: classify}",
+        "data.seq_len=null",
+    ],
 }
 
 
@@ -159,18 +168,19 @@ def test_every_key_that_names_a_path_is_among_them() -> None:
         return "expanded" in str(annotation) + str(metadata)
 
     found = {key for key, info in fields_of(Config) if is_path(info.annotation, list(info.metadata))}
-    assert {key.replace("sources.path", "sources.0.path") for key in found} == {
+    assert {key.replace("data.sources.", "data.sources.0.") for key in found} == {
         k for k in PATHS if "deepspeed" not in k
     }
 
 
 @pytest.mark.parametrize("key", PATHS)
 def test_one_rule_for_every_path(key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    beside = BESIDE.get(key, [])
     monkeypatch.setenv("HOME", "/home/anna")
     for typed, meant in (("~/a b", "/home/anna/a b"), ("a/~", "a/~"), ("./~x", "./~x"), ("~", "/home/anna")):
         if "deepspeed" in key and typed == "~":
             continue  # at a key that may be anything, ~ is YAML's null
-        config = load("demo", [f"{key}={typed}"])
+        config = load("demo", [*beside, f"{key}={typed}"])
         assert PATHS[key](config) == meant
         path = tmp_path / "config.yaml"
         path.write_text(dump(config))
@@ -178,7 +188,7 @@ def test_one_rule_for_every_path(key: str, monkeypatch: pytest.MonkeyPatch, tmp_
         assert load(str(path), []) == config
         monkeypatch.setenv("HOME", "/home/anna")
     first = pwd.getpwuid(0)
-    assert PATHS[key](load("demo", [f"{key}=~{first.pw_name}/x"])) == f"{first.pw_dir.rstrip('/')}/x"
+    assert PATHS[key](load("demo", [*beside, f"{key}=~{first.pw_name}/x"])) == f"{first.pw_dir.rstrip('/')}/x"
     for typed, reason in (
         ("~no-such-user/x", "there is no user 'no-such-user'; write ./~no-such-user/x for a folder of that name"),
         ("x/" + "a" * 256, f"a name in it has 256 bytes, {MOST_NAME_BYTES} are the most"),
@@ -188,7 +198,7 @@ def test_one_rule_for_every_path(key: str, monkeypatch: pytest.MonkeyPatch, tmp_
         message = refused(f"{key}={typed}")
         assert reason in message
         assert key.removesuffix(".nvme_path").split(".")[0] in message
-    assert PATHS[key](load("demo", [f"{key}=./~no-such-user/x"])) == "./~no-such-user/x"
+    assert PATHS[key](load("demo", [*beside, f"{key}=./~no-such-user/x"])) == "./~no-such-user/x"
 
 
 def test_no_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

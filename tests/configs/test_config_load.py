@@ -22,6 +22,7 @@ from configs.config import Config
 from configs.fingerprint import fingerprint
 from configs.load import dump, load, presets
 from configs.parse import Node, Place, Problem, parse
+from configs.schema.data import RECORD_KINDS
 from configs.schema.model import DecoderSection, MlpSection
 from configs.schema.section import Section
 from configs.schema.sections import Sections
@@ -248,6 +249,20 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
+def fitting_data(data: dict[str, Any], records: bool) -> dict[str, Any]:
+    """Sources of the kinds that the task reads, and fractions that leave something to train with."""
+    sources = []
+    for number, source in enumerate(data["sources"]):
+        kind = source["kind"]
+        if (kind in RECORD_KINDS) is not records:
+            kind = "idx" if records else "jsonl"
+        own = {"split": source["split"] if records else None, "labels": source["labels"] if kind == "idx" else None}
+        sources.append(source | own | {"kind": kind, "name": f"{source['name']}{number}"})
+    half = data["validation_fraction"] / 2
+    fractions = {"validation_fraction": half, "test_fraction": half if records else 0.0}
+    return {"sources": sources, "seq_len": None if records else data["seq_len"], **fractions}
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_what_is_written_loads_as_the_same_config(
@@ -257,7 +272,7 @@ def test_what_is_written_loads_as_the_same_config(
     for section, fixed in RULES.items():
         if section != "model" or drawn["model"]["name"] == "decoder":
             drawn[section] |= fixed
-    drawn["data"]["sources"] = [dict(s, name=f"{s['name']}{i}") for i, s in enumerate(drawn["data"]["sources"])]
+    drawn["data"] |= fitting_data(drawn["data"], records=drawn["task"]["name"] != "lm")
     try:
         config = Config.model_validate(drawn)
     except ValidationError as error:

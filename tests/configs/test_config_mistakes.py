@@ -72,7 +72,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
         (
             "include: demo\ndata:\n  sources:\n    - name: a\n",
             "a.yaml:4: data.sources.0.path is missing (file or folder; `python:stdlib` is the source of Python's own "
-            "standard library)",
+            "standard library, `python:digits` (kind idx) and `python:diabetes` (kind csv) are data sets of "
+            "scikit-learn)",
         ),
         ("include: demo\nfreeze: {include: x}\n", "a.yaml:2: `include` stands at the top of a file, not here"),
         ("include: 3\n", "a.yaml:1: include wants a preset or a file, not 3"),
