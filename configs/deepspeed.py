@@ -76,6 +76,11 @@ def contradictions(config: Sections) -> list[str]:
     decided, given, found = _decided(config), _given(config.parallel), []
     if config.optim.name == "muon":
         found.append("parallel.engine zero cuts matrices anywhere, optim.name muon needs them whole: use fsdp")
+    found += [
+        f"parallel.engine zero updates inside DeepSpeed, optim.{key} cannot be added there: use fsdp or weight_decay"
+        for key in ("l1", "l2")
+        if getattr(config.optim, key)
+    ]
     if config.precision.params != "fp32":
         found.append("parallel.engine zero keeps masters in fp32: precision.params must be fp32")
     found += [

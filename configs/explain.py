@@ -272,15 +272,19 @@ def _locate(root: Node, path: list[str], source: Place) -> Place:
     """The place of the deepest node of a path that was written down."""
     node, at = root, source
     for part in path:
-        value = node.value
-        if isinstance(value, dict) and part in value:
-            node = value[part]
-        elif isinstance(value, list) and (index := index_of(part)) is not None and index < len(value):
-            node = value[index]
-        else:
+        inner = _child(node, part)
+        if inner is None:
             break
-        at = node.place
+        node, at = inner, inner.place
     return at
+
+
+def _child(node: Node, part: str) -> Node | None:
+    value = node.value
+    if isinstance(value, dict):
+        return value.get(part)
+    index = index_of(part)
+    return value[index] if isinstance(value, list) and index is not None and index < len(value) else None
 
 
 def _mentioned(text: str, path: list[str], root: Node) -> list[Place]:
@@ -290,7 +294,7 @@ def _mentioned(text: str, path: list[str], root: Node) -> list[Place]:
         for candidate in ([*path, *word.split(".")], word.split(".")):
             node: Node | None = root
             for part in candidate:
-                node = node.value.get(part) if node is not None and isinstance(node.value, dict) else None
+                node = _child(node, part) if node is not None else None
             if node is not None and node.place not in places and not isinstance(node.value, dict):
                 places.append(node.place)
     return places[::-1]

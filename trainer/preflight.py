@@ -18,6 +18,7 @@ from configs.fingerprint import decide, differences, fields, fingerprint, result
 from configs.load import dump, load
 from configs.own import check_own, is_own
 from configs.paths import fitting
+from configs.schema.own import SIZES, OwnModel
 from trainer.checkpoint.load.start_from import checkpoint_named
 from trainer.data.listing import check_source
 from trainer.engines import check_engine, check_package
@@ -213,7 +214,11 @@ def begun_with(config: Config, old: Config) -> Config:
     if old.model.name != config.model.name:
         return config  # it is refused by that name
     known = {key: value for key, value, _ in fields(old)}
-    return decide(config, {key: known[key] for key in undecided(config) if known.get(key) is not None})
+    sizes = {key: known[key] for key in undecided(config) if known.get(key) is not None}
+    if isinstance(config.model, OwnModel) and isinstance(old.model, OwnModel):
+        options = {key: old.model.options[key] for key in SIZES if key in old.model.options}
+        sizes["model.options"] = {**options, **config.model.options}
+    return decide(config, sizes)
 
 
 def _is_settled_by_content(change: dict[str, Any], config: Config) -> bool:

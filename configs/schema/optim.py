@@ -26,6 +26,12 @@ class OptimSection(Section):
         ge=0,
         le=1000,
     )
+    l1: float = result(
+        0.0, "adds l1 * sign(w) to the gradient of matrices, after clipping: the penalty l1 * abs(w)", ge=0, le=1000
+    )
+    l2: float = result(
+        0.0, "adds l2 * w to the gradient of matrices, after clipping: the penalty l2 / 2 * w^2", ge=0, le=1000
+    )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = result(
         "cosine", "after warm-up; wsd: stable, then decay"
     )

@@ -9,6 +9,9 @@ from configs.schema.section import Section, result
 PLACE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 
+SIZES = ("features", "outputs")  # options of a model that the data decide when they are left out
+
+
 class OwnTask(Section):
     """A task of your own: a class in a module of the folder where you work."""
 

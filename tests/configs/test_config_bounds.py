@@ -23,9 +23,9 @@ from trainer.host.memory import check_memory, parameters
 from trainer.schedule import check_rates, lr_factor, rate_change, remarks
 
 
-def refused(*overrides: str) -> str:
+def refused(*overrides: str, preset: str = "demo") -> str:
     with pytest.raises(UserError) as error:
-        load("demo", list(overrides))
+        load(preset, list(overrides))
     return str(error.value)
 
 
@@ -153,14 +153,6 @@ PATHS = {
     ]["nvme_path"],
     "parallel.deepspeed.tensorboard.output_path": lambda c: c.parallel.deepspeed["tensorboard"]["output_path"],
 }
-BESIDE = {
-    "data.sources.0.labels": [
-        "data.sources.0.kind=idx",
-        "model={name: mlp}",
-        "task={name: classify}",
-        "data.seq_len=null",
-    ],
-}
 
 
 def test_every_key_that_names_a_path_is_among_them() -> None:
@@ -168,19 +160,17 @@ def test_every_key_that_names_a_path_is_among_them() -> None:
         return "expanded" in str(annotation) + str(metadata)
 
     found = {key for key, info in fields_of(Config) if is_path(info.annotation, list(info.metadata))}
-    assert {key.replace("data.sources.", "data.sources.0.") for key in found} == {
-        k for k in PATHS if "deepspeed" not in k
-    }
+    assert {key.replace("sources.", "sources.0.") for key in found} == {k for k in PATHS if "deepspeed" not in k}
 
 
 @pytest.mark.parametrize("key", PATHS)
 def test_one_rule_for_every_path(key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    beside = BESIDE.get(key, [])
+    preset = "digits-mlp" if key.endswith("labels") else "demo"
     monkeypatch.setenv("HOME", "/home/anna")
     for typed, meant in (("~/a b", "/home/anna/a b"), ("a/~", "a/~"), ("./~x", "./~x"), ("~", "/home/anna")):
         if "deepspeed" in key and typed == "~":
             continue  # at a key that may be anything, ~ is YAML's null
-        config = load("demo", [*beside, f"{key}={typed}"])
+        config = load(preset, [f"{key}={typed}"])
         assert PATHS[key](config) == meant
         path = tmp_path / "config.yaml"
         path.write_text(dump(config))
@@ -188,17 +178,17 @@ def test_one_rule_for_every_path(key: str, monkeypatch: pytest.MonkeyPatch, tmp_
         assert load(str(path), []) == config
         monkeypatch.setenv("HOME", "/home/anna")
     first = pwd.getpwuid(0)
-    assert PATHS[key](load("demo", [*beside, f"{key}=~{first.pw_name}/x"])) == f"{first.pw_dir.rstrip('/')}/x"
+    assert PATHS[key](load(preset, [f"{key}=~{first.pw_name}/x"])) == f"{first.pw_dir.rstrip('/')}/x"
     for typed, reason in (
         ("~no-such-user/x", "there is no user 'no-such-user'; write ./~no-such-user/x for a folder of that name"),
         ("x/" + "a" * 256, f"a name in it has 256 bytes, {MOST_NAME_BYTES} are the most"),
         ("ä" * 128, "a name in it has 256 bytes"),
         ("ab/" * 1500, f"it has 4500 bytes, {MOST_PATH_BYTES} are the most"),
     ):
-        message = refused(f"{key}={typed}")
+        message = refused(f"{key}={typed}", preset=preset)
         assert reason in message
         assert key.removesuffix(".nvme_path").split(".")[0] in message
-    assert PATHS[key](load("demo", [*beside, f"{key}=./~no-such-user/x"])) == "./~no-such-user/x"
+    assert PATHS[key](load(preset, [f"{key}=./~no-such-user/x"])) == "./~no-such-user/x"
 
 
 def test_no_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ def mistakes(argument: str | None, *overrides: str) -> list[str]:
         assert lines.pop(0) == f"{len(lines)} mistakes in the config:"
     text = "\n".join(lines)
     for jargon in ("pydantic", "http", "Input should", "validation", "dict", "str ", "NoneType", "Traceback"):
-        assert jargon not in text.replace("validation_fraction", ""), text
+        assert jargon not in re.sub("validation_fraction|train, validation or test", "", text), text
     return lines
 
 
@@ -175,7 +176,7 @@ def test_on_the_command_line(override: str, message: str) -> None:
     assert mistakes("demo", override) == [f"command line: {override}: {message}"]
 
 
-FIT = ["task={name: classify}"]
+FIT = ["task={name: classify}", "data={sources: [{name: a, kind: idx, path: python:digits}]}"]
 HIDDEN = "unknown key model.hidden: model.name is decoder, and only mlp has it"
 
 
@@ -184,10 +185,10 @@ HIDDEN = "unknown key model.hidden: model.name is decoder, and only mlp has it"
     [
         (["model.hidden=[3]"], [HIDDEN]),
         (["model.name=decoder", "model.hidden=3"], [HIDDEN]),
-        (["model.name=cnn", "model.hidden=3"], ["model.name must be one of decoder or mlp, not the text 'cnn'"]),
-        (["model.name=null"], ["model.name must be one of decoder or mlp, not nothing"]),
-        (["model.name=[mlp]"], ["model.name must be one of decoder or mlp, not the list ['mlp']"]),
-        (["task.name=lms"], ["task.name must be one of lm, classify or regress, not the text 'lms'"]),
+        (["model.name=cnn", "model.hidden=3"], ["model.name must be one of decoder, mlp or own, not the text 'cnn'"]),
+        (["model.name=null"], ["model.name must be one of decoder, mlp or own, not nothing"]),
+        (["model.name=[mlp]"], ["model.name must be one of decoder, mlp or own, not the text '[mlp]'"]),
+        (["task.name=lms"], ["task.name must be one of lm, classify, regress or own, not the text 'lms'"]),
         (["task.target=y"], ["unknown key task.target: task.name is lm, and only regress has it"]),
         (["task.features=[]"], ["unknown key task.features: task.name is lm, and only classify and regress have it"]),
         ([*FIT, "model={name: mlp, hidden_size: 3}"], ["unknown key model.hidden_size; did you mean model.hidden?"]),
@@ -195,6 +196,7 @@ HIDDEN = "unknown key model.hidden: model.name is decoder, and only mlp has it"
         (["model={name: mlp, hidden: [8, x]}"], ["model.hidden.1 wants a whole number, not the text 'x'"]),
         (["model={name: mlp, hidden: [0]}"], ["model.hidden.0 must be at least 1, not 0"]),
         (["model={name: mlp}", "model.hidden.0=x"], ["model.hidden.0 wants a whole number, not the text 'x'"]),
+        (["parallel.engine=zero", "optim.l1=1"], ["parallel.engine zero updates inside DeepSpeed, optim.l1 cannot be"]),
         (["model={name: mlp}"], ["task.name lm needs model.name decoder, not mlp"]),
         (["task={name: classify}"], ["task.name classify needs model.name mlp, not decoder"]),
         (
@@ -216,8 +218,8 @@ def test_a_model_of_another_name_has_none_of_the_files_keys() -> None:
     assert "unknown key model.vocab_size: model.name is mlp, and only decoder has it" in lines[0]
     assert "configs/presets/demo.yaml:" in lines[0]
     assert lines[-1] == "command line: model.hiden=[3]: unknown key model.hiden; did you mean model.hidden?"
-    assert load("demo", ["model={name: mlp}", "task={name: classify}"]).model.hidden == [64]
-    assert load("demo", ["model={name: mlp}", "model.hidden.0=8", "task={name: classify}"]).model.hidden == [8]
+    assert load("demo", [*FIT, "model={name: mlp}"]).model.hidden == [64]
+    assert load("demo", [*FIT, "model={name: mlp}", "model.hidden.0=8"]).model.hidden == [8]
 
 
 def test_all_at_once(file: Callable[[str], str]) -> None:
@@ -319,4 +321,5 @@ def test_any_value_anywhere_is_taken_or_explained(drawn: list[tuple[str, str]]) 
         load("demo", overrides)
     except UserError:
         for line in mistakes("demo", *overrides):
-            assert line.startswith("command line: ")
+            own = {("model.name", "{a: 1}"), ("task.name", "{a: 1}")} & {*drawn}  # of a name with a colon: then the
+            assert line.startswith("command line: ") or own  # file's keys are unknown

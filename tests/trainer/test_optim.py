@@ -15,7 +15,7 @@ from configs.schema.optim import OptimSection
 from models import build_model
 from tests.distributed import tiny, train
 from tests.test_train import losses
-from trainer.engines.optim import Muon, build_optimizers
+from trainer.engines.optim import Muon, add_penalties, build_optimizers
 from trainer.schedule import lr_factor
 
 SCHEDULES = ["cosine", "linear", "wsd", "constant"]
@@ -49,6 +49,35 @@ def test_norms_and_biases_do_not_decay() -> None:
     (optimizer,) = build_optimizers(OptimSection(weight_decay=0.3), DECODER, named)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert [decay[id(p)] for p in named.values()] == [0.3, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2), (0.0, 0.0)])
+def test_penalties_are_the_gradient_of_what_they_say(l1: float, l2: float) -> None:
+    """On matrices alone; a gradient that is not there stays away."""
+    draw = torch.Generator().manual_seed(0)
+    named = {
+        name: torch.randn(shape, generator=draw).requires_grad_()
+        for name, shape in {"blocks.0.w": (3, 2), "blocks.0.norm": (3,), "frozen.w": (2, 2)}.items()
+    }
+    loss = sum(named[name].square().sum() for name in ("blocks.0.w", "blocks.0.norm"))
+    weight = named["blocks.0.w"]
+    penalised = loss + l1 * weight.abs().sum() + l2 / 2 * weight.square().sum()
+    expected = torch.autograd.grad(penalised, [weight, named["blocks.0.norm"]], retain_graph=True)
+    loss.backward()
+    add_penalties(OptimSection(l1=l1, l2=l2), DECODER, named)
+    torch.testing.assert_close([weight.grad, named["blocks.0.norm"].grad], list(expected))
+    assert named["frozen.w"].grad is None
+
+
+def test_l2_is_sgds_own_weight_decay_also_where_matrices_are_sharded(tmp_path: Path) -> None:
+    found = []
+    for size, key in ((1, "weight_decay"), (2, "l2")):
+        optim = {"name": "sgd", "lr": 0.5, "momentum": 0.5, "weight_decay": 0.0, key: 0.2}
+        config = tiny(tmp_path / str(size), optim=optim, train__clip_norm=None)
+        assert train(config, size) == [0] * size
+        found.append(losses(config))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][-1] < found[0][0] - 0.1
 
 
 def test_muon_takes_the_blocks_matrices_alone() -> None:

@@ -30,7 +30,7 @@ from trainer.engines.base import T
 from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
 from trainer.engines.named import DTYPES, Named
-from trainer.engines.optim import build_optimizers
+from trainer.engines.optim import add_penalties, build_optimizers
 from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
 from trainer.life.layout import resolve
 from trainer.ranks.seeds import generator
@@ -181,6 +181,7 @@ class FsdpEngine(Named):
         if math.isfinite(norm):
             if clip is not None and norm > clip:
                 torch._foreach_mul_(grads, clip / (norm + 1e-6))
+            add_penalties(self.config.optim, self.built, self.stored)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * lr_factor

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.schema.optim import OptimSection
 from models import Model
-from trainer.engines.boxes import box_of
+from trainer.engines.boxes import box_of, local_part
 
 
 class Muon(torch.optim.Optimizer):
@@ -96,6 +96,21 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+@torch.no_grad()
+def add_penalties(optim: OptimSection, model: Model, trained: Mapping[str, torch.Tensor]) -> None:
+    """Add the gradient of `optim.l1` * |w| + `optim.l2` / 2 * w^2 to that of each matrix, right before an update.
+
+    After clipping: the penalty does not depend on how large the loss' gradient is. Each rank adds to what it holds.
+    """
+    if not (optim.l1 or optim.l2):
+        return
+    for name, parameter in trained.items():
+        if parameter.grad is None or not model.matrices(name, parameter.ndim):
+            continue
+        weight, grad = local_part(parameter.detach()), local_part(parameter.grad)
+        grad.add_(weight.sign(), alpha=optim.l1).add_(weight, alpha=optim.l2)
 
 
 def _is_muons(optim: OptimSection, model: Model, name: str, dims: int) -> bool:

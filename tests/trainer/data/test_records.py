@@ -79,7 +79,7 @@ def test_a_csv_gives_text_by_column(tmp_path: Path) -> None:
         ("a;b\n1;2\n", ["{path}:1: cells are divided by ';'", "commas"]),
         ("a\tb\n1\t2\n", ["{path}:1: cells are divided by tabs", "commas"]),
         ('{"a": 1, "b": 2}\n{"a": 3, "b": 4}\n', ["'s' has kind csv, but {path} is JSON Lines", "write it as CSV"]),
-        (gzip.compress(b"a,b\n1,2\n" * 99), ["has kind csv, but {path} is gzip", "write it as CSV"]),
+        (gzip.compress(b"a,b\n1,2\n" * 99, mtime=0), ["has kind csv, but {path} is gzip", "write it as CSV"]),
         (b"PAR1\x15\x04\x15\xff\x00\xff", ["has kind csv, but {path} is Parquet", "set kind: parquet"]),
     ],
 )
@@ -236,7 +236,7 @@ def test_idx_is_read_in_pieces(tmp_path: Path, end: str, monkeypatch: pytest.Mon
         (idx(IMAGES), idx(IMAGES), ["labels-idx1-ubyte holds images, labels were expected", "labels"]),
         (idx(IMAGES[:, :0]), idx(LABELS), ["its header says images of 0 x 3 pixels", "again"]),
         (idx(IMAGES)[:8] + b"\xff" * 8, idx(LABELS), ["images of 4294967295 x 4294967295 pixels", "again"]),
-        (gzip.compress(idx(IMAGES))[:-9], idx(LABELS), ["images-idx3-ubyte is cut short", "again"]),
+        (gzip.compress(idx(IMAGES), mtime=0)[:-9], idx(LABELS), ["images-idx3-ubyte is cut short", "again"]),
         (b"\x1f\x8bxxxxxxxxx", idx(LABELS), ["images-idx3-ubyte is cut short or damaged", "again"]),
         (idx(IMAGES), None, ["the labels of", "are not there", "train-labels-idx1-ubyte", "set `labels`"]),
     ],
