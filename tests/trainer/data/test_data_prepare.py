@@ -178,7 +178,7 @@ def test_a_stop_leaves_finished_sources_and_nothing_else(tmp_path: Path, monkeyp
     cache, said = tmp_path / "cache", []
     one = {"name": "one", "path": str(text_folder(tmp_path / "one"))}
     two = {"name": "two", "path": str(text_folder(tmp_path / "two", seed=5))}
-    monkeypatch.setattr("trainer.data.prepare._POLL_S", 0.0)
+    monkeypatch.setattr("trainer.data.preparing._POLL_S", 0.0)
     polls = 0
 
     def stop() -> bool:
