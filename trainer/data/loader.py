@@ -138,7 +138,7 @@ class _Maker:
         self, task: Collates, prepared: Prepared, config: Config, start: int, step: int, rank: int, world_size: int
     ) -> None:
         self._task, self._seed = task, config.run.seed
-        self._splits = [s.train for s in prepared.sources]
+        self._splits = [s.train for s in prepared.training]
         self._order = prepared.order(config.run.seed)
         self._global_batch, self._last_step = config.train.global_batch, config.train.steps
         self._cut = Cut.of(self._global_batch, config.train.micro_batch, world_size)

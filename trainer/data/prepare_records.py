@@ -76,7 +76,8 @@ def prepare_records(
     Raises UserError for whatever is wrong with the data, Interrupted when `should_stop` says so.
     """
     sources = config.data.sources
-    quotas([s.weight for s in sources], [s.name for s in sources])  # refused before the work
+    trained = [source for source in sources if source.split in (None, "train")]
+    quotas([s.weight for s in trained], [s.name for s in trained])  # refused before the work
 
     def progress(source: Source, what: str) -> Progress:
         return Progress(source.name, say, should_stop, what)

@@ -44,8 +44,9 @@ class Prepared:
     def __init__(self, sources: list[PreparedSource], facts: dict[str, Any]) -> None:
         """`facts`: what was found out of all sources together, as the task's preparation wrote it down."""
         self.sources, self.facts = sources, facts
-        names, weights = [s.name for s in sources], [s.weight for s in sources]
-        self.effective_weights = {
+        self.training = [s for s in sources if len(s.train)]  # a source of records may be all held out
+        names, weights = [s.name for s in self.training], [s.weight for s in self.training]
+        self.effective_weights = {s.name: 0.0 for s in sources} | {
             name: quota / BLOCK_DRAWS for name, quota in zip(names, quotas(weights, names), strict=True)
         }
 
@@ -65,9 +66,9 @@ class Prepared:
         return {s.name: s.fingerprint for s in self.sources}
 
     def order(self, seed: int) -> Order:
-        """The global order of the training samples."""
-        sizes = [len(s.train) for s in self.sources]
-        return Order(sizes, [s.weight for s in self.sources], seed, [s.name for s in self.sources])
+        """The global order of the training samples, over the sources `training`."""
+        sizes, weights = [len(s.train) for s in self.training], [s.weight for s in self.training]
+        return Order(sizes, weights, seed, [s.name for s in self.training])
 
     def shares(self, draws: int) -> list[str]:
         """Of each source, in words: its samples, its share of these draws, and what is held out."""

@@ -29,7 +29,9 @@ from small_records import (
 from configs.schema.data import DataSection, Source
 from trainer.data import files
 from trainer.data import prepare_records as module
+from trainer.data.columns import open_columns
 from trainer.data.prepare_records import Facts, prepare_records, split_of
+from trainer.data.prepared import Prepared
 from trainer.data.preparing import Interrupted
 from trainer.data.records import Record
 
@@ -87,6 +89,18 @@ def test_a_source_may_name_its_split(tmp_path: Path) -> None:
     assert [len(two[split]) for split in module.SPLITS] == [0, 0, 10]
     assert held(three["train"]) == list(range(70, 80))
     assert len(one["train"]) + len(one["validation"]) + len(one["test"]) == 60
+
+
+def test_of_a_source_that_is_held_out_nothing_is_drawn(tmp_path: Path) -> None:
+    """Its weight does not count, however small it is."""
+    held_out = {**table(tmp_path / "a.csv"), "split": "validation", "weight": 1e-9}
+    cfg = config(held_out, table(tmp_path / "b.csv"), {**table(tmp_path / "c.csv"), "weight": 3.0})
+    found = Prepared.open(prepare(tmp_path / "cache", cfg), open_columns, patience_s=0.0)
+    assert found.effective_weights == {"a": 0.0, "b": 0.25, "c": 0.75}
+    source, sample, _ = found.order(1).draw(np.arange(1000))
+    assert {found.training[s].name for s in source} == {"b", "c"}
+    assert all(sample[i] < len(found.training[s].train) for i, s in enumerate(source))
+    assert found.shares(100)[0] == "0 samples; weight 0.0000, 0.00 epochs"
 
 
 def test_csv_and_parquet_of_one_table_give_equal_samples(tmp_path: Path) -> None:
