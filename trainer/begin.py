@@ -33,8 +33,10 @@ OPEN_PATIENCE_S = 20.0  # for a shared filesystem that shows a new folder late
 
 @dataclass(frozen=True)
 class Origin:
-    """What is loaded: nothing when `path` is None. `everything`: optimizer, step and position too. `trainable` are the
-    parameters that train in the next update."""
+    """Where a run begins.
+
+    path: the checkpoint that is loaded, None for fresh weights. everything: optimizer, step and position are loaded
+    too. continuing: the checkpoint is this run's own. trainable: the parameters that the next update trains."""
 
     path: Path | None
     everything: bool

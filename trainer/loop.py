@@ -61,8 +61,8 @@ def train(run: Run) -> Cause | None:
 
 
 def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Cause | None:
-    """Validate unless a wish to stop stands or comes in between: then the next start makes up for it. Returns such a
-    wish."""
+    """Validate when it is due, and return the wish to stop, if there is one. A validation that a stop prevents or
+    interrupts is done by the next start."""
     train, progress = run.config.train, run.progress
     every, step = train.validate_every_steps, progress.step
     is_due = every > 0 and 0 < step != progress.validated_step and (due(step, every) or step == train.steps)

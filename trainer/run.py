@@ -185,7 +185,8 @@ class Run:
             self._save_now()
 
     def _save_now(self) -> None:
-        self.poll_saves(wait=True)  # else ranks that know of a failed save would save again, and the others would not
+        # All ranks must know of a failed save. If only some did, only they would save again, and would wait for ever.
+        self.poll_saves(wait=True)
         while self.progress.step > 0 and self.saved_step != self.progress.step:
             self.save()
             self.poll_saves(wait=True)

@@ -27,26 +27,26 @@ class Engine(Protocol):
     def set_trainable(
         self, names: Iterable[str], held_elsewhere: Iterable[str] = (), counts: Mapping[str, int] | None = None
     ) -> None:
-        """Build, or build anew, so that exactly these parameters train; the rest get no gradient and no optimizer
-        state. The originals of those in `held_elsewhere` stand in a checkpoint: of them a copy in the compute dtype is
-        enough. `counts` are the updates that the optimizer state of each which `load` will find has seen (0 where it
-        counts none), for an engine that keeps one count for several. A collective. All values are lost: `initialise`
-        or `load` follows."""
+        """Build the engine so that exactly these parameters train. The rest get no gradient and no optimizer state.
+
+        held_elsewhere: parameters whose originals a checkpoint holds. The engine may keep a copy in the compute dtype.
+        counts: per parameter, how many updates its saved optimizer state has seen. ZeRO needs it to group parameters.
+        All values are lost, so `initialise` or `load` must follow. A collective."""
 
     def initialise(self, seed: int, names: Iterable[str] | None = None) -> None:
         """Fill parameters and buffers (default: all) from (seed, name): the same values at every world size and layout.
         A collective."""
 
     def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
-        """Add this micro batch's gradients. `scale` is 1 / the step's global weight (0-d, on the device): the
-        engine undoes its backend's own averaging, so gradients are plain sums over ranks. After the `last` one they are
-        synchronised; an engine may do so earlier. A loss that is not finite makes their norm NaN. Returns the sums of
-        the task, fp64 [columns], of this rank alone; the ranks of a tensor group, who have the same samples, all return
-        the same."""
+        """Add this micro batch's gradients, and return this rank's sums of the task, fp64 [columns].
+
+        scale: 1 / the step's global weight, 0-d, on the device. The engine undoes its backend's averaging, so that
+        gradients are plain sums over ranks. last: the gradients must be synchronised when this returns. A loss that
+        is not finite makes the gradient norm NaN. The ranks of a tensor group return the same."""
 
     def update(self, lr_factor: float, clip: float | None) -> float:
-        """Clip, update, clear gradients; returns the global gradient norm before clipping. When that is not finite,
-        nothing is applied on any rank. The gradients are gone either way."""
+        """Clip, update, and clear the gradients. Returns the global gradient norm before clipping. If the norm is not
+        finite, no rank applies the update."""
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The task's sums as `forward_backward` returns them, without dropout or gradients."""

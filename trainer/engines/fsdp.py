@@ -107,7 +107,7 @@ class FsdpEngine(Named):
 
     def _shard(self, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
         parallel = self.config.parallel
-        # Inputs are not cast: activations follow the embedding's compute dtype, and rotary tables stay in fp32.
+        # FSDP must not cast inputs: rotary tables in bf16 would blur positions.
         precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
         reshard = parallel.reshard and mesh.shape[-1] > 1
@@ -116,7 +116,7 @@ class FsdpEngine(Named):
             fully_shard(
                 unit if len(unit) > 1 else unit[0],
                 mesh=mesh,
-                # what forward used last, backward uses first: freed, it would be gathered twice in a row
+                # Backward uses the last unit first. If forward freed it, it would be gathered twice in a row.
                 reshard_after_forward=reshard and unit is not units[-1],
                 mp_policy=precision,
                 offload_policy=offload,
@@ -124,8 +124,8 @@ class FsdpEngine(Named):
         fully_shard(self.model, mesh=mesh, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                # Plain sums over ranks: the loss is already divided by the global count of targets. gloo has no
-                # pre-multiplied sum, hence the forced one.
+                # The loss is divided by the global weight already, so gradients must be plain sums over ranks. gloo
+                # has no pre-multiplied sum, so it must be forced.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         self._prefetch(list(self.built.blocks), parallel.prefetch_blocks)

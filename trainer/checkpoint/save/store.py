@@ -39,9 +39,10 @@ _FOLDER_APPEARS_S = 30.0
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save went, the same on all ranks but for the times. `bytes_written` is over all ranks, links excluded;
-    `seconds` ends with the commit, before pruning; `stall_s` is how long training stood still, waiting for the save
-    before this one included."""
+    """How a save went. All fields but the times are the same on all ranks.
+
+    bytes_written: of all ranks, without hard links. seconds: until the commit, before pruning. stall_s: how long
+    training waited, which includes the wait for the save before this one."""
 
     step: int
     ok: bool

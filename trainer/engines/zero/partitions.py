@@ -181,9 +181,10 @@ class Partitions:
     # ---- gradients ---------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """What a step leaves behind: at stage 3 a parameter that is not used in the next step would get this one's
-        gradient again, and padding would keep a NaN; offloaded at stages 1 and 2 in bf16, a step that is skipped
-        leaves its gradients for the next one to be added to."""
+        """Remove the gradients that DeepSpeed keeps after a step.
+
+        At stage 3 a parameter that the next step does not use would get the old gradient again, and padding would keep
+        a NaN. At stages 1 and 2, offloaded in bf16, the gradients of a skipped step would be added to the next ones."""
         buffer = getattr(self._zero, "grad_partitions_flat_buffer", None)
         if buffer is not None:
             buffer.zero_()
