@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,13 +193,13 @@ def events(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def test_a_source_that_was_moved(tmp_path: Path) -> None:
     """The same content at another place goes on without a word of admission; other content there does not."""
     from configs.config import Config
-    from trainer.begin import Beginning
+    from trainer.begin import fingerprints_to_find
     from trainer.life.folder import RunFolder
 
     config = tiny(tmp_path)
     assert train(config) == [0]
-    run: Any = SimpleNamespace(config=Config.model_validate(config), folder=RunFolder(tmp_path / "run"))
-    assert Beginning.fingerprints_to_find(run).keys() == {
+    built, folder = Config.model_validate(config), RunFolder(tmp_path / "run")
+    assert fingerprints_to_find(built, folder).keys() == {
         "words"
     }  # what a cache of the older way is looked through for
     path = str(

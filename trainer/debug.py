@@ -61,7 +61,8 @@ def cut_to_size(config: Config, run_dir: str) -> Config:
     data["data"]["cache"] = str(RunFolder(Path(config.run_dir)).cache(config.data.cache))
     batch = min(config.train.global_batch, 8)
     data["train"] |= {
-        "steps": min(config.train.steps, STEPS),
+        "steps": STEPS if config.train.epochs is not None else min(config.train.steps, STEPS),
+        "epochs": None,
         "global_batch": batch,
         "micro_batch": min(config.train.micro_batch, max(batch // 2, 1)),  # so that gradients are accumulated
         "validate_every_steps": min(config.train.validate_every_steps, STEPS),

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from configs.fingerprint import to_dict
 from configs.load import load, presets
+from configs.schema.model import DecoderSection
 from configs.schema.task import LmSection
 from models import IGNORE
 from tests.distributed import run_ranks, tiny, train, train_here
 from tests.engines import under_both
 from trainer.data.batch import Batch
-from trainer.debug import CheckedEngine, check_first_loss, check_gradients, cut_to_size
+from trainer.debug import STEPS, CheckedEngine, check_first_loss, check_gradients, cut_to_size
 from trainer.step import RunFailed
 from trainer.tasks.lm import LanguageModelling
 
@@ -84,9 +86,24 @@ def test_a_first_loss_far_from_guessing_is_found() -> None:
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_can_be_cut_to_size(name: str) -> None:
+    whole = load(name, []).model
     small = cut_to_size(load(name, []), "somewhere").model
+    if not isinstance(whole, DecoderSection):
+        assert small == whole
+        return
     assert small.dim <= 128
-    assert (small.layers, small.vocab_size) == (load(name, []).model.layers, load(name, []).model.vocab_size)
+    assert (small.layers, small.vocab_size) == (whole.layers, whole.vocab_size)
+
+
+def test_epochs_are_cut_to_a_few_steps() -> None:
+    longer = load("digits-mlp", ["train.steps=0"]).train.model_copy(update={"epochs": 30.0})
+    small = cut_to_size(load("digits-mlp", []).model_copy(update={"train": longer}), "somewhere").train
+    assert (small.steps, small.epochs) == (STEPS, None)
+
+
+def test_a_classifier_runs_under_all_checks(tmp_path: Path) -> None:
+    words = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/cache"]
+    assert train(to_dict(load("digits-mlp", words)), debug=True) == [0]
 
 
 @under_both
