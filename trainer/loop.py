@@ -16,7 +16,7 @@ from trainer.life.stop import Cause, Kind
 from trainer.progress import due
 from trainer.run import Run
 from trainer.step import RunFailed, StepResult, train_step
-from trainer.tasks.base import best_metric
+from trainer.tasks.base import best_metric, mean_loss, named
 from trainer.validation import validate
 
 
@@ -97,8 +97,7 @@ def log(run: Run, result: StepResult) -> None:
     """Write the step's row. A collective: the loss is summed over all ranks."""
     sums = run.world.sum_data(result.sums.clone())
     if run.world.first:
-        loss = run.task.columns[0]
-        values = {loss.name: float(sums[0]) / result.weights[0]}
+        values = mean_loss(run.task, named(run.task, sums.tolist(), result.weights))
         if run.task.unit == "tokens":
             values["target_tokens"] = int(result.weights[0])
         norm = result.grad_norm if result.applied else None

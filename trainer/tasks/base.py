@@ -82,7 +82,7 @@ class Task(Collates, Protocol):
 
 
 def mean_loss(task: Task, sums: Mapping[str, float]) -> dict[str, float]:
-    """The loss alone, as most tasks have it."""
+    """The loss alone: what a row of training shows."""
     loss = task.columns[0]
     return {loss.name: sums[loss.name] / sums[loss.per]}
 
