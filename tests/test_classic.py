@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# scikit-learn is imported by tests alone: ranks import this file as well, and do not need it.
 import csv
 import json
 import random
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks, tiny, train
-from sklearn import metrics as known
 
 from configs.config import Config
 from configs.fingerprint import to_dict
@@ -21,6 +21,13 @@ from configs.load import load
 
 GLOBAL_BATCH = 7
 SIZES = (1, GLOBAL_BATCH - 1, GLOBAL_BATCH + 1, 40)  # of the validation set
+
+
+def later(value: Any) -> Any:
+    """A parameter that is left to `--full`."""
+    return pytest.param(value, marks=pytest.mark.full)
+
+
 RATES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro")
 
 
@@ -86,8 +93,10 @@ def _forward(features: torch.Tensor, model: Any) -> torch.Tensor:
     return given
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("ranks", [1, later(2), later(3), 5])
 def test_rates_are_those_of_scikit_learn(ranks: int, tmp_path: Path) -> None:
+    from sklearn import metrics as known
+
     for found in run_ranks(ranks, measure, config(tmp_path, {"name": "classify"}), timeout_s=180):
         assert len(found) == len(SIZES)
         for ours, logits, right in found:
@@ -101,16 +110,20 @@ def test_rates_are_those_of_scikit_learn(ranks: int, tmp_path: Path) -> None:
             assert ours["loss"] == pytest.approx(-float(logs.mean()), rel=1e-6)  # ours is computed in fp32
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [later(1), 3])
 def test_two_labels_have_a_positive_one(ranks: int, tmp_path: Path) -> None:
+    from sklearn import metrics as known
+
     for found in run_ranks(ranks, measure, config(tmp_path, {"name": "classify"}, labels=2), timeout_s=180):
         for ours, logits, right in found:
             rates = known.precision_recall_fscore_support(right, logits.argmax(1), average="binary", zero_division=0)
             assert [ours[name] for name in ("precision", "recall", "f1")] == pytest.approx(rates[:3], abs=1e-12)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("ranks", [later(1), 2, later(5)])
 def test_errors_are_those_of_scikit_learn(ranks: int, tmp_path: Path) -> None:
+    from sklearn import metrics as known
+
     made = config(tmp_path, {"name": "regress"})
     with (tmp_path / "table.csv").open() as file:
         values = {float(row["target"]) for row in csv.DictReader(file)}
@@ -130,14 +143,14 @@ def rows(made: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(made["run"]["dir"]) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero"])
+@pytest.mark.parametrize("kind", ["fsdp", later("zero")])
 @pytest.mark.parametrize("task", ["classify", "regress"])
-def test_the_curve_is_the_same_at_every_size(task: str, engine: str, tmp_path: Path) -> None:
+def test_the_curve_is_the_same_at_every_size(task: str, kind: str, tmp_path: Path) -> None:
     curves = []
     for ranks in (1, 2, 3):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        made = config(folder, {"name": task}, parallel={"engine": engine})
+        made = config(folder, {"name": task}, parallel={"engine": kind})
         made["train"] |= {"steps": 8, "validate_every_steps": 4}
         assert train(made, ranks) == [0] * ranks
         curves.append([row.get("loss", row.get("validation_loss")) for row in rows(made)])
@@ -146,7 +159,7 @@ def test_the_curve_is_the_same_at_every_size(task: str, engine: str, tmp_path: P
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2))])
+@pytest.mark.parametrize("seed", [0, later(1), later(2)])
 def test_digits_are_learned(seed: int, tmp_path: Path) -> None:
     """At least 97 % of test digits; the majority baseline stands beside it."""
     words = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/cache", f"run.seed={seed}", "run.tensorboard=false"]
@@ -157,6 +170,7 @@ def test_digits_are_learned(seed: int, tmp_path: Path) -> None:
     assert tested["test_accuracy"] >= 0.97
 
 
+@pytest.mark.full
 def test_the_table_of_diabetes_is_learned(tmp_path: Path) -> None:
     """Better than scikit-learn's linear regression knows, or nearly: r2 is about 0.4 to 0.5 for everybody."""
     words = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/cache", "run.tensorboard=false"]

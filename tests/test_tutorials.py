@@ -18,6 +18,7 @@ def test_every_command_of_the_tutorials_gives_what_they_show() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_the_page_on_tasks_of_ones_own_runs_as_written() -> None:
     command = [sys.executable, "benchmarks/tutorial.py", "docs/own-task.md"]
