@@ -144,3 +144,26 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=told):
             build_model(built(**change).model)
+
+
+def test_a_job_gets_a_copy_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one run and of an array: what is edited after it was submitted makes another copy."""
+    from configs.config import Config
+    from slurm.submit import snapshot
+    from slurm.submit.array import ArraySubmission
+    from slurm.submit.submit import Submission
+
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "tests/toy.py").read_text())
+    made = toy(tmp_path, model__name="mine:build")
+    made["task"]["name"] = "mine:Difference"
+    config = Config.model_validate(made)
+    kinds = (lambda: Submission(config, config.slurm), lambda: ArraySubmission(config, config.slurm, [config]))
+    before = [make() for make in kinds]
+    for job in before:
+        snapshot.take(job.snapshot, job.configs, True, job.own)
+        assert (job.snapshot / "mine.py").read_text() == mine.read_text()
+        assert (job.snapshot / "trainer/loop.py").is_file()
+    mine.write_text(mine.read_text() + "\n# edited\n")
+    assert all(make().snapshot != job.snapshot for make, job in zip(kinds, before, strict=True))

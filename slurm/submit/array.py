@@ -133,7 +133,8 @@ class ArraySubmission(Submission):
         super().__init__(base, request)
         self.runs = [Submission(config, request) for config in configs]
         self.configs = {f"config-{n}.yaml": run.configs["config.yaml"] for n, run in enumerate(self.runs)}
-        self.snapshot = snapshot.place(self.place, self.configs)
+        self.own = sorted({name for run in self.runs for name in run.own})
+        self.snapshot = snapshot.place(self.place, self.configs, self.own)
 
     @property
     def config_path(self) -> str:
@@ -144,8 +145,7 @@ class ArraySubmission(Submission):
         found = problems_of(self._check_words, self._check_place)
         seen: set[str] = set()
         for run in self.runs:
-            vocab_size = getattr(run.config.model, "vocab_size", None)
-            named = f"{run.config.data.model_dump_json()} {vocab_size} {run.config.start.from_}"
+            named = f"{run.config.data.model_dump_json()} {run.config.vocab_size} {run.config.start.from_}"
             found += run.problems(paths and named not in seen)
             seen.add(named)
         return found
