@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from configs.config import Config
-from configs.fingerprint import fingerprint, to_dict, undecided
+from configs.fingerprint import decide, fingerprint, to_dict, undecided
 from configs.own import is_own
 from trainer.begin import Beginning, fingerprints_to_find
 from trainer.checkpoint.format.errors import BadCheckpoint
@@ -21,7 +21,7 @@ from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore, SaveResult
 from trainer.data.batch import StepBatch
 from trainer.data.loader import HeldOut, Loader, held_out
-from trainer.data.prepare import Interrupted
+from trainer.data.preparing import Interrupted
 from trainer.engines import build_engine
 from trainer.host.console import Console, gib
 from trainer.life.attempts import Attempt
@@ -109,8 +109,7 @@ class Run:
         if train.epochs is not None:
             samples = sum(len(source.train) for source in self.prepared.sources)
             steps = max(1, math.ceil(train.epochs * samples / train.global_batch))
-            train = train.model_copy(update={"steps": steps, "epochs": None})
-            config = config.model_copy(update={"train": train})
+            config = decide(config, {"train.steps": steps, "train.epochs": None})
         self.config = self.task.resolve(config, self.prepared)
 
     def _open_batches(self) -> None:

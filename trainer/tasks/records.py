@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 
 from configs.config import Config
 from configs.errors import UserError
+from configs.fingerprint import decide
 from configs.schema.own import OwnModel
 from trainer.data.batch import Batch
 from trainer.data.columns import open_columns
@@ -89,14 +91,13 @@ def facts_of(prepared: Prepared) -> Facts:
 
 def sized(config: Config, features: int, outputs: int, why: str) -> Config:
     """The config with the model's sizes. UserError where it has others than the data; `why`: what the outputs are."""
-    model, sizes = config.model, {"features": features, "outputs": outputs}
-    given = model.options if isinstance(model, OwnModel) else model.model_dump()
+    model = config.model
+    section, given = ("model.options", model.options) if isinstance(model, OwnModel) else ("model", model.model_dump())
     if given.get("features") not in (None, features):
         raise UserError(f"model.features is {given['features']}, the data have {features}\nremove model.features")
     if given.get("outputs") not in (None, outputs):
         raise UserError(f"model.outputs is {given['outputs']}, {why}\nremove model.outputs")
-    update: dict[str, Any] = {"options": {**given, **sizes}} if isinstance(model, OwnModel) else sizes
-    return config.model_copy(update={"model": model.model_copy(update=update)})
+    return decide(config, {f"{section}.features": features, f"{section}.outputs": outputs})
 
 
 def features_of(config: Config) -> int:
@@ -106,20 +107,21 @@ def features_of(config: Config) -> int:
     return int(found or 1)
 
 
-class OfRecords:
+class OfRecords(ABC):
     """The part of a task that does not depend on what is predicted."""
 
     unit: Literal["tokens", "samples"] = "samples"
     weights: tuple[str, ...] = ("weight",)
 
+    @abstractmethod
     def about(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """See `Encoder`, as for the next two."""
 
-    def survey(self, records: Iterator[Record]) -> Facts:
-        raise NotImplementedError
+    @abstractmethod
+    def survey(self, records: Iterator[Record]) -> Facts: ...
 
-    def encode(self, record: Record, facts: Facts) -> Mapping[str, np.ndarray]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, record: Record, facts: Facts) -> Mapping[str, np.ndarray]: ...
 
     def prepare(
         self,
