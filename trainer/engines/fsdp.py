@@ -75,7 +75,6 @@ class FsdpEngine(Named):
         parallel, trainable = self.config.parallel, set(names)
         self.optimizers, self.stored, self.master = [], {}, None
         self.built = self._on_meta()  # the old one goes before the new one takes memory
-        self.model = self.built.module
         gc.collect()
         narrow = set(held_elsewhere) - trainable if self._compute.itemsize < self._params.itemsize else set()
         for name, parameter in self.model.named_parameters():

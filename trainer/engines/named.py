@@ -38,14 +38,18 @@ class Named:
 
     def __init__(self, built: Model) -> None:
         """`built`: on meta, parameters in the format in which they are stored."""
-        self.built, self.model = built, built.module
-        model = self.model
+        self.built = built
+        model = built.module
         self._aliases = find_aliases(model)
         self._infos = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
         kept = model.state_dict().keys()
         self._buffer_infos = {
             name: TensorInfo(tuple(b.shape), b.dtype) for name, b in model.named_buffers() if name in kept
         }
+
+    @property
+    def model(self) -> nn.Module:
+        return self.built.module
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -86,7 +86,6 @@ class ZeroEngine(Named):
         self._swapping.check_space(self.world, self._bytes_to_swap(trainable))
         self._swapping.make_folders()
         self.built = self._allocate(trainable)
-        self.model = self.built.module
         self.built.rebuild_buffers(self.model)
         self._named = dict(self.model.named_parameters())
         parallel = self.config.parallel
@@ -113,7 +112,7 @@ class ZeroEngine(Named):
             self._engine.destroy()
         named = self._named
         self._engine, self._named, self._originals = None, {}, {}
-        self.model = self.built = None  # type: ignore[assignment]
+        self.built = None  # type: ignore[assignment]
         if hasattr(self, "_parts"):
             self._parts.free(named.values())
             del self._parts, named
