@@ -149,9 +149,10 @@ class _Maker:
             return None
         positions = np.arange(self._consumed, self._consumed + self._global_batch, dtype=np.int64)
         source, sample, epoch = (column.tolist() for column in self._order.draw(positions))
-        drawn = [Place(self._splits[s], i, e) for s, i, e in zip(source, sample, epoch, strict=True)]
+        drawn = list(zip(source, sample, epoch, strict=True))
         mine = slice(self._rank, None, self._world_size)
-        batches = assemble(self._task, self._seed, drawn[mine], self._cut, drawn[0])
+        first, *places = [Place(self._splits[s], i, e) for s, i, e in (drawn[0], *drawn[mine])]
+        batches = assemble(self._task, self._seed, places, self._cut, first)
         self._step += 1
         self._consumed += self._global_batch
         return StepBatch(
@@ -160,7 +161,7 @@ class _Maker:
             weights=weigh(self._task, batches),
             samples=positions[mine],
             consumed_samples=self._consumed,
-            cost=sum(place.samples.cost(place.index) for place in drawn),
+            cost=sum(self._splits[s].cost(i) for s, i, _ in drawn),
         )
 
 

@@ -32,14 +32,12 @@ from trainer.data.enough import check_enough
 from trainer.data.listing import FileStat, list_files, readable, stat_files
 from trainer.data.open_tokens import open_tokens
 from trainer.data.order import quotas
-from trainer.data.preparing import Interrupted, Progress, cache_errors, key_of
+from trainer.data.preparing import Progress, cache_errors, key_of
 from trainer.data.sources import Document, FileReading, new_hash, read_file
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is seen soon
 _LARGE_PIECE_BYTES = 1 << 20  # a piece of this much text is worth a line
-
-__all__ = ["Interrupted", "prepare"]
 
 
 def prepare(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,18 +32,8 @@ class LanguageModelling:
     def __init__(self, section: LmSection) -> None:
         self.section = section
 
-    def prepare(
-        self,
-        config: Config,
-        cache: Path,
-        say: Callable[[str], None],
-        should_stop: Callable[[], bool],
-        began_with: Mapping[str, str],
-    ) -> Path:
-        return prepare(config, cache, say, should_stop, began_with)
-
-    def open(self, path: Path, config: Config) -> Prepared:
-        return open_tokens(path, config)
+    prepare = staticmethod(prepare)
+    open = staticmethod(open_tokens)
 
     def resolve(self, config: Config, prepared: Prepared) -> Config:
         return config

@@ -20,8 +20,9 @@ from small_data import bpe, config, jsonl, prepared, text_folder
 from configs.errors import UserError
 from trainer.data import files
 from trainer.data.open_tokens import describe_tokens, tokens_of
-from trainer.data.prepare import Interrupted, prepare
+from trainer.data.prepare import prepare
 from trainer.data.prepared import PreparedSource, check_unchanged
+from trainer.data.preparing import Interrupted
 from trainer.data.sources import read_file
 
 
