@@ -4,8 +4,8 @@
     python benchmarks/against.py speed OTHER [--processes 2] [--rounds 14] [key=value ...]
 
 OTHER is a checkout in which `make .venv/.test` was run. `bits` trains the demo in both and compares each row's losses
-and each tensor of the last checkpoint. `speed` keeps a run of each alive and lets them train some steps in turn, in an
-order that is drawn anew each round, so that a slow minute of the machine is slow for both.
+and each tensor of the last checkpoint. `speed` keeps a run of each alive, and lets them
+train some steps in turn. Each round draws the order anew. So a slow minute of the machine is slow for both.
 """
 
 from __future__ import annotations
