@@ -1,11 +1,11 @@
-"""This checkout against another one of Muster: the same bits, and at least the same speed.
+"""This checkout against another one of Muster: whether both compute the same bits, and whether this one is as fast.
 
     python benchmarks/against.py bits OTHER [--processes 1 2 3] [key=value ...]
     python benchmarks/against.py speed OTHER [--processes 2] [--rounds 14] [key=value ...]
 
-OTHER is a checkout in which `make .venv/.test` was run. `bits` trains the demo in both and compares each row's losses
-and each tensor of the last checkpoint. `speed` keeps a run of each alive, and lets them
-train some steps in turn. Each round draws the order anew. So a slow minute of the machine is slow for both.
+OTHER is a checkout in which `make .venv/.test` was run. `bits` trains the demo in both checkouts. It compares the
+losses of each row and each tensor of the last checkpoint. `speed` keeps one run of each checkout alive, and lets them
+take turns of some steps. Each round draws a new order, so a slow minute of the machine is slow for both.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def python(checkout: Path) -> Path:
 
 
 def same_bits(sides: dict[str, Path], processes: int, folder: Path, words: list[str]) -> bool:
-    """Whether both gave the same losses and the same last checkpoint."""
+    """Whether both runs wrote the same losses and the same last checkpoint."""
     found = {}
     for name, checkout in sides.items():
         run = folder / name
@@ -86,7 +86,7 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
 
 
 def tensors(run: Path) -> dict[str, bytes]:
-    """Every tensor of the newest checkpoint, whole, by label; read by this checkout's reader."""
+    """Label -> bytes of every whole tensor of the newest checkpoint, read by this checkout's reader."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -102,7 +102,7 @@ def tensors(run: Path) -> dict[str, bytes]:
 
 
 def speed(sides: dict[str, Path], processes: int, rounds: int, folder: Path, words: list[str]) -> None:
-    """Print the ratios of steps per second, with the middle 95 % of medians drawn anew from the rounds."""
+    """Print the ratios of steps per second: the median, and the middle 95 % of its bootstrap over the rounds."""
     files = contextlib.ExitStack()
     workers, asked, told = {}, {}, {}
     for name, checkout in sides.items():

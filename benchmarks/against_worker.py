@@ -1,4 +1,4 @@
-"""One side of `benchmarks/against.py speed`: a run of the checkout in the current folder, which trains when asked."""
+"""One side of `benchmarks/against.py speed`: a run of the checkout in the current folder. It trains when asked."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import tempfile
 from functools import partial
 from typing import Any
 
-sys.path[0] = os.getcwd()  # the checkout that is measured, perhaps another one than that of this file
+sys.path[0] = os.getcwd()  # the checkout that is measured; this file may lie in another one
 
 
 def measure(config: Any, steps: int, asked: str, told: str) -> None:
-    """One rank: train `steps` steps of the loop that rank 0 reads the name of, until there is no more to read."""
+    """One rank: rank 0 reads the name of a loop, all ranks train `steps` steps of it, until the input ends."""
     from benchmarks.speed import BareLoop, open_run, seconds, train_on
 
     try:
         from trainer.ranks import world as worlds
-    except ImportError:  # a checkout from before there were rooms
+    except ImportError:  # a checkout older than the rooms
         from trainer import world as worlds  # type: ignore[no-redef, attr-defined]
 
     world = worlds.start(config)

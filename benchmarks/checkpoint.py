@@ -3,15 +3,15 @@
     python benchmarks/checkpoint.py [--pairs 7] [--gb 2.3] [--only saving loading ...] [--dir DIR] [--json FILE]
 
 One process; fp32 parameters with two moments, in the shapes of Llama 3.2 1B with fewer blocks and words. Each pair runs
-ours and the other, in turns first; medians. Both sides use the same tensors, whose memory was touched before, and files
-of the same number and size.
+ours and the other; the two take turns to run first. The figures are medians. Both sides use the same tensors, whose
+memory was touched before, and as many files of the same size.
 
     saving    the whole save, staging to commit; other: `write` of the same tensors into files that are fsynced
     loading   opening, reading and checking; other: `readinto` of the files into the same memory; warm page cache.
-              Layouts: as written; written as 4 ranks' rows and read whole, by 3 ranks, by 2 ranks as columns. For
-              columns files lie otherwise than tensors do: there also one `pread` per run into the same tensors
-    cold      as loading, the files out of the page cache; other: O_DIRECT into the same memory, 8 MiB at a time; for
-              columns, where each of two readers wants a part of every page, also once by each
+              Layouts: as written; written as 4 ranks' rows and read whole, by 3 ranks, by 2 ranks as columns. Columns
+              lie in another order in the files: for them also one `pread` per run of bytes into the same tensors
+    cold      as loading, without the page cache; other: O_DIRECT into the same memory, 8 MiB at a time. For columns
+              each of the two readers wants a part of every page: there also O_DIRECT once by each reader
     dcp       other: torch.distributed.checkpoint, FileSystemWriter (which fsyncs) and FileSystemReader (warm)
 
     converting    from Muster to Muster, torch.save and DCP; other: `cp` of the checkpoint, then fsync of each file
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 class State:
-    """Named tensors in the shapes of Llama 3.2 1B, side by side in one page-aligned buffer that was touched."""
+    """Named tensors in the shapes of Llama 3.2 1B, next to each other in a page-aligned buffer that was touched."""
 
     def __init__(self, target_bytes: float) -> None:
         ends = [(8192, 2048), (2048,), (8192, 2048)]
@@ -110,7 +110,7 @@ class Bench:
         self._layouts: list[Layout] = []
 
     def compare(self, what: str, ours: Callable[[], Any], other: Callable[[], Any], prepare: Callable[[], Any]) -> None:
-        """One row: ours and the other in turns first, each after `prepare`, once without counting."""
+        """Add a row: the two take turns to run first, each after `prepare`. One more run of each is not counted."""
         measured: list[list[tuple[float, float]]] = [[], []]
         for pair in range(-1, self.pairs):
             for side in (0, 1) if pair % 2 == 0 else (1, 0):
@@ -163,7 +163,7 @@ class Bench:
         return save
 
     def clear(self) -> None:
-        """Remove what earlier saves wrote, and let the disk come to rest."""
+        """Remove what earlier saves wrote, and wait until the disk is idle."""
         (self.folder / "saving").mkdir(exist_ok=True)
         for path in self.folder.glob("saving/step-*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -183,7 +183,7 @@ class Bench:
         return found
 
     def write_plainly(self) -> None:
-        """The same tensors into as many files as a save has: parameters and moments."""
+        """Write the same tensors into as many files as a save has: parameters and moments."""
         (self.folder / "plain").mkdir()
         for name, moments in (("model", False), ("optim", True)):
             with (self.folder / "plain" / name).open("wb", buffering=0) as file:
@@ -218,7 +218,7 @@ class Bench:
         self.compare(what, columns.load, twice, lambda: forget(columns))
 
     def layouts(self) -> list[Layout]:
-        """Written once, and each read and looked at once."""
+        """The layouts, written once; each is read and checked once."""
         if not self._layouts:
             one, four = self.written_by(1), self.written_by(4)
             self._layouts = [
@@ -244,7 +244,7 @@ class Bench:
         return stores[0].shelf.path(1)
 
     def boxes(self, rank: int, world_size: int, dim: int = 0) -> list[Wanted]:
-        """A rank's part of every tensor; the parts of all ranks together fill the target's memory."""
+        """A rank's part of every tensor. The parts of all ranks together fill the target's memory."""
         wanted = []
         for key, tensor in self.target.tensors.items():
             d = min(dim, tensor.ndim - 1)
@@ -264,7 +264,7 @@ class Bench:
             wanted.out.zero_()
 
     def read(self, layout: Layout, threads: int = 1, direct: bool = False) -> None:
-        """All files of a checkpoint into the target's memory, one after the other."""
+        """Read all files of a checkpoint into the target's memory, one file after the other."""
         tasks, position = [], 0
         for file in layout.files():
             size = file.stat().st_size
@@ -308,7 +308,7 @@ class Bench:
             os.close(fd)
 
     def frozen(self) -> None:
-        """All has been trained; from now on nine tenths of the parameters are frozen, their moments kept."""
+        """Save after all parameters trained, freeze nine tenths of them, keep their moments, and save again."""
         names = [key for key in self.state.tensors if "exp_avg" not in key]
         room, trained = 0.1 * self.state.nbytes / 3, set[str]()
         for name in sorted(names, key=lambda name: self.state.tensors[name].nbytes, reverse=True):

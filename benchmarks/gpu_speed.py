@@ -2,12 +2,15 @@
 
     python benchmarks/gpu_speed.py [--rows 8b@8192,1b@4096] [--steps 10] [--limit-s 420] [--json FILE] [key=value]
 
-Random tokens, one document per sample, bf16, per-block compile, full activation checkpointing, fused AdamW; nothing is
-saved, so the disk holds less than a MB a row. All fits a GPU of 80 GB, by arithmetic: 1 B and 3 B with fp32 masters
-take 22 and 58 GB; 8 B with parameters and optimizer state in bf16 takes 64 GB, and 3 GB for its head; activations take
-up to 3 GB. The most telling rows come first. Each is printed and written as soon as it is measured. One that does not
-fit what is left of the limit is left out, and one that is cut off keeps the steps it made. `tiny@64` is a row for a
-machine without a GPU, to see that the command works.
+Random tokens, one document per sample, bf16, per-block compile, full activation checkpointing, fused AdamW. Nothing is
+saved, so a row needs less than 1 MB of disk.
+
+Every row fits a GPU of 80 GB, by arithmetic. 1 B and 3 B with fp32 masters take 22 and 58 GB. 8 B with parameters and
+optimizer state in bf16 takes 64 GB, and 3 GB for its head. Activations take up to 3 GB.
+
+The most telling rows come first. Each row is printed and written as soon as it is measured. A row that does not fit the
+time left is skipped, and a row that is cut off keeps the steps it made. `tiny@64` is a row for a machine without a GPU:
+it shows that the command works.
 """
 
 from __future__ import annotations
@@ -41,13 +44,13 @@ SHAPES: dict[str, tuple[str, list[str]]] = {
     "8b": ("llama3-8b", ["precision.params=bf16"]),
     "tiny": ("demo", ["parallel.compile=false"]),
 }
-# Seconds from its start to its end on an H100, by arithmetic until they are measured: 45 for the process and the
-# compiler, and ten steps of 16,384 tokens.
+# Seconds from the start of a row to its end on an H100, by arithmetic until they are measured: 45 for the process and
+# the compiler, and ten steps of 16,384 tokens.
 ABOUT_S = {"8b": 90, "3b": 60, "1b": 50, "tiny": 5}
 ROWS = "8b@8192,1b@4096,3b@4096,8b@4096,1b@2048,3b@2048,1b@8192,3b@8192,8b@2048"
 SAMPLES_PER_STEP = {2048: 8, 4096: 4, 8192: 2}
 WARM_UP = 3
-_TO_END_S = 5.0  # a row that is cut off is killed and read
+_TO_END_S = 5.0  # to kill a row that is cut off, and to read its files
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,10 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
     ends_s = time.monotonic() + options.limit_s
-    # 8 B leaves few GB: fixed segments would break them up. Before the first process, which reads it.
+    # 8 B leaves few GB free, which fixed segments would break up. Set before the first process starts, which reads it.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     names = [(shape, int(length)) for shape, _, length in (name.partition("@") for name in options.rows.split(","))]
-    (device,) = run_ranks(1, about)  # not here: this process would hold memory of the GPU from then on
+    (device,) = run_ranks(1, about)  # in a process of its own: this one would keep GPU memory from then on
     if device.startswith("CPU") and any(shape != "tiny" for shape, _ in names):
         sys.exit("these shapes need an NVIDIA GPU, and torch sees none; without one: --rows tiny@64")
     rows: list[dict[str, Any]] = []
@@ -113,7 +116,7 @@ def make_config(shape: str, length: int, steps: int, folder: Path, overrides: li
 
 
 def train_unsaved(config: Config) -> int:
-    """The trainer's own entry, by a run that writes no checkpoint and so asks for no disk. Returns the exit code."""
+    """Start as the trainer does, with a run that writes no checkpoint and needs no disk. Returns the exit code."""
     from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
@@ -129,7 +132,7 @@ def train_unsaved(config: Config) -> int:
 
 
 def measure(shape: str, config: Config, limit_s: float) -> dict[str, Any]:
-    """Train, for at most so long, and take the median step after warm-up from metrics.jsonl, of however many it has."""
+    """Train for at most `limit_s` seconds; take the medians from metrics.jsonl, over the steps after the warm-up."""
     from models import Decoder, build_model
     from models.flops import causal_flops_per_token, flops_per_token, parameter_count
 

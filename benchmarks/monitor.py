@@ -3,8 +3,8 @@
     python benchmarks/monitor.py [--seconds 20] [--hz 0.1 1 ...] [--json FILE]
     python benchmarks/monitor.py --pairs 10          the steps of a run with the monitor and without, in turns
 
-The stand-in is the tests': the real nvidia-ml-py through a library that answers at once, so the time that a real driver
-takes is not in it. CPU seconds are the kernel's count of the monitor's process, start-up left out.
+The stand-in comes from the tests: the real nvidia-ml-py calls a library that answers at once. So the figures leave out
+the time that a real driver takes. CPU seconds are the kernel's count for the monitor's process, without its start-up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainer.life.heartbeat import Heartbeat, Heartbeats
 from trainer.life.rows import read_rows
 
 GPUS = 8
-TURN_S = 5.0  # a monitor that stands still for ten says so
+TURN_S = 5.0  # shorter than the ten seconds after which the monitor reports that it stood still
 
 
 def measure(folder: Path, hz: float, seconds: float) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def measure(folder: Path, hz: float, seconds: float) -> dict[str, Any]:
 
 
 def compare(folder: Path, pairs: int, seconds: float) -> list[dict[str, Any]]:
-    """One run of the demo on two ranks whose monitor is stopped and let go in turns: other work of the machine, which
-    comes and goes over minutes, meets both alike. `seconds` is a turn's length."""
+    """One run of the demo on two ranks, whose monitor is stopped and continued in turns. Other work of the machine
+    comes and goes over minutes, so it slows both kinds of turns. `seconds` is the length of a turn."""
     run = RunFolder(folder / "demo")
     command = [sys.executable, "-m", "launch", "run", "demo", "--nproc", "2", f"run.dir={run.root}"]
     command += ["train.steps=100000", "checkpoint.every_steps=0", "train.validate_every_steps=0"]
@@ -99,7 +99,7 @@ def compare(folder: Path, pairs: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def turn(run: RunFolder, monitor: psutil.Process, ranks: list[int], watched: bool, seconds: float) -> dict[str, float]:
-    """Of the steps of a turn the median time, and the mean CPU time of all ranks."""
+    """The median time of the turn's steps, and the mean CPU time of a step, summed over all ranks."""
     if watched:
         monitor.resume()
     else:
@@ -108,12 +108,13 @@ def turn(run: RunFolder, monitor: psutil.Process, ranks: list[int], watched: boo
     time.sleep(seconds)
     rows, cpu_s = read_rows(run.metrics)[before:], sum(map(_cpu_s, ranks)) - cpu_s
     monitor.resume()
-    # The first was under way before.
+    # The first step began before this turn.
     return {"step_s": statistics.median(row["step_s"] for row in rows[1:]), "step_cpu_s": round(cpu_s / len(rows), 4)}
 
 
 def _cpu_s(pid: int) -> float:
-    """In nanoseconds as the scheduler counts them: a row takes less than one tick of the clock."""
+    """CPU seconds of all threads of a process. The scheduler counts nanoseconds; a row takes less than one clock
+    tick."""
     threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(path.read_text().split()[0]) for path in threads) / 1e9
 

@@ -1,4 +1,4 @@
-"""Which packages of pyproject.toml are not here, by name. `make gpu` asks first: it takes whatever Python there is.
+"""Name the packages of pyproject.toml that are not installed. `make gpu` asks first, as it takes any Python.
 
 python benchmarks/packages.py        exit 2 when one is missing that `make gpu` needs
 """
@@ -20,7 +20,7 @@ def names(requirements: list[str]) -> list[str]:
 
 
 def missing() -> tuple[list[str], list[str]]:
-    """(packages without which `make gpu` does not run, packages that it does without), as far as they are not here."""
+    """(missing packages that `make gpu` needs, missing packages that it does without)."""
     project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
     every = names(project["dependencies"]) + sorted(TESTS) + ["deepspeed", "wandb"]
     absent = [name for name in every if not _is_here(name)]

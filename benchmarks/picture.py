@@ -1,4 +1,4 @@
-"""The README's picture, from real runs of the demo: one left alone, one stopped, killed and moved between world sizes.
+"""Draw the README's picture from two real runs of the demo: one left alone, one stopped, killed and resized.
 
 python benchmarks/picture.py [--steps 100] [--out docs/pictures/resume.svg]
 """
@@ -53,7 +53,7 @@ def start(folder: Path, steps: int, processes: int) -> tuple[subprocess.Popen[by
 
 
 def rows(folder: Path) -> dict[int, dict[str, Any]]:
-    """The row of each step; after a rollback the later attempt's wins."""
+    """Step -> its row. After a rollback the row of the later attempt wins."""
     return {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if "loss" in row}
 
 
@@ -68,7 +68,8 @@ def finish(running: tuple[subprocess.Popen[bytes], Path]) -> dict[int, dict[str,
 
 
 def break_and_resume(folder: Path, steps: int) -> dict[int, dict[str, Any]]:
-    """Ctrl-C on 2 processes; kill -9 of one of 3, which restart in place; a STOP file; the rest on one process."""
+    """Ctrl-C on 2 processes; kill -9 of one of 3, which restart in place; a STOP file; the remaining steps on one
+    process."""
     process, _ = start(folder, steps, 2)
     wait_for(folder, steps // 4)
     process.send_signal(signal.SIGINT)
@@ -84,7 +85,7 @@ def break_and_resume(folder: Path, steps: int) -> dict[int, dict[str, Any]]:
 
 
 def draw(alone: dict[int, dict[str, Any]], broken: dict[int, dict[str, Any]], steps: int) -> str:
-    """The two curves as SVG, each attempt of the broken run in a colour of its own."""
+    """The two curves as SVG. Each attempt of the broken run has its own colour."""
     losses = [row["loss"] for row in [*alone.values(), *broken.values()]]
     low, high = min(losses) - 0.1, max(losses) + 0.1
 

@@ -1,4 +1,4 @@
-"""The plainest ways to read what a checkpoint's files hold, to compare with."""
+"""The plainest ways to read what a checkpoint's files hold, as something to compare with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.checkpoint.format.boxes import Wanted, intersect
 from trainer.checkpoint.format.writing import bytes_of
 from trainer.checkpoint.load.checkpoint import Checkpoint
 
-DIRECT_BYTES = 8 << 20  # of one O_DIRECT read
+DIRECT_BYTES = 8 << 20  # per O_DIRECT read
 PAGE = 4096
 
 
@@ -24,7 +24,7 @@ class Layout:
     readers: list[list[Wanted]]
 
     def load(self) -> None:
-        """Each reading rank opens the checkpoint and reads its part, one after the other."""
+        """Each reading rank opens the checkpoint and reads its part, one rank after the other."""
         for wanted in self.readers:
             checkpoint = Checkpoint(self.path)
             checkpoint.read_all(wanted)
@@ -35,15 +35,15 @@ class Layout:
 
 
 def cut(size: int, parts: int, rank: int) -> tuple[int, int]:
-    """(offset, length) of a rank's part of a dimension, as FSDP2 cuts it: the last ones may be shorter or empty."""
+    """(offset, length) of a rank's part of a dimension, as FSDP2 cuts it: the last ranks may get less or nothing."""
     chunk = -(-size // parts)
     begin, end = (min(r * chunk, size) for r in (rank, rank + 1))
     return begin, end - begin
 
 
 def runs_of(layout: Layout) -> dict[Path, list[tuple[memoryview, int]]]:
-    """By file, where each run of wanted bytes goes, and its first byte in the file. For boxes of matrices and vectors
-    that lie in files by rows."""
+    """File -> (memory, offset in the file) of each run of wanted bytes. Only for boxes of matrices and vectors that lie
+    in files by rows."""
     manifest = Checkpoint(layout.path).manifest
     runs: dict[Path, list[tuple[memoryview, int]]] = {}
     for wanted in itertools.chain(*layout.readers):
@@ -65,7 +65,7 @@ def runs_of(layout: Layout) -> dict[Path, list[tuple[memoryview, int]]]:
 
 
 def read_runs(runs: dict[Path, list[tuple[memoryview, int]]]) -> None:
-    """The same bytes into the same tensors, one `pread` for each run."""
+    """Read the same bytes into the same tensors, one `pread` for each run."""
     for path, parts in runs.items():
         fd = os.open(path, os.O_RDONLY)
         for out, start in parts:
@@ -81,7 +81,7 @@ def read_plainly(path: Path, begin: int, memory: memoryview) -> None:
 
 
 def read_directly(path: Path, begin: int, memory: memoryview) -> None:
-    """But for the last bytes, which do not fill a page."""
+    """Read by O_DIRECT, without the last bytes, which do not fill a page."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     whole = len(memory) // PAGE * PAGE
     for part in range(0, whole, DIRECT_BYTES):
@@ -90,7 +90,7 @@ def read_directly(path: Path, begin: int, memory: memoryview) -> None:
 
 
 def forget(layout: Layout) -> None:
-    """Take the files out of the page cache; they are durable, so nothing keeps them in it."""
+    """Drop the files from the page cache. They are durable, so no unwritten page stays in it."""
     for path in layout.files():
         fd = os.open(path, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

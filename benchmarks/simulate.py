@@ -2,9 +2,9 @@
 
     python benchmarks/simulate.py [--preset llama3-405b] [--tensor 1 8] [--ranks 8 64 256 1024] [--json FILE]
 
-For each number of ranks, the code that a save runs plans the files of every rank, reports them to rank 0 and makes the
+For each number of ranks, the code of a save plans the files of every rank, reports them to rank 0 and makes the
 manifest. The bytes of tensors are left out, and block hashes are zeros. Then a reader with three quarters as many ranks
-plans what it would read. Ranks' boxes are those of FSDP2 over what tensor parallelism leaves.
+plans what it would read. Tensor parallelism cuts each tensor first, then FSDP2 cuts each part.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from trainer.checkpoint.save.assemble import RunState, assemble
 from trainer.checkpoint.save.share import WrittenFile, plan_files, report_of
 
 STATES = ("", ".exp_avg", ".exp_avg_sq")
-READERS = 5  # ranks of the reading layout that are planned
+READERS = 5  # how many ranks of the reading layout are planned
 META = torch.device("meta")
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     for tensor in options.tensor:
         for ranks in options.ranks:
             if ranks >= tensor:
-                # a process each, so that the peak of memory is its own
+                # one process each, so that each measures its own peak of memory
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     rows.append(pool.apply(simulate, (shapes, tensor, ranks)))
                 print(rows[-1], file=sys.stderr, flush=True)
@@ -62,7 +62,8 @@ def main() -> None:
 
 
 class Shapes:
-    """The parameters of a preset's model, and the dimension that tensor parallelism cuts (None: whole)."""
+    """Name -> shape of the parameters of a preset's model, and the dimension that tensor parallelism cuts (None: not
+    cut)."""
 
     def __init__(self, preset: str, overrides: Sequence[str] = ()) -> None:
         section = load(preset, list(overrides)).model
@@ -79,8 +80,8 @@ class Shapes:
 
 
 def box(shape: Ints, tensor_dim: int | None, tensor: int, ranks: int, rank: int) -> tuple[Ints, Ints]:
-    """A rank's (offsets, sizes): cut over the tensor group, ranks next to each other, then along the first dimension by
-    FSDP2 over ranks / tensor."""
+    """(offsets, sizes) of a rank's box. The tensor group is cut first, over neighbouring ranks. Then FSDP2 cuts the
+    first dimension over ranks / tensor."""
     offsets, sizes = [0] * len(shape), list(shape)
     cuts = [(0, ranks // tensor, rank // tensor)]
     if tensor_dim is not None:
@@ -104,7 +105,7 @@ def pieces(shapes: Shapes, tensor: int, ranks: int, rank: int) -> Iterator[Piece
 
 
 def written(shapes: Shapes, tensor: int, ranks: int, rank: int) -> list[WrittenFile]:
-    """What a rank would report after writing."""
+    """The files that a rank would report after writing."""
     return [
         report_of(file, "0" * (HASH_DIGITS * blocks_in(file.layout.size)))
         for file in plan_files(list(pieces(shapes, tensor, ranks, rank)), rank)
@@ -156,7 +157,7 @@ def simulate(shapes: Shapes, tensor: int, ranks: int) -> dict[str, Any]:
 
 
 def reading(manifest: Manifest, shapes: Shapes, tensor: int, ranks: int) -> dict[str, Any]:
-    """What some ranks of another layout would read, and how long it takes each to find out."""
+    """What `READERS` ranks of another layout would read, and how long each takes to plan it."""
     seconds, overhead = [], []
     for rank in sorted({rank * (ranks - 1) // (READERS - 1) for rank in range(READERS)}):
         began = time.process_time()

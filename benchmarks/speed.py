@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py --processes 2 [--pairs 9] [--preset demo] [--json FILE] [key=value ...]
 
-Each pair runs a segment of steps of one, then of the other, in the same processes. "ours" is the real loop
-(`trainer.loop`) with its loader, agreement and logging, without a save; with `--saving` also with one every 50 steps.
-"bare" is what a person would write: forward, cross-entropy over all logits, backward, `clip_grad_norm_`, fused AdamW.
+Each pair runs a segment of steps of one loop, then of the other, in the same processes. "ours" is the real loop
+(`trainer.loop`) with its loader, agreement and logging, without a save. `--saving` adds rows with a save every 50
+steps. "bare" is what a person would write: forward, cross-entropy over all logits, backward, `clip_grad_norm_`, fused
+AdamW.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
-    """One rank's part; rank 0's rows count."""
+    """One rank's part. Only rank 0's rows are used."""
     from trainer.ranks import world as worlds
 
     world = worlds.start(config)
@@ -75,7 +76,7 @@ def measure(config: Config, pairs: int, saving: bool) -> list[dict[str, Any]]:
 
 
 def open_run(config: Config, world: Any) -> Any:
-    """A run that says nothing, built and ready to train."""
+    """A run that prints nothing, built and ready to train."""
     from trainer.life.attempts import Attempt
     from trainer.life.folder import RunFolder
     from trainer.life.stop import StopWish
@@ -84,13 +85,13 @@ def open_run(config: Config, world: Any) -> Any:
     folder = RunFolder(Path(config.run_dir))
     attempt = Attempt(folder, world.from_first(lambda: Attempt.open(folder).number))
     run = Run(config, world, folder, attempt, StopWish())
-    run.console.rank = -1  # no lines between the figures
+    run.console.rank = -1  # else its lines would stand between the figures
     run.build()
     return run
 
 
 def train_on(run: Any, steps: int, save_every: int = 0) -> None:
-    """Some more steps, by the real loop."""
+    """Train `steps` more steps in the real loop."""
     from trainer.loop import train
 
     train_section = run.config.train.model_copy(update={"steps": run.progress.step + steps})
@@ -132,7 +133,7 @@ def seconds(function: Callable[[int], None], steps: int, world: Any) -> float:
 
 
 class BareLoop:
-    """A training loop without Muster, on the model of a run (rebuilt) and on batches taken from its loader before."""
+    """A training loop without Muster, on the rebuilt model of a run and on batches taken from its loader beforehand."""
 
     def __init__(self, run: Any) -> None:
         from models import build_model

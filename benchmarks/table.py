@@ -10,7 +10,7 @@ from typing import Any
 
 
 def show(title: str, rows: list[dict[str, Any]], json_path: str | None, device: str | None = None) -> None:
-    """Print rows as a Markdown table under what it was measured with."""
+    """Print rows as a Markdown table, under a line that says on which machine they were measured."""
     device = device or about()
     print(f"\n{title} ({device})\n")
     keys = list(rows[0])
@@ -26,7 +26,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def write_rows(json_path: str | None, title: str, device: str, rows: list[dict[str, Any]]) -> None:
-    """Whole or not at all: a benchmark that is killed keeps the rows that it wrote before."""
+    """Write the file whole or not at all, so that a benchmark that is killed keeps the rows it wrote before."""
     if json_path:
         temporary = Path(f"{json_path}.new")
         temporary.parent.mkdir(parents=True, exist_ok=True)

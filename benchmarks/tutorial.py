@@ -1,4 +1,4 @@
-"""Run the `sh` blocks of the tutorials as written, each page in an empty folder; stop at the first that fails."""
+"""Run the `sh` blocks of the tutorials as written, each page in an empty folder. Stop at the first that fails."""
 
 from __future__ import annotations
 

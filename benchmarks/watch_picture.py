@@ -25,9 +25,9 @@ from launch.look.watch import Watcher
 from trainer.life.folder import RunFolder
 from trainer.life.rows import read_rows
 
-STEP = 30  # at which it is taken
+STEP = 30  # the step at which the picture is taken
 PATIENCE_S = 240.0
-_FETCHED = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # a picture loads nothing from elsewhere
+_FETCHED = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # the font: a picture loads nothing from elsewhere
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def wait_for_step(folder: RunFolder, step: int) -> None:
 
 
 def drawn(folder: RunFolder) -> str:
-    """In 80 columns, as on a terminal."""
+    """The screen in 80 columns, as on a terminal."""
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
     console.print(Watcher(folder).look(None))
     return _FETCHED.sub("", console.export_svg(title="python -m launch watch runs/demo", theme=MONOKAI))

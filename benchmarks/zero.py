@@ -3,9 +3,9 @@
     python benchmarks/zero.py engines|memory|bare|saving [--processes 2] [--pairs 7] [--only ENGINE ...] [key=value ...]
 
 engines  steps/s of the real loop, and seconds to save and to load, under each engine in turn, in the same processes
-memory   what each engine adds to a rank's memory at most, over three steps, each in processes of its own
-bare     our loop against `deepspeed.initialize`, forward, backward, step: the same batches, formats, groups, bucket
-saving   of the same state into new files: ours until it is committed and durable, and until training goes on ("begun");
+memory   the most that each engine adds to a rank's memory over three steps, each engine in its own processes bare
+our loop against `deepspeed.initialize`, forward, backward, step: the same batches, formats, groups, bucket saving   the
+same state into new files: ours until it is committed and durable, and until training goes on ("begun");
          `save_checkpoint`, which nothing makes durable ("bare"), and the same with its files fsynced ("durable")
 """
 
@@ -73,7 +73,7 @@ def config_of(folder: str, name: str, overrides: list[str]) -> Config:
 
 
 def start(configs: dict[str, Config]) -> tuple[Any, dict[str, Any]]:
-    """The ranks' world, and a run of each engine in it, trained for a segment."""
+    """The ranks' world, and a run of each engine in it, trained for one segment."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     from trainer.ranks import world as worlds
@@ -90,7 +90,8 @@ def start(configs: dict[str, Config]) -> tuple[Any, dict[str, Any]]:
 def in_turn(
     functions: dict[str, Callable[[], None]], rounds: int, world: Any, tidy: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each, one after the other in each round, beginning with another one each time. `tidy` is not timed."""
+    """Name -> seconds of each round. Each round runs all functions and begins with the next one. `tidy` is not
+    timed."""
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(rounds):
@@ -124,14 +125,14 @@ def engines(configs: dict[str, Config], rounds: int) -> list[dict[str, Any]]:
 
 def saver(run: Any) -> Callable[[], None]:
     def save() -> None:
-        run.progress.step += 1  # another checkpoint
+        run.progress.step += 1  # so that the save writes another checkpoint
         run.save_now()
 
     return save
 
 
 def loader(run: Any) -> Callable[[], None]:
-    """As a start does it: the engine is built anew, then filled."""
+    """Load as a start does: build the engine anew, then fill it."""
     from trainer.checkpoint.load.checkpoint import Checkpoint
     from trainer.life.entries import checkpoint_name
 
@@ -145,14 +146,14 @@ def loader(run: Any) -> Callable[[], None]:
 
 
 def memory(name: str, config: Config) -> dict[str, Any]:
-    """Highest resident memory less what imports took."""
-    import deepspeed  # noqa: F401 - as much for those who do without
+    """Highest resident memory in GiB, less what the imports took."""
+    import deepspeed  # noqa: F401 - engines without DeepSpeed must pay for the import, too
 
     from trainer.ranks import world as worlds
 
     world = worlds.start(config)
     before = status_gib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest is counted from here on
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel counts the highest memory from here on
     run = open_run(config, world)
     train_on(run, 3)
     return {"engine": name, "GiB": status_gib("VmHWM") - before}
@@ -257,7 +258,8 @@ class BareZero:
             "steps_per_print": 1 << 40,
         }
         matrices, others = ([p for p in model.parameters() if (p.ndim > 1) is whether] for whether in (True, False))
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]  # as ours
+        # the groups that our engine makes
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 

@@ -1,5 +1,5 @@
 """Can DeepSpeed ZeRO 1, 2 and 3 sit behind the engine protocol? Seven experiments on two gloo ranks, in fp32 and bf16,
-judged against a plain torch loop in one process; one Markdown row each, exit code 1 when one fails.
+judge it against a plain torch loop in one process. One Markdown row each; the exit code is 1 when one fails.
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/zero_spike.py --stage N [--json FILE]
 """
@@ -22,11 +22,11 @@ from deepspeed.utils import logger, safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-VOCABULARY, WIDTH, HIDDEN = 61, 13, 7  # odd on purpose: hardly a parameter divides by two ranks
+VOCABULARY, WIDTH, HIDDEN = 61, 13, 7  # odd on purpose: two ranks divide hardly any parameter evenly
 IGNORE, LATE = -100, "down.weight"
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 STATES = ("exp_avg", "exp_avg_sq")
-TOLERANCE = 2e-6  # the largest absolute difference of a weight or state that counts as the order of summation
+TOLERANCE = 2e-6  # the largest absolute difference of a weight or state that the order of summation may cause
 Batch = tuple[Tensor, Tensor]  # tokens, targets
 Case = tuple[int, torch.dtype]  # ZeRO stage, compute dtype
 
@@ -49,7 +49,7 @@ class Model(nn.Module):
 
 
 def micro_batches(step: int, rank: int) -> list[Batch]:
-    """This rank's three micro batches of a step; another count of targets in each, and one of rank 1 has none."""
+    """This rank's three micro batches of a step. Each has another count of targets, and one of rank 1 has none."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     tokens, targets = torch.randint(VOCABULARY, (2, 3, 2, 9), generator=generator)
     masked = torch.tensor([[0.2, 0.5, 0.8], [0.2, 1.0, 0.8]])[rank, :, None, None]
@@ -63,7 +63,7 @@ def inverse_targets(step: int) -> Tensor:  # 1 / the step's target tokens over a
 
 
 def check(condition: bool, text: str) -> None:
-    """Fail on every rank when it fails on one, so that none waits in a collective that the other never reaches."""
+    """Fail on every rank when the condition is false on one rank, else the other would wait in a collective."""
     dist.all_reduce(failed := torch.tensor(float(not condition)))
     if failed:
         raise AssertionError(text)
@@ -113,7 +113,7 @@ class Reference:
 
 
 class ZeroEngine:
-    """The protocol over one DeepSpeed engine, started from the tensors and step counts of `source` or fresh weights."""
+    """The engine protocol over one DeepSpeed engine, started from `source`'s tensors and counts, or fresh weights."""
 
     def __init__(self, case: Case, frozen: tuple[str, ...] = (), source: Reference | None = None) -> None:
         self.stage, dtype = case
@@ -126,7 +126,7 @@ class ZeroEngine:
                 groups.setdefault(key, []).append(parameter)
             parameter.requires_grad_(name not in frozen)
         optimizer = torch.optim.AdamW([{"params": p, "weight_decay": key[0]} for key, p in groups.items()], **ADAM)
-        # Threshold: some parameters stay whole, so both paths run. The linear would replace F.linear process-wide.
+        # With this threshold some parameters stay whole, so both paths run. `True` would replace F.linear process-wide.
         zero = {"stage": self.stage, "stage3_param_persistence_threshold": 20, "memory_efficient_linear": False}
         config = {
             "train_micro_batch_size_per_gpu": 1,  # feeds DeepSpeed's speed display only
@@ -144,24 +144,24 @@ class ZeroEngine:
     def forward_backward(self, micro_batch: Batch, scale: Tensor, last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
         total = self.engine(*micro_batch)
-        # DeepSpeed averages over the ranks at every stage: undone by a factor, exactly so for powers of two.
+        # DeepSpeed averages over the ranks at every stage. This factor undoes that, exactly so for powers of two.
         self.engine.backward(total * (scale * dist.get_world_size()), scale_wrt_gas=False)
         return total.detach()
 
     def update(self, clip: float, guard: Tensor) -> float:
-        """Step; returns the gradient norm, infinite when nothing was applied. `guard` is 0, or NaN to refuse."""
-        # Summed first: bf16 at stage 1 takes its norm without a collective, so a NaN on one rank would stop that one
-        # alone. Added to a gradient it makes DeepSpeed itself skip and clear all its buffers.
+        """Step; return the gradient norm, infinite when nothing was applied. `guard` is 0, or NaN to refuse."""
+        # Summed over ranks first: bf16 at stage 1 takes its norm alone, so a NaN on one rank would stop that rank
+        # alone. A NaN in a gradient makes DeepSpeed itself skip the step and clear all its buffers.
         dist.all_reduce(guard)
         gradients = getattr(self.optimizer, "averaged_gradients", None) or self.optimizer.fp32_groups_gradients
         gradients[0][0].add_(guard)
         self.optimizer.clip_grad = clip
         self.engine.step()
-        if self.stage == 3:  # else padding keeps the NaN, and a parameter unused in the next step its old gradient
+        if self.stage == 3:  # else padding keeps the NaN, and an unused parameter its old gradient
             self.optimizer.grad_partitions_flat_buffer.zero_()
         return float(self.engine.get_global_grad_norm())
 
-    def norm(self) -> float:  # before the step: internals, another call in each of the three optimizer classes
+    def norm(self) -> float:  # before the step, by internals: each optimizer class has others
         if self.stage == 3:
             return float(torch.stack(self.optimizer._get_norm_groups()).norm())
         own = getattr(self.optimizer, "scaled_global_norm", None)  # stages 1 and 2, but not stage 1 with bf16
@@ -172,7 +172,7 @@ class ZeroEngine:
             return float(self.engine(*batch))
 
     def train(self, step: int, clip: float = 0.0, poison: float = 0.0, guard: float = 0.0) -> float:
-        """One step as the trainer would do it. A NaN `poison` spoils a gradient of rank 1 alone, `guard` its guard."""
+        """One step as the trainer would do it. A NaN `poison` spoils rank 1's gradient, a NaN `guard` its guard."""
         self.backward(step, poison)
         return self.update(clip, torch.tensor(guard if dist.get_rank() == 1 else 0.0))
 
@@ -182,8 +182,8 @@ class ZeroEngine:
             self.forward_backward(batch, inverse_targets(step) + spoilt, last=index == 2)
 
     def fragments(self) -> Iterator[tuple[str, int, Tensor, slice]]:
-        """(name, start, flat, where): this rank owns what `flat[where]` holds of the parameter's row-major order, from
-        `start` on. `flat` is the fp32 partition that the torch optimizer steps, and so the key of its state."""
+        """(name, start, flat, where): this rank owns `flat[where]`, the parameter's row-major order from `start` on.
+        `flat` is the fp32 partition that the torch optimizer steps, and the key of its state."""
         for name, parameter in self.parameters.items():
             if mapping := getattr(parameter, "_hp_mapping", None):  # stages 1 and 2; None where nothing is owned
                 flat = self.optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -214,10 +214,10 @@ class ZeroEngine:
         return {name: int(state[flat]["step"]) for name, _, flat, _ in self.fragments() if state.get(flat)}
 
     def load(self, source: Reference, low_precision: bool = True) -> None:
-        """Write masters, frozen parameters and, for what was stepped before, optimizer state from full tensors."""
+        """Write masters and frozen parameters from full tensors, and optimizer state for parameters stepped before."""
         steps, states = source.steps(), self.optimizer.optimizer.state
         for name, _, flat, _ in self.fragments():
-            if name in steps and flat not in states:  # state exists only after a first step: make it
+            if name in steps and flat not in states:  # no state exists before the first step: make it
                 states[flat] = {"step": torch.tensor(float(steps[name])), **{k: torch.zeros_like(flat) for k in STATES}}
         for key, (start, local) in self.pieces().items():
             local.copy_(source.tensor(key).flatten()[start : start + len(local)])
@@ -227,7 +227,7 @@ class ZeroEngine:
             self.write_low_precision()
 
     def write_low_precision(self) -> None:
-        """Bring the copy that forward reads up to date with the masters."""
+        """Copy the masters into the low-precision weights that forward reads."""
         if self.stage < 3:
             self.optimizer.update_lp_params()
         else:
@@ -237,12 +237,12 @@ class ZeroEngine:
             if kept_whole := self.optimizer.persistent_parameters:
                 kept_whole[0].all_gather(kept_whole)
 
-    def snapshot(self) -> dict[str, Tensor]:  # a copy of all that a refused step must leave alone
+    def snapshot(self) -> dict[str, Tensor]:  # a copy of all that a refused step must not change
         found = {key: local.clone() for key, (_, local) in self.pieces().items()}
         found |= {f"{name}.step": torch.tensor(count) for name, count in self.steps().items()}
         return found | {f"{name}.forward": self.whole(name) for name in self.parameters}
 
-    def whole(self, name: str) -> Tensor:  # what forward reads, gathered at stage 3
+    def whole(self, name: str) -> Tensor:  # the weight that forward reads, gathered at stage 3
         with deepspeed.zero.GatheredParameters(self.parameters[name], enabled=self.stage == 3):
             return self.parameters[name].detach().clone()
 
@@ -279,7 +279,7 @@ def accumulation_boundary(case: Case) -> str:
 
 
 def skipped_update(case: Case) -> str:
-    """Twice each, before any optimizer state exists and after: a NaN in rank 1's gradient, a NaN as rank 1's guard."""
+    """A NaN in rank 1's gradient, and a NaN as rank 1's guard: each before any optimizer state exists and after."""
     zero, reference, norms = ZeroEngine(case), Reference(case), []
     for step, poison in enumerate((math.nan, 0.0, 0.0, math.nan)):
         before = zero.snapshot()
@@ -311,7 +311,7 @@ def flat_ranges(case: Case) -> str:
 
 
 def step_counts(case: Case) -> str:
-    # Taking requires_grad away under a running engine does not freeze: momentum and decay go on with a zero gradient.
+    # requires_grad_(False) under a running engine does not freeze: momentum and decay go on with a zero gradient.
     reference = Reference(case, steps=2)
     zero = ZeroEngine(case, source=reference)
     zero.parameters[LATE].requires_grad_(False)
@@ -319,7 +319,7 @@ def step_counts(case: Case) -> str:
     zero.train(2)
     drift = float((zero.whole(LATE) - before).abs().max())
     check(drift > 1e-4, "requires_grad_(False) alone froze the parameter")
-    # What works: an engine built without it, and one with groups by step count when it comes back.
+    # What works: an engine built without it, and one with groups by step count when the parameter comes back.
     zero = ZeroEngine(case, frozen=(LATE,), source=reference)
     reference.freeze((LATE,))
     zero.train(2), reference.train(2)

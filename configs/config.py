@@ -9,7 +9,7 @@ from configs.schema.sections import Sections
 
 
 class Config(Sections):
-    """Everything a run is: sections that are right by themselves and fit each other."""
+    """Everything a run is. The sections are right by themselves and fit each other."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

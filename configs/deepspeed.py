@@ -8,18 +8,18 @@ from configs.nested import leaves, merged, put
 from configs.schema.parallel import ParallelSection
 from configs.schema.sections import Sections
 
-AUTO = "auto"  # other tools' files leave a setting to the caller so
+AUTO = "auto"  # other tools' files write this where they leave a setting to the caller
 PARAMETERS = "zero_optimization.offload_param"
 SECONDARY = "zero_optimization.zero_hpz_partition_size"
 NEVER_PRINT = 1 << 62
 
-# Top-level settings that DeepSpeed reads and that are a config's own business. (It ignores names it does not know.)
+# Top-level settings that DeepSpeed reads and that a config may choose. (DeepSpeed ignores names it does not know.)
 FREE = {
     *("zero_optimization", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown"),
     *("dump_state", "timers", "disable_allgather", "tensorboard", "wandb", "comet", "csv_monitor"),
 }
 
-# Ours, whatever the value: the key of our config that says it, or why it cannot be otherwise.
+# Settings that a config may not give, whatever the value: the key of our config that decides it, or the reason.
 OURS = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
@@ -48,12 +48,12 @@ OURS = {
     "zero_optimization.offload_optimizer.ratio": "its optimizer is DeepSpeed's own",
 }
 
-# With parameters on NVMe DeepSpeed 0.19.8 would read them ahead of their update, and run out of buffers.
+# With parameters on NVMe, DeepSpeed 0.19.8 would read parameters ahead, before their update, and run out of buffers.
 ONE_BY_ONE = ("zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_max_reuse_distance")
 
 
 def _decided(config: Sections) -> dict[str, tuple[Any, str]]:
-    """Settings whose value follows from the config: (value, our key). Giving the same value again does no harm."""
+    """Setting -> (value, our key) where the config decides the value. A config may give the same value again."""
     train, parallel, precision = config.train, config.parallel, config.precision
     one_by_one = ONE_BY_ONE if _given(config.parallel).get(f"{PARAMETERS}.device") == "nvme" else ()
     return {
@@ -72,7 +72,7 @@ def _decided(config: Sections) -> dict[str, tuple[Any, str]]:
 
 
 def contradictions(config: Sections) -> list[str]:
-    """What ZeRO cannot do of this config, and what in `parallel.deepspeed` says otherwise or is no setting."""
+    """What ZeRO cannot do of this config; what `parallel.deepspeed` contradicts, or sets although it is no setting."""
     decided, given, found = _decided(config), _given(config.parallel), []
     if config.optim.name == "muon":
         found.append("parallel.engine zero cuts matrices anywhere, optim.name muon needs them whole: use fsdp")
@@ -114,7 +114,7 @@ def contradictions(config: Sections) -> list[str]:
 
 
 def _wrong_device(parallel: ParallelSection, given: dict[str, Any], key: str, value: Any) -> list[str]:
-    """Why what `key` offloads cannot go to this device."""
+    """Why the thing that `key` offloads cannot go to the device `value`."""
     if value not in ("cpu", "nvme", "none") or (value == "none" and parallel.cpu_offload):
         allowed = "can be cpu, nvme or, without parallel.cpu_offload, none"
         return [f"parallel.deepspeed: {key} {allowed}; got {value!r}"]
@@ -131,8 +131,8 @@ def deepspeed_settings(config: Sections) -> dict[str, Any]:
     """What DeepSpeed is started with: the config's own settings, and ours."""
     parallel, decided = config.parallel, _decided(config)
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # feeds its speed display only
-        "gradient_accumulation_steps": 1,  # else it divides the loss, and counts micro batches itself
+        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's speed display uses it
+        "gradient_accumulation_steps": 1,  # else DeepSpeed divides the loss, and counts micro batches itself
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": config.precision.compute == "bf16"},
@@ -147,7 +147,7 @@ def deepspeed_settings(config: Sections) -> dict[str, Any]:
             put(theirs, key.split("."), value)
     for key in decided.keys() & {*ONE_BY_ONE}:
         put(theirs, key.split("."), 0)
-    if parallel.cpu_offload:  # unless it goes further, to nvme
+    if parallel.cpu_offload:  # a config may go further, to nvme
         zero = theirs.setdefault("zero_optimization", {})
         for key in ("offload_optimizer", "offload_param")[: 2 if parallel.zero_stage == 3 else 1]:
             zero.setdefault(key, {}).setdefault("device", "cpu")
@@ -155,14 +155,14 @@ def deepspeed_settings(config: Sections) -> dict[str, Any]:
 
 
 def secondary_size(parallel: ParallelSection) -> int:
-    """Over how many ranks ZeRO++ cuts its second copy of the parameters; 1 without one. (DeepSpeed refuses what is no
-    number.)"""
+    """Over how many ranks ZeRO++ cuts its second copy of the parameters; 1 without one. A value that is no number is
+    left to DeepSpeed, which refuses it."""
     size = _given(parallel).get(SECONDARY)
     return size if isinstance(size, int) and size > 0 else 1
 
 
 def _given(parallel: ParallelSection) -> dict[str, Any]:
-    """What `parallel.deepspeed` sets, by dotted key: not what it leaves to us, or says with nothing in it."""
+    """Dotted key -> value of `parallel.deepspeed`, without the keys that are left to us or hold nothing."""
     return {key: value for key, value in leaves(parallel.deepspeed) if value not in (AUTO, None, {})}
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in plain words: unknown keys with the nearest valid one, and pydantic's findings."""
+"""What is wrong with a config, in plain words: unknown keys with the nearest valid key, and pydantic's findings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNITS = {
 }
 SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
-# What other trainers call it, where no spelling is near.
+# Names of other trainers, where no similar spelling leads to our key.
 ELSEWHERE = {
     "batch_size": "train.global_batch",
     "context_length": "data.seq_len",
@@ -68,11 +68,11 @@ _LIMITS = {
 }
 
 
-Kinds = tuple[type[Section], ...]  # sections of which `name` chooses one, where there are several
+Kinds = tuple[type[Section], ...]  # the sections among which `name` chooses, where there are several
 
 
 def sections_of(annotation: Any) -> tuple[Kinds, bool]:
-    """The sections inside an annotation, and whether it is a list of them."""
+    """The sections inside an annotation, and whether the annotation is a list of them."""
     options = options_of(annotation)
     listed = next((option for option in options if get_origin(option) is list), None)
     if listed is not None:
@@ -92,8 +92,8 @@ def field_at(path: list[str]) -> FieldInfo | None:
 
 
 def valid_keys(node: Node | None, sections: Kinds = (Config,), prefix: str = "") -> Iterator[str]:
-    """Every dotted key that may stand in what was written, sections before what they hold; `*` stands for the index in
-    a list. Where nothing was written (None), those of every name that a section can have."""
+    """Every dotted key that may stand in `node`, each section before its keys; `*` stands for an index in a list.
+    Without a node (None), the keys of every section that could be chosen by name."""
     written = node.value if node is not None and isinstance(node.value, dict) else None
     for name, info in keys(*(sections if written is None else _meant(sections, written))).items():
         yield prefix + name
@@ -109,12 +109,12 @@ def all_keys() -> tuple[str, ...]:
 
 
 def _meant(sections: Kinds, written: dict[str, Node]) -> Kinds:
-    """Which of the sections this is, by its `name`; all of them where none has that."""
+    """The section that `name` chooses; all of them where none has that name."""
     return named(sections, written["name"].plain() if "name" in written else None)
 
 
 def nearest(unknown: str, valid: Sequence[str] = ()) -> str | None:
-    """The valid dotted key that an unknown one most likely means, by its last name or its whole path."""
+    """The valid dotted key that an unknown key most likely means, by its last name or by its whole path."""
     valid = valid or all_keys()
     pattern = re.sub(r"\.\d+(?=\.|$)", ".*", unknown)
     section, _, name = pattern.rpartition(".")
@@ -125,7 +125,8 @@ def nearest(unknown: str, valid: Sequence[str] = ()) -> str | None:
         its_section, _, its_name = known.rpartition(".")
         stranger = its_section != section and its_name[:2] != name[:2]  # `peft.type` does not mean `start.allow.dtype`
         last = 0.0 if stranger else SequenceMatcher(None, name, its_name).ratio()
-        return max(0.9 * last, SequenceMatcher(None, pattern, known).ratio())  # of equal names, the one in this section
+        # of equal names, the one in this section
+        return max(0.9 * last, SequenceMatcher(None, pattern, known).ratio())
 
     best = max(valid, key=likeness)
     if likeness(best) < 0.62:
@@ -136,8 +137,8 @@ def nearest(unknown: str, valid: Sequence[str] = ()) -> str | None:
 
 
 class Unknown(NamedTuple):
-    """A key that the schema does not know, what stands at it, the section in which it stands, and those of another name
-    that could stand there."""
+    """A key that the schema does not know: its value, the section it stands in, and the sections of another name that
+    could stand there."""
 
     key: str
     node: Node
@@ -146,7 +147,7 @@ class Unknown(NamedTuple):
 
 
 def take_unknown(node: Node, sections: Kinds = (Config,), prefix: str = "") -> Iterator[Unknown]:
-    """Remove every key that the schema does not know."""
+    """Remove every key that the schema does not know, and yield each."""
     if not isinstance(node.value, dict):
         return
     meant = _meant(sections, node.value)
@@ -178,7 +179,7 @@ def explain_unknown(unknown: Unknown, valid: Sequence[str]) -> Problem:
         verb = "has" if len(having) == 1 else "have"
         message = f"unknown key {key}: {parent}.name is {name_of(section)}, and only {' and '.join(having)} {verb} it"
         return Problem(inner.place, message)
-    while isinstance(inner.value, dict) and len(inner.value) == 1:  # `optimizer.lr` says more than `optimizer`
+    while isinstance(inner.value, dict) and len(inner.value) == 1:  # `optimizer.lr` tells more than `optimizer`
         (name, inner), *_ = inner.value.items()
         key += f".{name}"
     near = nearest(key, valid)
@@ -187,7 +188,7 @@ def explain_unknown(unknown: Unknown, valid: Sequence[str]) -> Problem:
 
 
 def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple[str, Problem]]:
-    """Pydantic's findings as (pydantic's kind, problem). What is missing at the root is missing in `source`."""
+    """Pydantic's findings as (pydantic's kind, problem). A key that is missing at the root is reported at `source`."""
     for found in error.errors(include_url=False):
         path, info, sections = _field([str(part) for part in found["loc"]])
         kind = found["type"]
@@ -200,7 +201,8 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
         elif kind == "value_error":
             reason = str(found["ctx"]["error"])
             mentioned = _mentioned(reason, path, root)
-            at = max(mentioned, key=lambda place: place.line == 0, default=at)  # an override is the likeliest cause
+            # an override is likeliest
+            at = max(mentioned, key=lambda place: place.line == 0, default=at)
             others = [str(place) for place in mentioned if place != at]
             message = (f"{key}: " if key else "") + reason + (f" (see also {', '.join(others)})" if others else "")
         elif kind == "union_tag_invalid":
@@ -225,7 +227,7 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
 def _field(location: list[str]) -> tuple[list[str], FieldInfo | None, Kinds]:
     """The path at which pydantic found something, its field, and the sections that may stand there.
 
-    Where several may, pydantic puts the name of the one it took into the path: that is left out.
+    Where several sections may, pydantic adds the name of the one it took to the path. The returned path leaves it out.
     """
     path: list[str] = []
     info: FieldInfo | None = None
@@ -249,7 +251,7 @@ def _limit(kind: str, context: dict[str, Any]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a person would name it."""
+    """A value as a person would write it."""
     match value:
         case None:
             return "nothing"
@@ -269,7 +271,7 @@ def short(text: str) -> str:
 
 
 def _locate(root: Node, path: list[str], source: Place) -> Place:
-    """The place of the deepest node of a path that was written down."""
+    """The place of the deepest node on a path that somebody wrote."""
     node, at = root, source
     for part in path:
         inner = _child(node, part)
@@ -306,7 +308,7 @@ def _unit(name: str, wants: str) -> str:
 
 
 def _hint(name: str, kind: str, value: Any) -> str:
-    """What to write instead, where that is plain to see."""
+    """What to write instead, where that is obvious."""
     if isinstance(value, float) and kind.startswith("int") and value.is_integer():
         return f"; write {int(value)}"
     if not isinstance(value, str) or kind not in ("int_type", "float_type"):

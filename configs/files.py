@@ -1,4 +1,4 @@
-"""Reading files that somebody else made: only regular ones are opened, so nothing waits and nothing is endless."""
+"""Read files that somebody else made. Only regular files are opened: a pipe could wait, a device never end."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import BinaryIO
 
 
 class NotAFile(OSError):
-    """No regular file lies there. `strerror` says what it is instead."""
+    """No regular file lies at this path. `strerror` says what lies there instead."""
 
 
 def kind_of(mode: int) -> str:
-    """What a thing of this mode is, in words: `a folder`."""
+    """What a thing of this mode is, in words, such as `a folder`."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
-    """Why this path is not what it must be: a folder where `folder` is true, else a file. Links are followed.
+    """Why this path is not what it must be: a folder if `folder` is true, else a file. Links are followed.
 
-    None when it is right, and when nothing has this name. Raises OSError when that cannot be seen.
+    None when it is right, and when nothing has this name. Raises OSError when that cannot be found out.
     """
     gone = (errno.ENOENT, errno.ENOTDIR)
     link = f"a link to {os.readlink(path)}" if os.path.islink(path) else None
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        if link is None and error.errno not in (*gone, errno.ELOOP):  # ELOOP: of a folder above, which is named
+        # ELOOP: of a folder above, which is named
+        if link is None and error.errno not in (*gone, errno.ELOOP):
             raise
         why = "which is not there" if error.errno in gone else f"which cannot be followed: {error.strerror}"
         return link and f"it is {link}, {why}"
@@ -39,15 +40,15 @@ def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading bytes; links are followed.
+    """Open a regular file for reading bytes; links are followed. Never waits for a pipe.
 
-    Raises NotAFile for a folder, pipe, socket, device, or link in a circle. FileNotFoundError and other OSErrors are
-    those of `open`. ValueError: no filesystem can hold such a path (a NUL in it). A pipe is not waited for.
+    Raises NotAFile for a folder, pipe, socket, device, or circle of links; FileNotFoundError and other OSErrors as
+    `open` does; ValueError for a path that no filesystem can hold (one with a NUL).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
+        if error.errno == errno.ENXIO:  # ENXIO: a socket
             raise NotAFile(errno.EINVAL, "it is a socket, not a file", os.fspath(path)) from None
         if error.errno == errno.ELOOP and os.path.islink(path):
             told = f"it is a link that cannot be followed: {error.strerror}"
@@ -62,7 +63,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_regular(path: Path, limit_bytes: int) -> bytes:
-    """The whole file. Raises as `open_regular`, and NotAFile when it is larger than `limit_bytes`."""
+    """The bytes of the whole file. Raises as `open_regular`, and NotAFile when it is larger than `limit_bytes`."""
     with open_regular(path) as file:
         data = file.read(limit_bytes + 1)
     if len(data) > limit_bytes:
@@ -74,13 +75,13 @@ TEXT_BYTES = 16 << 20  # what a person writes by hand is far smaller
 
 
 class NotText(OSError):
-    """A file that a person wrote and that is no UTF-8. `line` counts from 1, `strerror` says what it is."""
+    """A file that should hold text and is not UTF-8. `line` counts from 1, `strerror` says what is wrong."""
 
     line = 0
 
 
 def read_text(path: Path) -> str:
-    """What a person wrote: a config, a list. A byte-order mark is dropped. Raises as `read_regular`, and NotText."""
+    """The text of a config or a list, without a byte-order mark. Raises as `read_regular`, and NotText."""
     data = read_regular(path, TEXT_BYTES)
     try:
         return data.decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""A config as plain data: what is written down, what must stay the same, and what differs."""
+"""A config as plain data: what is written down, what must stay the same between starts, and what differs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]
 
 
 def result_fields(config: Config) -> dict[str, Any]:
-    """The fields that change what is learned, by dotted key. The length of a run is left to an event of its own."""
+    """Dotted key -> value of the fields that change what is learned. An event of its own records a run's length."""
     return {k: v for k, v, changes in fields(config) if changes == "result" and k not in _LENGTH}
 
 
 def undecided(section: Section, prefix: str = "") -> Iterator[str]:
-    """Dotted keys that were left out and that the data decide."""
+    """Dotted keys that the config leaves out and the data decide."""
     for name, info in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{info.alias or name}"
         if isinstance(value, Section):
@@ -47,8 +47,8 @@ def undecided(section: Section, prefix: str = "") -> Iterator[str]:
 
 
 def decide(config: Config, sizes: dict[str, Any]) -> Config:
-    """The config with values for keys that were left out, or the same one where none was. Raises UserError when they
-    do not fit the others."""
+    """The config with values for keys that were left out, or the same config if none was. Raises UserError when the
+    values do not fit the other keys."""
     if not sizes:
         return config
     data = to_dict(config)
@@ -66,17 +66,17 @@ def decide(config: Config, sizes: dict[str, Any]) -> Config:
 
 
 def fingerprint(config: Config) -> str:
-    """16 hex digits over `result_fields`: equal exactly when two configs learn the same thing."""
+    """16 hex digits over `result_fields`. They are equal exactly when two configs learn the same thing."""
     text = json.dumps(result_fields(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain data, as it is written to config.yaml and into checkpoints."""
+    """The config as plain data, as written to config.yaml and into checkpoints."""
     return config.model_dump(by_alias=True, mode="json")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Keys of two `result_fields` that differ, as (key, old value, new value)."""
+    """Keys whose values differ between two `result_fields`, as (key, old value, new value)."""
     keys = sorted(old.keys() | new.keys())
     return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]

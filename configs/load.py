@@ -1,7 +1,7 @@
-"""From a preset or YAML file and `key=value` overrides to a config. Imports no torch.
+"""Make a config from a preset or YAML file and `key=value` overrides. Imports no torch.
 
-A file may begin with `include: NAME` (or a list): a preset, or a path relative to the file. What is included lies below
-what the file says; sections merge key by key, everything else replaces. All mistakes are reported at once.
+A file may begin with `include: NAME` (or a list): a preset, or a path relative to the file. The file's own keys win
+over the included ones. Sections merge key by key, any other value is replaced whole. All mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from configs.presets import FOLDER, presets
 from configs.typed import in_shell, options_at, settle
 
 DEFAULT = "demo"
-MOST_LINES = 20  # of an error
-MOST_EXPLAINED = 50  # of each sort of mistakes: a wrong file may hold a hundred thousand
+MOST_LINES = 20  # of one error
+MOST_EXPLAINED = 50  # per kind of mistake: a wrong file may hold a hundred thousand
 
 
 def load(argument: str | None, overrides: list[str]) -> Config:
     """The config of a preset's name or a YAML file (None: the demo), with dotted overrides such as `train.steps=100`.
 
-    Raises UserError with one line per mistake. Rules between keys (say, dim and heads) are checked where the keys
-    themselves are right.
+    Raises UserError with one line per mistake. Rules between keys (such as dim and heads) are checked only where the
+    keys themselves are right.
     """
     problems: list[Problem] = []
     source = Place(argument or DEFAULT)
@@ -65,7 +65,7 @@ def load(argument: str | None, overrides: list[str]) -> Config:
 
 
 def dump(config: Config, ascii_only: bool = False) -> str:
-    """A config as YAML, in the schema's order; `load` of it gives an equal config."""
+    """A config as YAML, in the schema's order. `load` of this text gives an equal config."""
     parts = [
         yaml.dump({name: section}, Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii_only, width=2**30)
         for name, section in to_dict(config).items()
@@ -74,9 +74,9 @@ def dump(config: Config, ascii_only: bool = False) -> str:
 
 
 def find(argument: str, folder: Path, place: Place, problems: list[Problem], included: bool) -> Path | None:
-    """The file that a preset's name or a path (relative to `folder`) means; None (problem added) if there is none."""
+    """The file that `argument` means: a preset's name, or a path relative to `folder`. None (problem added) if none."""
     preset = FOLDER / f"{argument}.yaml"
-    # os.path, not Path: no error for names that no filesystem takes
+    # os.path, unlike Path, raises no error for names that no filesystem takes.
     if "/" not in argument and os.path.isfile(preset) and (included or not argument.startswith("_")):
         return preset
     path = folder / argument
@@ -96,16 +96,16 @@ def find(argument: str, folder: Path, place: Place, problems: list[Problem], inc
 
 
 def _shown(path: Path) -> str:
-    """A path as short as it can be named from here."""
+    """The shortest name of a path from the current folder."""
     try:
         relative = os.path.relpath(path)
-    except OSError:  # the folder where we are was removed
+    except OSError:  # the current folder was removed
         return str(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Node | None:
-    """A file over what it includes. `chain` holds the files that include it."""
+    """The content of a file over the content of the files it includes. `chain` holds the files that include it."""
     name = _shown(path)
     try:
         text = read_text(path)
@@ -152,7 +152,7 @@ def _includes(node: Node | None, problems: list[Problem]) -> list[Node]:
 
 
 def _merge(below: Node, above: Node) -> Node:
-    """Sections merge key by key; anything else replaces."""
+    """Merge sections key by key; replace any other value."""
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
     merged = dict(below.value)
@@ -166,11 +166,11 @@ def _command_line(text: str) -> Place:
 
 
 def _override(root: Node, text: str, problems: list[Problem]) -> None:
-    """Set one `a.b=value` in place; a number in the path is an index in a list."""
+    """Set one `a.b=value` in place. A number in the path is an index in a list."""
     place = _command_line(text)
     key, equals, written = text.partition("=")
     path = key.strip().split(".")
-    if re.search("[\ud800-\udfff]", text):  # how Python spells a byte of an argument that it could not decode
+    if re.search("[\ud800-\udfff]", text):  # how Python represents a byte of an argument that it could not decode
         problems.append(Problem(place, "holds a byte that is no UTF-8"))
         return
     if not equals or not all(path):
@@ -194,7 +194,7 @@ def _override(root: Node, text: str, problems: list[Problem]) -> None:
                 node.value[index] = new
             node = node.value[index]
             continue
-        if not isinstance(node.value, dict):  # e.g. null in the file, a section now
+        if not isinstance(node.value, dict):  # e.g. null in the file becomes a section
             node.value, node.place = {}, place
         if last:
             node.value[part] = new
@@ -202,7 +202,7 @@ def _override(root: Node, text: str, problems: list[Problem]) -> None:
 
 
 def _default(path: list[str], place: Place) -> Node:
-    """What an override reaches into where the file says nothing: a list as the schema has it, or an empty section."""
+    """What an override changes where the file gives nothing: the schema's default list, or an empty section."""
     info = field_at(path)
     if info is not None and isinstance(info.default, list):
         return Node([Node(item, place) for item in info.default], place)
@@ -210,7 +210,7 @@ def _default(path: list[str], place: Place) -> Node:
 
 
 def _report(problems: list[Problem], overrides: list[str], unsaid: int) -> str:
-    """One line per mistake: files first, by line, then the overrides as they were given."""
+    """One line per mistake: those of files first, by line, then those of overrides, in the given order."""
     order = {_command_line(text): rank for rank, text in enumerate(overrides, start=1)}
     problems = sorted(set(problems), key=lambda p: (order.get(p.place, 0), p.place, p.message))
     lines = [printable(str(problem)).replace("\n", "\\n") for problem in problems[:MOST_LINES]]
@@ -221,14 +221,15 @@ def _report(problems: list[Problem], overrides: list[str], unsaid: int) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would not read as text, and writes lists of plain values in one line."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type; writes lists of plain values in one line."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_float(dumper: _Dumper, value: float) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))  # 1e-05, which YAML 1.1 takes for text
+    # e.g. 1e-05: YAML 1.1 reads text
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
 
 
 def _represent_list(dumper: _Dumper, value: list[Any]) -> yaml.Node:
@@ -237,7 +238,7 @@ def _represent_list(dumper: _Dumper, value: list[Any]) -> yaml.Node:
 
 
 def _represent_text(dumper: _Dumper, value: str) -> yaml.Node:
-    # In its other styles PyYAML loses line breaks other than \n, such as U+0085.
+    # PyYAML's other styles lose line breaks other than \n, such as U+0085.
     style = None if value.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 

@@ -1,4 +1,4 @@
-"""Tasks and models of the user's own: `module:name` in the folder where they work. Only what trains imports them."""
+"""The user's own tasks and models: `module:name` in the folder where they work. Only training imports them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def own_files(name: str) -> list[Path]:
 
 
 def check_own(key: str, name: str) -> None:
-    """Raise UserError when there is no such module here, nor among what is installed. Imports nothing."""
+    """Raise UserError when no such module lies here and none is installed. The module is not imported."""
     top = name.partition(":")[0].partition(".")[0]
     if not own_files(name) and PathFinder.find_spec(top) is None:
         raise UserError(
@@ -42,7 +42,7 @@ def check_own(key: str, name: str) -> None:
 
 
 def make_own(section: str, name: str, options: dict[str, Any]) -> Any:
-    """What the class or function of that name makes of its options. Raises UserError for what is wrong with either."""
+    """The object that the class or function `name` makes from its options. Raises UserError when either is wrong."""
     maker = _load(f"{section}.name", name)
     return maker(*_sections(section, name, maker, options))
 
@@ -52,7 +52,7 @@ def _load(key: str, name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.append(here)  # at the end: our packages have common names, and so may files of theirs
+        sys.path.append(here)  # at the end: a user's file may have the name of one of our packages
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -68,7 +68,7 @@ def _load(key: str, name: str) -> Callable[..., Any]:
 
 
 def _sections(key: str, name: str, maker: Callable[..., Any], options: dict[str, Any]) -> list[BaseModel]:
-    """The section that it takes as its first argument, checked; none where it takes no argument."""
+    """The checked section that `maker` takes as its first argument; nothing where it takes no argument."""
     function = maker.__init__ if inspect.isclass(maker) else maker
     parameters = inspect.signature(maker).parameters.values()
     takes = [parameter for parameter in parameters if parameter.default is parameter.empty]

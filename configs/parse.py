@@ -1,7 +1,7 @@
 """YAML as configs are written: the values of YAML 1.2, no key twice, and the place of everything.
 
-Plain `yaml.safe_load` follows YAML 1.1, where `1e-4` is text, `on` is true and `1:30` is the number 90, and where the
-second of two equal keys wins in silence.
+Plain `yaml.safe_load` follows YAML 1.1: `1e-4` is text, `on` is true, and `1:30` is the number 90. Of two equal keys it
+takes the second without a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One mistake. After a blocking one the rest of the config cannot be read, so nothing counts as missing."""
+    """One mistake. After a `blocking` one the rest of the config is not read, so missing keys are not reported."""
 
     place: Place
     message: str
@@ -37,11 +37,11 @@ class Problem(NamedTuple):
 
 @dataclass(slots=True)
 class Node:
-    """A value (a dict or list holds nodes) and where it was written: the line of its key, if it has one."""
+    """A value (a dict or list holds nodes) and its place: the line of its key, if it has one."""
 
     value: Any
     place: Place
-    typed: str | None = None  # how a value without quotes was written: `007`, where the value is 7
+    typed: str | None = None  # how a value without quotes was written, such as `007` where the value is 7
 
     def plain(self) -> Any:
         """The value without places."""
@@ -52,8 +52,8 @@ class Node:
         return self.value
 
 
-MOST_LEVELS = 100  # of sections and lists inside each other
-MOST_COPIES = 100_000  # values that the aliases of one text stand for
+MOST_LEVELS = 100  # of sections and lists within each other
+MOST_COPIES = 100_000  # how many values all aliases of one text may stand for
 
 _TAG = "tag:yaml.org,2002:"
 # The core schema of YAML 1.2.2, chapter 10.3.2: tag, form, first characters.
@@ -74,16 +74,16 @@ _FORMS = {
 
 
 def teach_core(resolver: Any) -> None:
-    """Add the core schema's plain values to a dumper's own."""
+    """Add the core schema's plain values to those that a dumper knows."""
     for name, form, first in CORE:
         firsts = ["" if c == "\0" else c for c in first]  # "" stands for the empty scalar
         resolver.add_implicit_resolver(_TAG + name, re.compile(rf"(?:{form})\Z"), firsts)
 
 
 def events_of(text: str) -> Iterator[Any]:
-    """What stands in a YAML text, piece by piece. Raises yaml.YAMLError."""
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times as fast where libyaml is there
-    return iter(loader(text).get_event, None)  # which follows the end
+    """The parser's events of a YAML text, one by one. Raises yaml.YAMLError."""
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times as fast, where libyaml is installed
+    return iter(loader(text).get_event, None)  # get_event returns None after the end
 
 
 def parse(text: str, place: Callable[[int], Place], problems: list[Problem]) -> Node | None:
@@ -104,7 +104,7 @@ def parse(text: str, place: Callable[[int], Place], problems: list[Problem]) -> 
 
 
 def plain_scalar(text: str, at: Place, problems: list[Problem]) -> Node:
-    """What a value without quotes is, by the core schema."""
+    """The value of a text without quotes, by the core schema."""
     for tag, form in _FORMS.get(text[:1] or "\0", ()):
         if form.match(text):
             return Node(_scalar(tag, text, at, problems), at, text)
@@ -112,12 +112,12 @@ def plain_scalar(text: str, at: Place, problems: list[Problem]) -> Node:
 
 
 def index_of(part: str) -> int | None:
-    """The place in a list that one part of a dotted key names."""
+    """The index in a list that one part of a dotted key stands for."""
     return int(part) if re.fullmatch("[0-9]{1,9}", part) else None
 
 
 class _Unreadable(Exception):
-    """Stops reading: what follows would only be more of the same."""
+    """Stops the reading where more of it would only repeat the same mistake."""
 
     def __init__(self, place: Place, message: str) -> None:
         self.problem = Problem(place, message, True)
@@ -125,12 +125,12 @@ class _Unreadable(Exception):
 
 @dataclass
 class _Reader:
-    """Turns the parser's events into nodes. Nothing is constructed, so no tag can run anything."""
+    """Turns the parser's events into nodes. It constructs no objects, so no tag can run code."""
 
     text: str
     place: Callable[[int], Place]
     problems: list[Problem]
-    anchors: dict[str, Node | None] = field(default_factory=dict)  # None: begun, not ended
+    anchors: dict[str, Node | None] = field(default_factory=dict)  # None: an anchor that has begun and not ended
     copies: int = 0
 
     def document(self) -> Node | None:
@@ -217,7 +217,7 @@ class _Reader:
         return Node(self.copy(node, event, level).value, at, node.typed)
 
     def copy(self, node: Node, event: Any, level: int) -> Node:
-        """A node of its own, as an override may change one of them. Aliases of aliases grow tenfold a line."""
+        """A copy of an alias's node, since an override may change one of them. Nested aliases grow tenfold per line."""
         self.bound(level, event)
         self.copies += 1
         if self.copies > MOST_COPIES:
@@ -267,7 +267,7 @@ def _scalar(tag: str, text: str, at: Place, problems: list[Problem]) -> Any:
             case "bool":
                 return {"true": True, "false": False}[text.lower()]
             case "int":
-                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # int("007", 0) would be refused
+                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # int("007", 0) would raise
             case "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
     except (ValueError, KeyError):

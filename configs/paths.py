@@ -1,7 +1,7 @@
-"""What a path in a config may be, by one rule for every key that names one.
+"""What a path in a config may be: one rule for every key that names a path.
 
-`~` is the home of whoever loads the config, and stands expanded in what is written down: a job, a container or `sudo`
-may have another home, and one run must not have two folders. A file of your own keeps its `~`.
+`~` is the home of the person who loads the config. What a run writes down holds the expanded path: a job, a container
+or `sudo` may have another home, and one run must not get two folders. A file that you wrote keeps its `~`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
-MOST_NAME_BYTES = 255  # of Linux, for one name in a path
-MOST_PATH_BYTES = 4095 - 200  # of Linux, less what is made below a run folder or a cache, rounded up
+MOST_NAME_BYTES = 255  # Linux's limit for one name in a path
+MOST_PATH_BYTES = 4095 - 200  # Linux's limit, less what is made below a run folder or a cache, rounded up
 
 
 def fitting(path: str) -> str:
-    """The path. Raises ValueError for one that no filesystem takes."""
+    """Return the path. Raises ValueError for a path that no filesystem takes."""
     if "\0" in path:
         raise ValueError("it holds a NUL character")
     try:
@@ -32,7 +32,7 @@ def fitting(path: str) -> str:
 
 
 def expanded(path: str) -> str:
-    """The path with `~` or `~user` at its beginning replaced. Raises ValueError where nobody's home is meant."""
+    """The path with `~` or `~user` at its beginning replaced. Raises ValueError where that user has no home."""
     if not fitting(path).startswith("~"):
         return path
     found = os.path.expanduser(path)

@@ -1,4 +1,4 @@
-"""What is made from the schema: `configs/schema.json` for editors and `docs/reference.md` for people.
+"""Make `configs/schema.json` for editors and `docs/reference.md` for people from the schema.
 
 `python -m configs.reference` (or `make schema`) writes both; a test checks that they are current.
 """
@@ -38,7 +38,7 @@ How values are read, in a file, as `key=value` in a shell, and in the lists of `
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a config file. Nothing is required in it, since a file may include another."""
+    """JSON schema (draft 2020-12) of a config file. It requires no key, since a file may include another."""
     schema = Config.model_json_schema(by_alias=True)
     for section in [schema, *schema["$defs"].values()]:
         section.pop("required", None)
@@ -49,7 +49,7 @@ def json_schema() -> dict[str, Any]:
                 field["description"] = f"{field['description']} (changes the {changes})".replace(
                     "the speed", "speed only"
                 )
-            if "oneOf" in field:  # a part of a section may fit several of them
+            if "oneOf" in field:  # part of a section may fit several of them
                 field["anyOf"] = field.pop("oneOf")
             section["properties"][name] = field
     texts = {"type": "string"}
@@ -136,7 +136,7 @@ def _kind(field: dict[str, Any]) -> str:
 
 
 def _is_far(limit: float) -> bool:
-    """Whether a limit only keeps out what nobody means: schema.json has it, people need not read it."""
+    """Whether a limit only excludes values that nobody means: schema.json has it, people need not read it."""
     return limit >= 1000 and limit != MOST_PORT
 
 

@@ -1,4 +1,4 @@
-"""What sections of a config say of each other: everything that no section can see alone. No torch."""
+"""The rules between sections of a config, which no section can check alone. No torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from configs.schema.task import LmSection
 
 
 def mistakes(config: Sections) -> list[str]:
-    """What cannot be, in plain words with the keys; before any rank is started."""
+    """What is impossible in this config, in plain words with the keys. Checked before any rank is started."""
     unfit = list(_task(config))
     if unfit:
-        return unfit  # what follows takes for granted that task and model have what they need
+        return unfit  # the rules below need the sizes that task and model lack here
     zero = contradictions(config) if config.parallel.engine == "zero" else []
     return [*_data(config), *_tensor(config), *zero]
 
 
 def _task(config: Sections) -> Iterator[str]:
-    """A model computes with tokens or with features, and so does a task."""
+    """A model computes with tokens or with features. The task must provide what the model takes."""
     task, model = config.task.name, config.model.name
     fitting = "decoder" if task == "lm" else "mlp"
     if model != fitting and not is_own(task) and not is_own(model):
@@ -52,7 +52,7 @@ def _data(config: Sections) -> Iterator[str]:
 
 
 def _tensor(config: Sections) -> Iterator[str]:
-    """What cannot be split among the ranks of a tensor group."""
+    """What a tensor group cannot split among its ranks."""
     model, tensor = config.model, config.parallel.tensor
     if not isinstance(model, DecoderSection):
         if tensor > 1:

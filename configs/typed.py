@@ -1,10 +1,10 @@
-"""What a value means that somebody typed, in a shell or in a file. One rule:
+"""What a value means that somebody typed, in a shell or in a file. The rule:
 
 1. A value is what YAML 1.2 calls it: `10`, `010` (ten), `.5`, `1e-3`, `true`, `null`, `[a, b]`, `{a: b}`. Nothing else
    is converted: `on`, `1:30`, `1_000` and dates are text.
-2. At a key that holds text, the text is the value: `12`, `007`; in a shell also `Set #3` and `Q: what`. Only `null`, or
-   nothing at all, is no value.
-3. Quotes around a whole value are taken off, others belong to it.
+2. For a key that holds text, the value is the text itself: `12`, `007`; in a shell also `Set #3` and `Q: what`. Only
+   `null`, or an empty value, means that there is no value.
+3. Quotes around a whole value are removed. All other quotes belong to the value.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def options_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def options_at(section: type[Section], path: Iterable[str]) -> tuple[Any, ...]:
-    """The types of the value at a path of keys and list indices; none if the schema has no such key."""
+    """The types of the value at a path of keys and list indices; empty if the schema has no such key."""
     options: tuple[Any, ...] = (section,)
     for part in path:
         options = tuple(inner for option in options for inner in _inside(option, part))
@@ -50,7 +50,7 @@ def _inside(option: Any, part: str) -> tuple[Any, ...]:
 
 
 def in_shell(text: str, options: tuple[Any, ...], place: Place, problems: list[Problem]) -> Node:
-    """A value typed in a shell, at a key of these types."""
+    """The node of a value typed in a shell, for a key of these types."""
     bare = text.strip()
     if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\"":
         quoted = parse(bare, lambda _: place, [])
@@ -67,7 +67,7 @@ def in_shell(text: str, options: tuple[Any, ...], place: Place, problems: list[P
 
 
 def list_items(text: str) -> list[str]:
-    """The items of a list typed in a shell, each as it was typed. Raises ValueError that says what is wrong."""
+    """The items of a list typed in a shell, each as typed. Raises ValueError, which says what is wrong."""
     items: list[str] = []
     level, begun = 0, 0
     if not (text.startswith("[") and text.endswith("]")):
@@ -93,7 +93,7 @@ def list_items(text: str) -> list[str]:
 
 
 def settle(root: Node, section: type[Section], problems: list[Problem]) -> None:
-    """Give each key that holds text the text that was typed, and refuse what no path or program can be given."""
+    """Give each key that holds text the text that was typed. Report values that no path or program can be given."""
     _settle(root, (section,), "", problems)
 
 

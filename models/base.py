@@ -1,4 +1,4 @@
-"""What an engine must know of a model: one object beside the module, not a base class of it."""
+"""What an engine must know of a model. It is an object beside the module, not a base class of the module."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from models.tensor import TensorPlan
 
 
 def _nothing(module: nn.Module) -> None:
-    """A model without buffers that must be made again."""
+    """For a model that has no buffers to make again."""
 
 
 @dataclass(frozen=True)
 class Model:
     """A built model. On the meta device nothing is allocated.
 
-    An engine relies on one thing: a weight is used only inside the forward of a module of its unit, for that is when
-    sharded weights are whole.
+    An engine relies on one rule: a weight is used only inside the forward of a module of its unit. Only then are
+    sharded weights whole.
     """
 
     module: nn.Module
-    # In forward order: what is recomputed, compiled and gathered ahead.
+    # In forward order: the modules that are recomputed, compiled and gathered ahead.
     blocks: Sequence[nn.Module]
-    # Modules to be sharded together, in forward order; the root takes what is left.
+    # Modules to be sharded together, in forward order. The root shards the remaining parameters.
     units: Sequence[Sequence[nn.Module]]
-    # Fills a whole parameter or persistent buffer of that name in place, from the generator alone.
+    # Fills the whole parameter or persistent buffer of that name in place. Draws from the generator alone.
     initialise: Callable[[str, Tensor, torch.Generator], None]
-    # FLOPs of forward and backward for the tensors of a batch, for what trains now.
+    # FLOPs of forward and backward for the tensors of a batch, with the parameters that train now.
     flops: Callable[[Mapping[str, Tensor]], float]
-    # Whether a tensor is a matrix: weight decay touches it, and so does Muon where `muon` says so.
+    # (name, dimensions) -> whether the tensor is a matrix. Weight decay applies to it, and Muon too where `muon` is
+    # true.
     matrices: Callable[[str, int], bool]
     muon: Callable[[str, int], bool] = lambda name, dims: False
-    # Makes buffers that no checkpoint holds, after memory was taken.
+    # Computes buffers that no checkpoint holds, after memory was allocated.
     rebuild_buffers: Callable[[nn.Module], None] = _nothing
-    # How it is split over ranks that compute each sample together; None: `parallel.tensor` must be 1.
+    # How the model is split over ranks that compute each sample together. None: `parallel.tensor` must be 1.
     plan: TensorPlan | None = None

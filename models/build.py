@@ -37,13 +37,14 @@ def _decoder(section: DecoderSection) -> Model:
     )
 
 
-REGISTRY: dict[str, Callable[[Any], Model]] = {"decoder": _decoder, "mlp": mlp.build}  # each takes its own section
+# each function takes its own section
+REGISTRY: dict[str, Callable[[Any], Model]] = {"decoder": _decoder, "mlp": mlp.build}
 
 
 def build_model(section: ModelSection) -> Model:
     """The model of a config, on the current default device (under `torch.device("meta")` nothing is allocated).
 
-    Its weights mean nothing yet: fill each by `initialise`, or load them.
+    Its weights hold no values yet: fill each by `initialise`, or load them.
     """
     if not isinstance(section, OwnModel):
         return REGISTRY[section.name](section)

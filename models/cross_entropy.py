@@ -1,8 +1,8 @@
 """The head and its loss: cross-entropy that never holds the logits of a whole batch.
 
 Logits of 8,192 tokens over 128,256 words are 4 GiB in fp32, and so is their gradient. Here both exist for
-`chunk_tokens` tokens at a time. The gradient of a sum is known as soon as the chunk's softmax is, so it is computed in
-the forward pass while the logits are there: backward has no logits to keep and none to compute again.
+`chunk_tokens` tokens at a time. A chunk's softmax gives its gradient, so the forward pass computes both. Backward then
+neither keeps logits nor computes them again.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORE = -100  # the target of a token that is not to be predicted
+IGNORE = -100  # the target of a token that is not predicted
 
 
 class LossSums(NamedTuple):
-    """Sums over the targets of a batch, fp32 scalars (not means: the divisor is the count over all ranks)."""
+    """Sums over the targets of a batch, fp32 scalars. They are no means: the divisor is the count over all ranks."""
 
     total: Tensor  # cross-entropy + z_loss * logsumexp^2; differentiable
     loss: Tensor  # cross-entropy alone; detached
@@ -25,9 +25,9 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The words `first`, `first` + 1, ... whose rows of the weight are here, of `vocab_size` words over several ranks.
+    """This rank's rows of the weight: the words `first`, `first` + 1, ... of `vocab_size` words over several ranks.
 
-    The functions reduce a tensor over those ranks, in place or not; all of them make the same calls.
+    The functions reduce a tensor over those ranks, in place or not. All those ranks make the same calls.
     """
 
     first: int
@@ -36,8 +36,8 @@ class VocabularyPart:
     all_sum: Callable[[Tensor], Tensor]
 
     def find(self, words: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """(row here, or any when it is elsewhere; whether it is here). A word that no rank has is said to be at the
-        nearest end of the vocabulary, where looking it up fails as it does without parts."""
+        """(row on this rank, or 0 if the word is not here; whether it is here). For a word outside the vocabulary, the
+        rank at the nearest end says "here": looking the word up there fails as it does without parts."""
         here = torch.ones_like(words, dtype=torch.bool)
         if self.first > 0:
             here &= words >= self.first
@@ -54,7 +54,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.zeros(vocab_size, dim))
 
     def forward(self, hidden: Tensor, targets: Tensor | None, z_loss: float, chunk_tokens: int) -> Tensor | LossSums:
-        """hidden (B, T, dim) -> logits (B, T, V) in its dtype without targets, else the sums over targets (B, T)."""
+        """hidden (B, T, dim) -> logits (B, T, V) in its dtype, or with targets (B, T) the sums over them."""
         if targets is None:
             return F.linear(hidden, self.weight)
         return chunked_cross_entropy(hidden, self.weight, targets, z_loss, chunk_tokens)
@@ -68,13 +68,14 @@ def chunked_cross_entropy(
     chunk_tokens: int = 1024,
     part: VocabularyPart | None = None,
 ) -> LossSums:
-    """Sums over the targets of the cross-entropy of hidden @ weight.T, at most chunk_tokens x V logits at a time.
+    """Cross-entropy of hidden @ weight.T, summed over the targets, with at most chunk_tokens x V logits at a time.
 
-    hidden (..., dim); weight (V, dim); targets (...) int64, IGNORE where there is none, otherwise below V (anything
-    else raises IndexError on the CPU). Gradients reach hidden and weight, once: a second derivative raises.
+    hidden (..., dim); weight (V, dim); targets (...) int64: IGNORE where a token has none, otherwise below V. Another
+    value raises IndexError on the CPU. Gradients reach hidden and weight, once: a second derivative raises
+    RuntimeError.
 
-    With `part`, weight (rows, dim) holds some of the words. The sums are the whole ones, alike on every rank, but the
-    gradient of hidden is this rank's term of a sum over the ranks.
+    With `part`, weight (rows, dim) holds some of the words. Every rank gets the sums over all words. The gradient of
+    hidden is only this rank's term of a sum over the ranks.
     """
     sums = _ChunkedCrossEntropy.apply(
         hidden.flatten(0, -2), weight, targets.flatten(), z_loss, chunk_tokens, part, torch.is_grad_enabled()
@@ -94,12 +95,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         part: VocabularyPart | None,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        """hidden (N, dim), targets (N,) -> (total, loss); the gradients of total wait in ctx."""
+        """hidden (N, dim), targets (N,) -> (total, loss). The gradients of total are kept in ctx."""
         exact = torch.promote_types(hidden.dtype, torch.float32)  # of softmax, sums and the weight's gradient
         grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if grad_enabled and ctx.needs_input_grad[1] else None
         counts = (targets != IGNORE)[:, None]
-        words = torch.where(counts, targets[:, None], 0)  # not clamp: another negative target must not pass for word 0
+        words = torch.where(counts, targets[:, None], 0)  # clamp would turn any negative target into word 0
         ones = hits = counts.to(exact)
         if part is not None:
             words, here = part.find(words, len(weight))
@@ -108,7 +109,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            # One buffer of logits, turned in place into exponentials and then into the gradient.
+            # One buffer holds the logits, then in place their exponentials, then their gradient.
             logits = (hidden[chunk] @ weight.T).to(exact)
             top = logits.amax(dim=1, keepdim=True)
             top = top if part is None else part.all_max(top)
@@ -118,7 +119,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 mine = torch.where(here[chunk], target_logits, 0)
                 target_logits, norm = part.all_sum(torch.cat((mine, norm), dim=1)).split(1, dim=1)
             log_norm = norm.log()
-            losses[chunk] = log_norm - target_logits  # both relative to top: no digits are lost on a sure token
+            losses[chunk] = log_norm - target_logits  # both relative to top, else a sure token would lose digits
             log_partitions[chunk] = log_norm + top
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -143,7 +144,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; `once_differentiable` would let a constant pass silently
+        # create_graph=True; `once_differentiable` would let a constant pass without an error
+        if torch.is_grad_enabled():
             raise RuntimeError("the chunked cross-entropy has no second derivative")
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype = None if grad_hidden is None else grad_hidden.dtype
@@ -154,7 +156,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """grad * scale in dtype, without a second copy in between.
 
-    The scale (1 / target tokens) goes in with two dimensions. A bare scalar takes part in grad's own dtype, which on a
+    The scale (1 / target tokens) gets two dimensions. A bare scalar would be converted to grad's own dtype, which on a
     GPU means rounded to bf16: every gradient of the model would be up to 0.4 % too large or too small.
     """
     if grad is None:

@@ -1,6 +1,6 @@
 """A decoder Transformer, wide enough to hold Llama 2/3, Mistral, Qwen 2/2.5/3 and GPT-2 exactly.
 
-Read from the bottom: `Decoder` is tokens in, logits or loss out; a `Block` is attention, then MLP.
+Read the file from the bottom: `Decoder` takes tokens and gives logits or a loss; a `Block` is attention, then MLP.
 Plain modules, no collectives.
 """
 
@@ -20,10 +20,10 @@ from models.rope import rope_frequencies, rope_tables, rotate
 
 
 class Context:
-    """What every block of one forward reads: rotary tables (fp32) and the attention mask, either may be None.
+    """What every block of one forward reads: rotary tables (fp32) and the attention mask. Either may be None.
 
-    A plain object on purpose: FSDP casts the floating-point arguments of a module to the compute dtype, looking into
-    tuples, dicts and dataclasses, and tables in bf16 would blur positions.
+    A plain object on purpose. FSDP casts the floating-point arguments of a module to the compute dtype, and looks for
+    them in tuples, dicts and dataclasses too. Tables in bf16 would blur positions.
     """
 
     def __init__(self, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> None:
@@ -36,13 +36,13 @@ def make_norm(kind: str, width: int, eps: float) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries, rotary positions and norms on queries and keys where asked for."""
+    """Causal attention with grouped queries, rotary positions, and norms on queries and keys where the section asks."""
 
     def __init__(self, section: DecoderSection) -> None:
         super().__init__()
         kv_heads = section.kv_heads or section.heads
         self.head_dim = section.head_dim or section.dim // section.heads
-        self.group = section.heads // kv_heads  # query heads to a key-value head
+        self.group = section.heads // kv_heads  # query heads per key-value head
         self.dropout = section.dropout
         self.wq = nn.Linear(section.dim, section.heads * self.head_dim, bias=section.qkv_bias)
         self.wk = nn.Linear(section.dim, kv_heads * self.head_dim, bias=section.qkv_bias)
@@ -62,7 +62,8 @@ class Attention(nn.Module):
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         if self.group > 1 and context.mask is not None:
-            # On CUDA no fused kernel takes both a mask and grouped heads; copies of k and v are small beside T x T.
+            # On CUDA no fused kernel takes both a mask and grouped heads. The copies of k and v are far smaller than T
+            # x T.
             k, v = k.repeat_interleave(self.group, dim=2), v.repeat_interleave(self.group, dim=2)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -77,7 +78,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated (SwiGLU), or plain with GELU."""
+    """The feed-forward part of a block: gated (SwiGLU), or plain with GELU."""
 
     def __init__(self, section: DecoderSection) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normed before and added to the residual stream."""
+    """One layer: attention, then MLP. Each has a norm before it, and is added to the residual stream."""
 
     def __init__(self, section: DecoderSection) -> None:
         super().__init__()
@@ -133,9 +134,9 @@ class Decoder(nn.Module):
     ) -> Tensor | LossSums:
         """Logits (B, T, V) of tokens (B, T), or with targets (B, T) the sums of their loss.
 
-        documents (B, T) gives each token's document: tokens then see only their own, and positions begin anew with
-        each, so that a packed row gives what its documents give alone. Raises ValueError when there are more tokens
-        than learned positions.
+        documents (B, T) gives each token's document. Then tokens see only their own document, and positions start again
+        with each document: a packed row gives what its documents give alone. Raises ValueError when there are more
+        tokens than learned positions.
         """
         seq_len, device = tokens.shape[1], tokens.device
         starts = None if documents is None else document_starts(documents)
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x), targets, z_loss, chunk_tokens)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rotary tables, made anew in every forward: a buffer would have to survive meta device, casts and loading."""
+        """Rotary tables, computed in every forward: a buffer would have to survive meta device, casts and loading."""
         section = self.section
         if section.position != "rope":
             return None
@@ -164,9 +165,9 @@ class Decoder(nn.Module):
         return rope_tables(positions, frequencies)
 
     def shard_units(self) -> list[list[nn.Module]]:
-        """Modules to be sharded together, in forward order; the root takes what is left.
+        """Modules to be sharded together, in forward order. The root shards the remaining parameters.
 
-        A tied weight is used at both ends of the forward, so it and its neighbours belong to the root.
+        A tied weight is used at both ends of the forward, so the root holds it and its neighbours.
         """
         blocks: list[list[nn.Module]] = [[block] for block in self.blocks]
         if self.section.tie_embeddings:
@@ -178,7 +179,7 @@ class Decoder(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill the whole, unsharded parameter of that name in place, with numbers from the generator alone.
 
-        Norms 1, biases 0, the rest normal with init_std; what writes to the residual stream is smaller by
+        Norms are 1, biases 0, the rest normal with init_std. Weights that write to the residual stream are smaller by
         sqrt(2 * layers), so that the stream's variance does not grow with depth (as in GPT-2).
         """
         *_, module, kind = name.split(".")
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
             self.head.weight = cast(nn.Parameter, self.embed.weight)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """`to_empty` and `to` may give each module a parameter of its own: tie them again."""
+        """Tie the weights again: `to_empty` and `to` may give each module a parameter of its own."""
         super()._apply(fn, recurse)
         self._tie()
         return self

@@ -1,4 +1,4 @@
-"""Which tokens a token sees: those before it, of its own document, and inside the sliding window."""
+"""Which tokens a token sees: those before it, in its own document, and inside the sliding window."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 def document_starts(documents: Tensor) -> Tensor:
     """Index within its row of the first token of each token's document.
 
-    documents (B, T) holds any integer per document; a new one starts wherever the number changes, so the same number
-    further on in a row is another document. Returns (B, T) int64.
+    documents (B, T) holds any integer per document. A new document starts wherever the number changes, so the same
+    number later in a row is another document. Returns (B, T) int64.
     """
     index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
     changes = torch.ones_like(documents, dtype=torch.bool)
@@ -17,9 +17,9 @@ def document_starts(documents: Tensor) -> Tensor:
 
 
 def attention_mask(seq_len: int, starts: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query (row) sees a key (column): (B or 1, 1, T, T), or None when plain causal attention is meant.
+    """True where a query (row) sees a key (column): (B or 1, 1, T, T), or None when plain causal attention is enough.
 
-    None is worth having: only without a mask can attention run in its fastest kernels.
+    None matters: attention can use its fastest kernels only without a mask.
     """
     if window is not None and window >= seq_len:
         window = None

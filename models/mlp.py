@@ -18,7 +18,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu":
 
 
 class Linear(nn.Linear):
-    """In the number format of its weight: features come in fp32 whatever the model computes in."""
+    """A linear layer that computes in the dtype of its weight: features always arrive in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -40,8 +40,8 @@ class Block(nn.Module):
 
 
 class MLP(nn.Module):
-    """A size that only the data tell counts as 1 until the task has put it into the section: names do not depend on
-    it."""
+    """A multilayer perceptron. A size that the data decide counts as 1 until the task sets it in the section. So the
+    names of the parameters never depend on that size."""
 
     def __init__(self, section: MlpSection) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class MLP(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill the whole, unsharded parameter of that name in place, with numbers from the generator alone.
 
-        Biases 0, norms 1. Before ReLU and GELU, which let half through, variance 2 / inputs (He); before tanh and in
-        the head 2 / (inputs + outputs) (Glorot).
+        Biases are 0, norms 1. Weights before ReLU and GELU, which pass half of their inputs, have variance 2 / inputs
+        (He). Weights before tanh and in the head have variance 2 / (inputs + outputs) (Glorot).
         """
         *_, module, kind = name.split(".")
         if kind == "bias":
@@ -75,7 +75,7 @@ class MLP(nn.Module):
             tensor.normal_(0.0, math.sqrt(2.0 / (inputs if halved else inputs + outputs)), generator=generator)
 
     def flops(self, tensors: Mapping[str, Tensor]) -> float:
-        """Forward and backward of a batch, for what is trainable now; counted as `models/flops.py` says."""
+        """FLOPs of forward and backward of a batch, for what trains now, counted as `models/flops.py` says."""
         layers: list[list[nn.Module]] = []
         for block in self.blocks:
             assert isinstance(block, Block)

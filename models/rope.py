@@ -16,12 +16,12 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
         return frequencies
     turns = scaling.original_seq_len * frequencies / (2 * math.pi)  # full turns over the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: many turns, left as they are; 0: few, slowed fully
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: many turns, unchanged; 0: few turns, slowed by the factor
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions (B or 1, T): each (B or 1, T, 1, head_dim / 2) fp32."""
+    """Cosines and sines for positions (B or 1, T). Each is (B or 1, T, 1, head_dim / 2) fp32."""
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
 

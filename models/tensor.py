@@ -1,7 +1,7 @@
-"""How each model is split over ranks that compute every sample together: plain data, applied by an engine.
+"""How each model is split over ranks that compute every sample together. Plain data, which an engine applies.
 
 Between matrices each rank holds its share of the tokens ("sequence parallel"). Attention and MLP see all tokens, but
-only this rank's share of heads and channels: they give partial sums, which are added up and cut into tokens again.
+only this rank's share of heads and channels. They give partial sums, which are summed and cut into tokens again.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from models.cross_entropy import IGNORE
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Globs over module names. A model need not have every module, but every parameter is in exactly one of the first
+    """Globs over module names. A model need not have every module. Every parameter is in exactly one of the first
     five."""
 
-    columns: tuple[str, ...]  # linear layers that give this rank's share of the channels: weight and bias cut by rows
-    rows: tuple[
-        str, ...
-    ]  # linear layers that take such a share and give partial sums: weight cut by columns, bias whole
+    columns: tuple[str, ...]  # linear layers that give this rank's share of channels: weight and bias cut by rows
+    rows: tuple[str, ...]  # linear layers from such a share to partial sums: weight cut by columns, bias whole
     whole: tuple[str, ...]  # norms, whole on each rank, over this rank's tokens or heads: gradients are partial sums
     positions: tuple[str, ...]  # embeddings of positions: whole on each rank, looked up for this rank's tokens alone
     vocabulary: tuple[str, ...]  # the embedding of tokens and the head: each rank holds some of the words
-    gathered: tuple[str, ...]  # modules whose first argument is needed for all tokens
-    # arguments of the model that hold sequences (B, T), and what is put behind them, so that T divides among the ranks
+    gathered: tuple[str, ...]  # modules whose first argument must hold all tokens
+    # Arguments of the model that hold sequences (B, T), and the value that fills T up to a multiple of the ranks.
     filled: Mapping[str, int] = field(default_factory=dict)
 
 

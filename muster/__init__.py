@@ -11,7 +11,7 @@ def script() -> NoReturn:
     from trainer.host.shadow import stand_apart
 
     del sys.path[0]
-    stand_apart()  # before all other imports: PYTHONPATH may hold the current folder, and that a `configs`
+    stand_apart()  # before all other imports: PYTHONPATH may hold a folder that has its own `configs`
 
     from muster.command import main
     from trainer.host.terminal import enter

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
 
 def about_this() -> str:
-    """Which Muster this is, for a report."""
+    """Version and place of this Muster, for a report."""
     told = [f"{name} {_version(name)}" for name in ("muster", "torch")]
     return ", ".join([*told, f"Python {platform.python_version()}, in {OURS}"])
 

@@ -1,6 +1,7 @@
 """What a shell offers for a word of `muster ...`: verbs, presets, keys of the config and their values, options, files.
 
-A shell asks at every Tab, so this imports neither torch nor the schema: keys come from `configs/schema.json`.
+A shell asks at every Tab. To answer fast, this imports neither torch nor the schema: keys come from
+`configs/schema.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trainer.host.arguments import Parser, typed
 from trainer.host.terminal import say, say_exactly
 
 SHELLS = ("bash", "zsh", "fish")
-WORDS = {  # verbs whose first word is one of few
+WORDS = {  # verbs that take one of a few words first
     "checkpoint": ("list", "show", "verify", "diff", "prune", "convert"),
     "cluster": ("up", "down", "status"),
     "completion": SHELLS,
@@ -32,7 +33,7 @@ fish: muster completion fish > ~/.config/fish/completions/muster.fish"""
 
 
 class Offer(NamedTuple):
-    """Words to choose from; `files`: those of the current folder as well."""
+    """Words to choose from. `files`: whether the files of the current folder belong to them."""
 
     words: list[str]
     files: bool = False
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def answer(arguments: list[str]) -> int:
-    """`muster complete WORD ...`, which the scripts below call. The last word is the one that is being typed."""
+    """What `muster complete WORD ...` runs, called by the scripts below. The last word is the one being typed."""
     found = offer(arguments[:-1], arguments[-1] if arguments else "")
     say("\n".join(["files" if found.files else "words", *found.words]))
     return 0
@@ -90,7 +91,7 @@ def _options(main_of_verb: str, words: list[str]) -> list[str]:
 
 
 def _steps(start: str) -> list[str]:
-    """Keys one step further than what is typed: `optim.` of `op`, `optim.lr=` of `optim.l`."""
+    """Keys one step longer than the typed text: `optim.` for `op`, `optim.lr=` for `optim.l`."""
     depth = start.count(".")
     found = []
     for key, _ in _keys():
@@ -101,8 +102,8 @@ def _steps(start: str) -> list[str]:
 
 
 def _values(key: str) -> list[str]:
-    """The values of a key that takes only a few."""
-    kinds = [kind for name, found in _keys() if name == key for kind in found]  # `model.norm` is of several models
+    """The values of a key, where the key takes only a few."""
+    kinds = [kind for name, found in _keys() if name == key for kind in found]  # several models have `model.norm`
     words = [str(word) for kind in kinds for word in (*kind.get("enum", ()), *_const(kind))]
     switches = ["true", "false"] if any(kind.get("type") == "boolean" for kind in kinds) else []
     return words + switches
@@ -113,7 +114,7 @@ def _const(kind: dict[str, Any]) -> list[Any]:
 
 
 def _keys() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Every key of a config, with what its value may be. In a list of sections, keys of the first one."""
+    """Every key of a config, with the kinds of its values. For a list of sections, the keys of its first section."""
     schema = json.loads((FOLDER.parent / "schema.json").read_text("utf-8"))
 
     def below(properties: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -138,7 +139,7 @@ def _resolved(kind: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 # ---- scripts ---------------------------------------------------------------------------------------------------------
 
 _SCRIPTS = {
-    # bash cuts words at `=` and `:`, and replaces only what follows the last of them.
+    # bash cuts words at `=` and `:`, and replaces only the part after the last one.
     "bash": r"""_muster() {
     local line=${COMP_LINE:0:COMP_POINT} typed kept value
     local -a words found

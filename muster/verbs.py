@@ -6,7 +6,7 @@ import launch.__main__
 import slurm.__main__
 from launch.verbs import Verb
 
-_OF_A_JOB = ("job", "after")  # what batch scripts run, not people
+_OF_A_JOB = ("job", "after")  # only batch scripts run these
 
 VERBS = {
     "train": Verb("trainer.__main__:main", "Train in this process: alone, or as a worker of torchrun."),

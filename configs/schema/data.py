@@ -39,7 +39,7 @@ class Source(Section):
 
     @property
     def has_records(self) -> bool:
-        """Rows of tables or images, not documents."""
+        """Whether the source holds rows of tables or images, not documents."""
         return self.kind in RECORD_KINDS
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from configs.schema.section import MOST_STEPS, Section, result
 
 
 class FreezeChange(Section):
-    """Which parameters train after a step: takes the place of all patterns before it."""
+    """Which parameters train after a step. These patterns replace all earlier ones."""
 
     step: int = result(..., "the step after which this holds", ge=1, le=MOST_STEPS)
     frozen: list[str] = result([], "parameters that stay as they are from then on")

@@ -11,7 +11,7 @@ from configs.schema.section import MILLION, MOST_TOKENS, OWN, Section, by_name, 
 
 
 class RopeScaling(Section):
-    """Llama 3's stretching of rotary frequencies for long contexts."""
+    """Llama 3's scaling of rotary frequencies for long contexts."""
 
     factor: float = result(8.0, "how far low frequencies are slowed", gt=0, le=MILLION)
     low_freq_factor: float = result(1.0, "wavelengths above original / this are slowed fully", gt=0, le=MILLION)
@@ -64,7 +64,7 @@ class DecoderSection(Section):
 
 
 class MlpSection(Section):
-    """A multilayer perceptron: from numbers to a score for each class, or to a number for each target."""
+    """A multilayer perceptron: from numbers to one score per class, or to one number per target."""
 
     name: Literal["mlp"] = result(..., "a multilayer perceptron")
     features: int | None = from_data("numbers that go in", ge=1, le=MILLION)
@@ -82,4 +82,4 @@ ModelSection = Annotated[
     Annotated[DecoderSection, Tag("decoder")] | Annotated[MlpSection, Tag("mlp")] | Annotated[OwnModel, Tag(OWN)],
     by_name("decoder"),
 ]
-"""One of these, by its `name`; the decoder where none is given."""
+"""One of these sections, chosen by its `name`; the decoder where no name is given."""

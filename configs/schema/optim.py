@@ -42,8 +42,8 @@ class OptimSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _decay_is_meant(cls, given: Any) -> Any:
-        """AdamW's and Muon's decay does not pass through the gradient. That of adam and sgd does: it is L2, and asked
-        for by whoever wants it."""
+        """Decay of adam and sgd is 0 unless the config gives one: theirs passes through the gradient (L2). AdamW's and
+        Muon's does not, so it has a default."""
         if isinstance(given, dict) and given.get("name") in ("adam", "sgd"):
             return {"weight_decay": 0.0, **given}
         return given

@@ -9,7 +9,7 @@ from configs.schema.section import Section, result
 PLACE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 
-SIZES = ("features", "outputs")  # options of a model that the data decide when they are left out
+SIZES = ("features", "outputs")  # options of a model that the data decide when the config leaves them out
 
 
 class OwnTask(Section):

@@ -11,11 +11,11 @@ from configs.nested import leaves, put
 from configs.paths import expanded
 from configs.schema.section import MILLION, MOST_S, Section, speed
 
-_MOST = 1e18  # of a number in DeepSpeed's settings; its own largest is 1e14
+_MOST = 1e18  # the largest number in DeepSpeed's settings; its own largest is 1e14
 
 
 def usable(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with their paths by the rule of all paths. Raises ValueError for one, or a number, of no use."""
+    """The settings, their paths checked as all paths are. Raises ValueError for an unusable path or number."""
     found = copy.deepcopy(settings)
     for key, value in leaves(settings):
         try:
@@ -29,10 +29,10 @@ def usable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class ParallelSection(Section):
-    """Layout. Changes speed and memory, and the order of summation, nothing else."""
+    """The layout of a run over ranks. It changes speed, memory and the order of summation, nothing else."""
 
     engine: Literal["fsdp", "zero"] = speed("fsdp", "what shards the model: FSDP2, or DeepSpeed ZeRO")
-    zero_stage: int = speed(  # no Literal: to Python, and so to pydantic, `true` is 1 and `2.0` is 2
+    zero_stage: int = speed(  # no Literal: in Python, and so in pydantic, `true` equals 1 and `2.0` equals 2
         3, "zero shards the optimizer's state (1), gradients as well (2), parameters as well (3)", ge=1, le=3
     )
     deepspeed: Annotated[dict[str, Any], AfterValidator(usable)] = speed(

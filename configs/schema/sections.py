@@ -1,4 +1,4 @@
-"""All sections of a config, each right by itself. What they say of each other: `configs/rules.py`."""
+"""All sections of a config, each right by itself. `configs/rules.py` holds the rules between them."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Sections(Section):
 
     @property
     def seq_len(self) -> int:
-        """Tokens per sample, of a task that has tokens."""
+        """Tokens per sample. Only for a task that has tokens."""
         assert self.data.seq_len is not None
         return self.data.seq_len
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding, of a model that takes tokens."""
+        """Rows of the embedding; None for a model that takes no tokens."""
         if isinstance(self.model, OwnModel):
             size = self.model.options.get("vocab_size")
             return size if isinstance(size, int) else None
@@ -56,20 +56,20 @@ class Sections(Section):
 
     @property
     def words(self) -> int:
-        """`vocab_size`, where the task has tokens: then it is there."""
+        """`vocab_size`. Only for a task that has tokens, where it is never None."""
         assert self.vocab_size is not None
         return self.vocab_size
 
     @property
     def decoder(self) -> DecoderSection:
-        """The model, where only a decoder can be meant. Raises TypeError for another."""
+        """The model, where it must be a decoder. Raises TypeError for another."""
         if not isinstance(self.model, DecoderSection):
             raise TypeError(f"model.name is {self.model.name}, not decoder")
         return self.model
 
     @property
     def lm(self) -> LmSection:
-        """The task, where only language modelling can be meant. Raises TypeError for another."""
+        """The task, where it must be language modelling. Raises TypeError for another."""
         if not isinstance(self.task, LmSection):
             raise TypeError(f"task.name is {self.task.name}, not lm")
         return self.task

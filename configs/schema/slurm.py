@@ -11,7 +11,7 @@ _NAME = r"^[^\s\x00-\x1f\x7f]+$"
 
 
 class SlurmSection(Section):
-    """What `python -m slurm submit` asks for. A cluster's file lies over this, flags and overrides over both."""
+    """What `python -m slurm submit` asks for. A cluster's own file wins over this, flags and overrides over both."""
 
     nodes: int = speed(1, "nodes of a job", ge=1, le=MILLION)
     gpus_per_node: int | None = speed(

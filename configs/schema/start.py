@@ -9,7 +9,7 @@ from configs.schema.section import Section, result
 
 
 class AllowSection(Section):
-    """What `start.from` may differ in: globs over parameter names, which stand for their optimizer state too."""
+    """What `start.from` may differ in: globs over parameter names. They apply to their optimizer state too."""
 
     missing: list[str] = result([], "not in the checkpoint: these begin with initial values")
     unexpected: list[str] = result([], "only in the checkpoint: these are left out")
@@ -19,7 +19,7 @@ class AllowSection(Section):
 
 
 class StartSection(Section):
-    """Where a new run begins; read only while the run folder holds no committed checkpoint."""
+    """Where a new run begins. It is read only while the run folder holds no committed checkpoint."""
 
     from_: PathText | None = result(None, "a run folder or a checkpoint to begin from", alias="from")
     take: Literal["weights", "everything"] = result(

@@ -11,9 +11,9 @@ from configs.schema.section import MILLION, MOST_TOKENS, OWN, Section, by_name, 
 
 
 class AnyTask(Section):
-    """What every task says of itself."""
+    """What every task declares."""
 
-    needs_tokenizer: ClassVar[bool] = False  # and `data.seq_len`
+    needs_tokenizer: ClassVar[bool] = False  # whether the task needs a tokenizer and `data.seq_len`
 
 
 class LmSection(AnyTask):
@@ -57,4 +57,4 @@ TaskSection = Annotated[
     | Annotated[OwnTask, Tag(OWN)],
     by_name("lm"),
 ]
-"""One of these, by its `name`; language modelling where none is given."""
+"""One of these sections, chosen by its `name`; language modelling where no name is given."""

@@ -8,7 +8,7 @@ from configs.schema.section import MOST_S, MOST_STEPS, MOST_TIMES, Section, resu
 
 
 class TrainSection(Section):
-    """How long and in what batches."""
+    """How long to train, and in what batches."""
 
     steps: int = result(
         0,
