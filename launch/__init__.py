@@ -1,1 +1,1 @@
-"""What a person types around a run: `python -m launch run`."""
+"""The commands that a person types around a run, such as `python -m launch run`."""

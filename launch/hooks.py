@@ -1,8 +1,8 @@
-"""Tell the user's own command and webhook that something happened. They may do anything: they get seconds, and nothing
-that they do holds up or fails a run.
+"""Tell the user's own command and webhook that something happened. They may do anything. So they get a few seconds, and
+nothing that they do delays or fails a run.
 
-A webhook's address is often a secret, so the config only names the variable that holds it; what a command prints may be
-one, too, and is thrown away.
+A webhook's address is often a secret, so the config only names the variable that holds it. The output of a command may
+be a secret too, and is thrown away.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from typing import Any
 from configs.errors import UserError
 from trainer.life.attempts import TOLD_PREFIXES
 
-PATIENCE_S = 4.0  # a requeue leaves KillWait: 30 s at most sites, 5 s in a rehearsal
-_TO_SAY_S = 0.5  # after that, that it was too long
+PATIENCE_S = 4.0  # a requeued job is killed after KillWait: 30 s at most sites, 5 s in a rehearsal
+_TO_SAY_S = 0.5  # time to report a time-out
 Facts = dict[str, Any]
 
 
 def refuse_written_down(key: str, variable: str | None) -> None:
-    """Raises UserError for a webhook whose address would end up in the run folder."""
+    """Raise UserError for a webhook whose address would be written into the run folder."""
     if variable is not None and variable.startswith(TOLD_PREFIXES):
         prefix = next(prefix for prefix in TOLD_PREFIXES if variable.startswith(prefix))
         raise UserError(f"{key}: variables {prefix}* are written into the run folder: give {variable} another name")
 
 
 class Hooks:
-    """`tell` returns at once. What went wrong is a line through `say`."""
+    """`tell` returns at once. A failure is reported as one line through `say`."""
 
     def __init__(self, command: str | None, webhook: str | None, say: Callable[[str], None]) -> None:
         self._command, self._webhook, self._say = command, webhook, say
         self._running: list[threading.Thread] = []
 
     def tell(self, facts: Facts) -> None:
-        """Run the command with MUSTER_EVENT, MUSTER_TEXT and so on; post the same as JSON to the webhook."""
+        """Run the command with MUSTER_EVENT, MUSTER_TEXT and so on. Post the same facts as JSON to the webhook."""
         calls: list[tuple[str, Callable[[], str | None]]] = []
         if (command := self._command) is not None:
             calls.append(("hook", lambda: _run(command, facts)))
@@ -54,7 +54,7 @@ class Hooks:
             self._running.append(thread)
 
     def wait(self) -> None:
-        """Until what was told is done or given up. A look-up of a name heeds no time-out, and is left behind."""
+        """Wait until all calls have ended or timed out. A look-up of a host name ignores time-outs, so it is left."""
         until = time.monotonic() + PATIENCE_S + _TO_SAY_S
         for thread in self._running:
             thread.join(max(until - time.monotonic(), 0.0))
@@ -62,7 +62,7 @@ class Hooks:
     def _one(self, name: str, call: Callable[[], str | None]) -> None:
         try:
             failure = call()
-        except Exception as error:  # noqa: BLE001 - the user's business, and its message may hold the secret
+        except Exception as error:  # noqa: BLE001 - any error, and its message may hold the secret
             failure = type(error).__name__
         if failure is not None:
             self._say(f"{name}: {failure}")

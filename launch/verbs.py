@@ -13,7 +13,7 @@ from trainer.life import attempts as life
 
 
 class Verb(NamedTuple):
-    """`main` is a function from arguments to an exit code, as `module:name`; imported when the verb is typed."""
+    """`main`: a function from arguments to an exit code, as `module:name`. It is imported when the verb is typed."""
 
     main: str
     help: str
@@ -27,7 +27,7 @@ def main_of(place: str) -> Callable[[list[str]], int]:
 
 
 def run_verb(room: str, description: str, verbs: Mapping[str, Verb], arguments: list[str]) -> int:
-    """Run the verb that the arguments begin with; returns the exit code. A person's mistake is told here."""
+    """Run the verb that the arguments begin with; return the exit code. A person's mistake is printed here."""
     lines = "\n".join(f"  {name:<12}{verb.help}" for name, verb in verbs.items())
     parser = Parser(
         prog=typed(room),

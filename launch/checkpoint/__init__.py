@@ -1,6 +1,6 @@
 """`python -m launch checkpoint VERB ...`: look at checkpoints, check, compare, prune and convert them.
 
-The words are parsed, and what they name is looked for, before torch is imported.
+The arguments are parsed, and the files they name are looked for, before torch is imported.
 """
 
 from __future__ import annotations

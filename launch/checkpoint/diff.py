@@ -1,6 +1,6 @@
 """`python -m launch checkpoint diff`: what changed, tensor by tensor, a few MB at a time.
 
-The two may be of any kind and any layout: both are read as row-major ranges.
+The two checkpoints may be of any kind and layout: both are read as row-major ranges.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.host.terminal import say
 
 _SHOWN = 20
-# What differs between any two saves of one run and says nothing about what was learned.
+# Fields that differ between any two saves of one run, and tell nothing about what was learned.
 _OF_THE_SAVE = {"saved_s", "attempt"}
 
 
@@ -85,7 +85,7 @@ def _shape(tensor: StateTensor) -> tuple[int, ...]:
 
 
 def _compare(key: str, one: StateTensor, other: StateTensor, progress: Progress) -> dict[str, Any]:
-    """Sums over both tensors, part by part. Equal bits need no arithmetic."""
+    """Sums over both tensors, part by part. Parts with equal bits need no arithmetic."""
     dtypes = [str(t.content.dtype).removeprefix("torch.") for t in (one, other)]
     dtype = dtypes[0] if dtypes[0] == dtypes[1] else dtypes
     row: dict[str, Any] = {"name": key, "group": other.group, "dtype": dtype, "elements": one.numel}
@@ -116,7 +116,7 @@ def _json(number: float) -> float | str:
 
 
 def _finite(number: float | str) -> float:
-    """For sorting: what is no number is the largest change of all."""
+    """The number, for sorting. A value that is no finite number counts as the largest change."""
     return float(number) if isinstance(number, float) else math.inf
 
 
@@ -124,7 +124,7 @@ def _finite(number: float | str) -> float:
 def _parts(
     one: StateTensor, other: StateTensor, progress: Progress
 ) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """The same elements of both, flat; a thread reads ahead on either side."""
+    """The same elements of both tensors, flat. One thread per side reads ahead."""
     count, at_once = one.numel, (4 << 20) // 8
 
     def read(tensor: StateTensor) -> AbstractContextManager[Iterator[memoryview]]:
@@ -145,7 +145,7 @@ def _pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _facts(one: State, other: State) -> Iterator[tuple[str, list[Any]]]:
-    """Fields and config keys that differ, of those that both kinds know: (dotted name, both values)."""
+    """(dotted name, both values) of fields and config keys that differ, among those that both checkpoints have."""
     for name in [*one.facts, *(name for name in other.facts if name not in one.facts)]:
         both_know = name in one.facts and name in other.facts
         if name in _OF_THE_SAVE or not both_know:

@@ -1,4 +1,4 @@
-"""`python -m launch checkpoint list`: what lies in a run folder, how large it is, and whether it opens."""
+"""`python -m launch checkpoint list`: the checkpoints of a run folder, their sizes, and whether they open."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VERDICT_LENGTH = 90
 
 @dataclass(frozen=True)
 class Row:
-    """One entry. Everything but name, kind and sizes is None when it cannot be known. `link` is what it leads to."""
+    """One entry. All but name, kind and sizes are None when unknown. `link` is the target of a link."""
 
     name: str
     kind: str
@@ -49,7 +49,7 @@ class Row:
 
 
 def list_checkpoints(folder: Path, as_json: bool) -> int:
-    """Returns the exit code: 1 when one that should be good is not."""
+    """Returns the exit code: 1 when a checkpoint that should be good is not."""
     runs = {str(path): (list(map(_row, found)), _unique_bytes(found)) for path, found in shelves(folder).items()}
     if not runs:
         raise UserError(f"{folder}: neither a run folder, nor a folder of runs, nor one of checkpoints")
@@ -67,8 +67,8 @@ def list_checkpoints(folder: Path, as_json: bool) -> int:
 
 
 def shelves(folder: Path) -> dict[Path, list[Entry]]:
-    """Folders that hold checkpoints, and what is in them: of a run, of each run in a folder, or this one itself. Raises
-    UserError for one that is closed to us."""
+    """Folder -> its checkpoints: for a run, for each run in the folder, or for the folder itself. Raises UserError for
+    a folder that may not be read."""
     try:
         names = sorted(os.listdir(folder))
         own = RunFolder(folder).checkpoints
@@ -100,7 +100,7 @@ def _row(entry: Entry) -> Row:
 
 
 def trained_share(manifest: Manifest) -> float:
-    """Of all parameters (buffers are none), the share that trained when the checkpoint was written."""
+    """The share of all parameters (buffers not counted) that trained when the checkpoint was written."""
     sizes = {"model": 0, "frozen": 0}
     for key, tensor in manifest.tensors.items():
         if tensor.group != "optim" and key not in manifest.buffers:
@@ -109,20 +109,20 @@ def trained_share(manifest: Manifest) -> float:
 
 
 def _sizes(path: Path) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """(inode, bytes, names) of each file. Only where files of a checkpoint lie: behind a link may be a whole disk."""
+    """(inode, bytes, names) of each file. Reads only a checkpoint's own folders: a link may lead to a disk."""
     for folder in (path, *(path / group for group in GROUPS)):
         try:
             names = os.listdir(folder) if folder == path or not folder.is_symlink() else []
             found = [os.lstat(folder / name) for name in names]
         except OSError:
-            continue  # no such folder, or a run deletes while we look
+            continue  # no such folder, or a run deletes it just now
         for status in found:
             if not stat.S_ISDIR(status.st_mode):
                 yield (status.st_dev, status.st_ino), status.st_size, status.st_nlink
 
 
 def _unique_bytes(found: list[Entry]) -> int:
-    """Bytes of all checkpoints together, linked files counted once."""
+    """Bytes of all checkpoints together. Files with several links count once."""
     usable = [entry.path for entry in found if entry.fault is None]
     return sum({inode: size for path in usable for inode, size, _ in _sizes(path)}.values())
 
@@ -133,7 +133,7 @@ def _short(reason: str, path: Path) -> str:
 
 
 def _told(row: Row) -> str:
-    """The verdict, with what is unusual about the name."""
+    """The verdict, with a remark where the name is unusual."""
     if row.kind == Kind.UNUSABLE.word:
         return f"{row.name}: {row.verdict}"
     told = f"{row.name.partition('.')[2]}: {row.verdict}" if row.kind != Kind.COMMITTED.word else row.verdict

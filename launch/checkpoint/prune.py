@@ -1,4 +1,4 @@
-"""`python -m launch checkpoint prune`: delete by hand as `checkpoint.keep` does while a run saves."""
+"""`python -m launch checkpoint prune`: delete by hand what `checkpoint.keep` deletes while a run saves."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def prune(folder: Path, last: int | None, every_steps: int | None, bad: bool, dr
 
 @contextmanager
 def _held(run: RunFolder) -> Iterator[None]:
-    """The run's lease: refused while its holder lives, and no run begins meanwhile."""
+    """Hold the run's lease: refused while its holder lives. No run can begin meanwhile."""
     lease = Lease.take(run, node_name(), 0, say)
     try:
         yield
@@ -72,7 +72,7 @@ def _held(run: RunFolder) -> Iterator[None]:
 
 
 def _delete(aside: Path) -> None:
-    """As the shelf does it: under a name that the next start clears, should this one be cut short."""
+    """Delete as the shelf does: first rename, so that the next start clears what an interrupted deletion leaves."""
     step, _, rest = aside.name.partition(".")
     doomed = aside.with_name(f"{step}.deleting-{rest}")
     disk.rename(str(aside), str(doomed))
@@ -81,7 +81,7 @@ def _delete(aside: Path) -> None:
 
 
 def _keep(run: RunFolder, last: int | None, every_steps: int | None) -> KeepSection:
-    """The run's own setting, but for what was said."""
+    """The run's own setting, with the numbers that were given in its place."""
     keep = KeepSection()
     try:
         if os.path.lexists(run.config):
@@ -95,7 +95,7 @@ def _keep(run: RunFolder, last: int | None, every_steps: int | None) -> KeepSect
 
 
 def _deletable(shelf: Shelf) -> list[str]:
-    """What was set aside, but for links."""
+    """What was set aside, without links."""
     return [name for name in shelf.set_aside() if not (shelf.root / name).is_symlink()]
 
 
@@ -107,7 +107,7 @@ def _must_hold_a_good_one(shelf: Shelf) -> None:
 
 
 def _freed(folders: Iterable[Path]) -> int:
-    """Bytes of the files whose every name goes."""
+    """Bytes of the files that lose every name."""
     names: dict[tuple[int, int], int] = {}
     found: dict[tuple[int, int], os.stat_result] = {}
     for folder in folders:

@@ -41,7 +41,7 @@ def _matches(row: dict[str, Any], pattern: str) -> bool:
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What stands above the tensors."""
+    """The lines above the tensors."""
     manifest = checkpoint.manifest
     groups = {group: {"tensors": 0, "elements": 0, "bytes": 0} for group in ("model", "frozen", "optim")}
     for key, tensor in manifest.tensors.items():

@@ -1,4 +1,4 @@
-"""Small things that all verbs of `python -m launch checkpoint` print with."""
+"""Small pieces of output that all verbs of `python -m launch checkpoint` share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DRAW_EVERY_S = 0.1
 
 
 def layout_text(layout: dict[str, Any]) -> str:
-    """`fsdp shard 4 x replicate 2`, or `-` when the checkpoint does not say."""
+    """`fsdp shard 4 x replicate 2`, or `-` when the checkpoint has no layout."""
     sizes = [f"{name} {n}" for name, n in layout.items() if isinstance(n, int) and n > 1]
     engine = str(layout.get("engine", ""))
     if not layout:
@@ -30,7 +30,7 @@ def layout_text(layout: dict[str, Any]) -> str:
 
 
 def open_named(path: Path) -> Checkpoint:
-    """The Muster checkpoint that a person named. Raises UserError also for a damaged one."""
+    """The Muster checkpoint that a person named. A damaged one raises UserError too."""
     kind, found = find_kind(path)
     if kind != "muster":
         raise UserError(f"{path}: not a Muster checkpoint; convert it first: {typed('launch checkpoint convert')}")
@@ -41,7 +41,7 @@ def open_named(path: Path) -> Checkpoint:
 
 
 class Progress:
-    """Bytes done, on stderr: a bar on a terminal, a line every few seconds elsewhere. Called from any thread."""
+    """Bytes done, on stderr: a bar on a terminal, else a line every few seconds. May be called from any thread."""
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done = what, total, 0
@@ -59,7 +59,7 @@ class Progress:
                 self._draw()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._terminal and self._drawn:
             self._write("\r\x1b[K")
 

@@ -1,4 +1,4 @@
-"""`python -m launch checkpoint verify`: every block of every file, in parallel; every bad one is named."""
+"""`python -m launch checkpoint verify`: check every block of every file, in parallel, and name every bad one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCKS_PER_TASK = 16
 
 @dataclass
 class _File:
-    """One file's bytes, whatever its names: linked files are read once. `bad` are faults by block."""
+    """The bytes of one file under all its names, so that linked files are read once. `bad`: faults by block."""
 
     reader: FileReader
     bad: dict[int, BadCheckpoint] = field(default_factory=dict)
@@ -66,7 +66,7 @@ def verify(folder: Path, threads: int | None) -> int:
 
 
 def _named(folder: Path) -> list[Path]:
-    """The checkpoints that were named. Raises UserError when there is none."""
+    """The checkpoints that were named. Raises UserError when there are none."""
     if folder.name.startswith("step-") or (folder / MANIFEST).exists():
         return [folder]
     meant = (Kind.COMMITTED, Kind.UNUSABLE)
@@ -77,7 +77,7 @@ def _named(folder: Path) -> list[Path]:
 
 
 def _open(path: Path, files: dict[tuple[int, int, str], _File]) -> _Checkpoint:
-    """What must be read of a checkpoint; its faults so far. Without a good manifest nothing more can be said."""
+    """A checkpoint's files, and its faults so far. Without a good manifest its files are unknown."""
     opened, entry = _Checkpoint(path), entry_at(path)
     if entry is not None and entry.fault is not None:
         opened.faults.append(f"{path}: {entry.fault}")
@@ -103,7 +103,7 @@ def _open(path: Path, files: dict[tuple[int, int, str], _File]) -> _Checkpoint:
 
 
 def _read_all(files: list[_File], threads: int, progress: Progress) -> None:
-    """Check all files, each by as many threads as there are. Ctrl-C ends it within a few blocks per thread."""
+    """Check all files, each with all threads. Ctrl-C ends this within a few blocks per thread."""
     tasks = [
         (file, first)
         for file in sorted(files, key=lambda f: -f.reader.size)
@@ -117,7 +117,7 @@ def _read_all(files: list[_File], threads: int, progress: Progress) -> None:
 
 
 def _check(task: tuple[_File, int]) -> int:
-    """Check a few blocks, remembering the bad ones; how many bytes they have."""
+    """Check a few blocks, and record the bad ones. Returns the number of bytes checked."""
     file, first = task
     buffer, count = memoryview(bytearray(BLOCK_BYTES)), 0
     for index in range(first, min(first + _BLOCKS_PER_TASK, file.reader.blocks)):
@@ -131,7 +131,7 @@ def _check(task: tuple[_File, int]) -> int:
 
 
 def _faults(path: Path, file: _File) -> Iterator[str]:
-    """Bad blocks that follow each other, for the same reason, are one range."""
+    """The faults as lines. Neighbouring bad blocks with the same reason make one range."""
     bad = sorted(file.bad.items())
     begin = 0
     for i, (index, error) in enumerate(bad):
@@ -145,7 +145,7 @@ def _faults(path: Path, file: _File) -> Iterator[str]:
 
 
 def _header_faults(path: Path) -> list[str]:
-    """All bytes are those that were written; whether the headers say what the manifest says remains."""
+    """Faults of the headers. The bytes are right already; this checks that headers and manifest agree."""
     try:
         open_checkpoint(path).verify_headers()
     except BadCheckpoint as error:

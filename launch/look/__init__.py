@@ -1,1 +1,1 @@
-"""What a run looks like from outside: watched, reported, read from its folder."""
+"""Look at a run from outside: watch it, report on it, read its folder."""

@@ -1,8 +1,8 @@
-"""Where the time of a run went, from its folder alone: every second that it had its GPUs in one class.
+"""Where the time of a run went, from its folder alone: every second that the run had its GPUs belongs to one class.
 
-A launcher's life goes from its start to its last sign, and its attempts divide it without gaps. Within an attempt the
-phases that rank 0 counted fill the time; what lies before its process counted is starting, and what lies after the last
-row of an attempt that failed is lost work (`redone`), or `stalled` when it hung.
+A launcher's life lasts from its start to its last sign, and its attempts divide that time without gaps. Within an
+attempt, the phases that rank 0 counted fill the time. The time before rank 0's process counted is `starting`. The time
+after the last row of a failed attempt is lost work (`redone`), or `stalled` when the attempt hung.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CLASS = {phase.word: phase.word for phase in Phase} | dict.fromkeys(("preparing
 
 @dataclass
 class Goodput:
-    """`seconds` by class add up to `allocated_s`. `ranks` is the world size of the last attempt."""
+    """`seconds` by class; their sum is `allocated_s`. `ranks`: the world size of the last attempt."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0.0))
     gpu_hours: float = 0.0
@@ -50,7 +50,7 @@ class Goodput:
     samples: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
-    passed_over: str | None = None  # what cannot be read, in one line
+    passed_over: str | None = None  # the files that cannot be read, in one line
     clock_jumps: list[tuple[int, float]] = field(default_factory=list)  # (attempt, seconds) by which a clock was set
 
     @property
@@ -59,14 +59,14 @@ class Goodput:
 
     @property
     def share(self) -> float | None:
-        """Of the allocated time, what made the steps that counted."""
+        """The share of the allocated time that made the steps which counted."""
         useful = self.seconds["computing"] + self.seconds["communicating"]
         return useful / self.allocated_s if self.allocated_s else None
 
 
 @dataclass
 class _Attempt:
-    """What the folder says of one attempt. Rows and events have a time; `start` may say nothing."""
+    """What the folder holds about one attempt. Rows and events have a time; `start` may be empty."""
 
     number: int
     start: Row
@@ -77,7 +77,7 @@ class _Attempt:
 
     @property
     def launched_s(self) -> float | None:
-        """When its launcher began; None under bare torchrun."""
+        """When the launcher of the attempt began; None under bare torchrun."""
         told = self._environment(MUSTER_LAUNCHED.name)
         return moment({"s": parsed(told.encode())}, "s") if told is not None and "." in told else None
 
@@ -91,7 +91,7 @@ class _Attempt:
 
     @property
     def began_s(self) -> float:
-        """The first sign of its rank 0: its process's start, as far as its rows tell."""
+        """The first sign of its rank 0: the start of its process, if its rows tell that."""
         counted = self.counted()
         if counted:
             return counted[0][0] - sum(counted[0][1].values())
@@ -104,19 +104,19 @@ class _Attempt:
 
     @property
     def clock_jumps(self) -> list[float]:
-        """Seconds by which a node's clock was set meanwhile."""
+        """Seconds by which a node's clock was set during the attempt."""
         jumps = (amount(event, "seconds") for event in self.events if event["event"] == "clock_jumped")
         return [seconds for seconds in jumps if seconds is not None]
 
     def counted(self) -> list[tuple[float, dict[str, float], int | None]]:
-        """(Time, seconds by phase up to then, step) of every row that counts phases, oldest first."""
+        """(time, seconds by phase until then, step) of every row that counts phases, oldest first."""
         found = [(r["time_s"], r["phases_s"], r.get("step")) for r in self.rows if r.get("phases_s")]
         found += [(e["time_s"], e["phases_s"], None) for e in self.events if e.get("phases_s")]
         return sorted(found, key=lambda one: sum(one[1].values()))  # not by the clock, which may jump
 
 
 def goodput(folder: RunFolder) -> Goodput:
-    """Count it. An attempt that still runs counts up to its last sign."""
+    """Count the time of a run. An attempt that still runs counts up to its last sign."""
     over = PassedOver()
     attempts = _attempts(folder, over)
     jumps = [(attempt.number, seconds) for attempt in attempts for seconds in attempt.clock_jumps]
@@ -156,7 +156,8 @@ def _attempts(folder: RunFolder, over: PassedOver) -> list[_Attempt]:
             *(r["time_s"] for r in mine[-1:] + told[-1:]),
         ]
         if any(event["event"] == "clock_jumped" for event in told) and not _by_the_runs_clock(start):
-            # Stamped by the time of day, as before the run's clock: the order of the rows says what came last.
+            # Such rows hold the time of day, from before there was the run's clock. So the order of the rows decides
+            # what came last.
             signs = [ended_s] if ended_s is not None else [row["time_s"] for row in mine[-1:]]
         last = max((sign for sign in signs if sign is not None), default=os.lstat(attempt.path).st_mtime)
         found.append(_Attempt(number, start, end, mine, told, last))
@@ -169,7 +170,7 @@ def _by_the_runs_clock(start: Row) -> bool:
 
 
 def _last_watched_s(folder: Path, over: PassedOver) -> dict[int, float]:
-    """The last time that a monitor saw each attempt."""
+    """Attempt -> the last time that a monitor saw it."""
     last: dict[int, float] = {}
     for path in folder.glob("*.jsonl"):
         for row in read_rows(path, over):
@@ -180,17 +181,17 @@ def _last_watched_s(folder: Path, over: PassedOver) -> dict[int, float]:
 
 
 def _begin(attempt: _Attempt, before: _Attempt | None, submitted_s: float | None, total: Goodput) -> float:
-    """Where an attempt's time begins. Time in Slurm's queue is added to `total`; while nothing was asked for, no time
-    passes."""
+    """Where an attempt's time begins. Adds time in Slurm's queue to `total`. While no job was submitted, no time
+    counts."""
     launched = attempt.launched_s
     if before is not None and launched is not None and launched == before.launched_s:
-        return before.last_sign_s  # started again by the same launcher
+        return before.last_sign_s  # the same launcher restarted it
     began = launched if launched is not None else attempt.began_s
     if before is None:
         waited_since = submitted_s if attempt.job is not None else None
     else:
         waited_since = before.last_sign_s if attempt.job is not None and attempt.job == before.job else None
-    if waited_since is not None and not (before is not None and before.clock_jumps):  # else it cannot be known
+    if waited_since is not None and not (before is not None and before.clock_jumps):  # else the wait cannot be known
         total.seconds["queued"] += max(began - waited_since, 0.0)
     return began
 
@@ -207,8 +208,8 @@ def _divide(attempt: _Attempt, began_s: float, after: _Attempt | None) -> dict[s
     for phase, value in phases.items():
         seconds[_CLASS.get(phase, "starting")] += value
     tail = max(attempt.last_sign_s - last_s, 0.0)
-    # What lies before the first row that counts, not what the rows leave of the whole: in a folder of an earlier
-    # version the time of day may have jumped between two rows.
+    # The time before the first row that counts. The rest that the rows leave would be wrong: in an older folder the
+    # time of day may have jumped between two rows.
     seconds["starting"] += max(attempt.began_s - began_s, 0.0)
     _lost(seconds, attempt, after)
     if not attempt.failed:
@@ -227,7 +228,7 @@ def _still_s(event: Row) -> float:
 
 
 def _lost(seconds: dict[str, float], attempt: _Attempt, after: _Attempt | None) -> None:
-    """Move what was made after the step from which the next attempt went on: it was made again."""
+    """Move the time of steps that the next attempt made again to `redone`."""
     resumed = whole(after.start, "start_step") if after is not None else None
     if resumed is None:
         return
@@ -244,7 +245,7 @@ def _lost(seconds: dict[str, float], attempt: _Attempt, after: _Attempt | None) 
 
 
 def _at_step(rows: list[tuple[int, dict[str, float]]], step: int, first: int) -> dict[str, float]:
-    """Seconds by phase when a step was done, between two rows in proportion."""
+    """Seconds by phase when `step` was done, interpolated between two rows."""
     before: tuple[int, dict[str, float]] = (first, {})
     for number, phases in rows:
         if number > step:
@@ -255,7 +256,7 @@ def _at_step(rows: list[tuple[int, dict[str, float]]], step: int, first: int) ->
 
 
 def _bought(total: Goodput, attempts: Iterable[_Attempt]) -> None:
-    """Steps, samples and loss. The rows of a later attempt win."""
+    """Fill in steps, samples and loss. The rows of a later attempt win."""
     losses: dict[int, Row] = {}
     for attempt in attempts:
         resumed = whole(attempt.start, "start_step") or 0

@@ -1,4 +1,4 @@
-"""`python -m launch report`: what a run's time went into, and what it bought."""
+"""`python -m launch report`: what a run spent its time on, and what it got for that."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 
 def lines(found: Goodput) -> list[str]:
-    """For people, in 80 columns."""
+    """The report for people, in 80 columns."""
     whole = found.allocated_s
     attempts = f"{found.attempts} attempt{'s' if found.attempts != 1 else ''}"
     told = [f"{duration(whole)} in {attempts}, {found.ranks} ranks: {found.gpu_hours:.2f} rank-hours"]

@@ -1,6 +1,6 @@
 """What a run folder says about its run, read from outside while others write to it. Imports no torch.
 
-A file that is missing, half-written or of another version says nothing: what it would have told is None.
+A file that is missing, half-written or of another version tells nothing: its values are None.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from trainer.life.folder import RunFolder
 from trainer.life.lease import alive_here
 from trainer.life.rows import PassedOver, facts_in, last_row, moment, record_in, text, whole
 
-JOB_FILE = Path("slurm/job.json")  # `slurm submit` notes there which job has the folder
-LIVES = Path("slurm/lives")  # and `slurm after` what the lives of jobs came to
+JOB_FILE = Path("slurm/job.json")  # `slurm submit` writes here which job has the folder
+LIVES = Path("slurm/lives")  # `slurm after` writes here how the lives of jobs ended
 _ARRAY_MARK = JOB_FILE.parent
 _MARKS = (Path("attempts"), JOB_FILE, Path("LEASE"))
 _BUILDING = ("starting", "preparing", "compiling")
@@ -31,7 +31,7 @@ _BUILDING = ("starting", "preparing", "compiling")
 
 @dataclass(frozen=True)
 class AttemptView:
-    """One start, and its end if it has one. `last_step` is the step that it was to train to."""
+    """One start, and its end if it has one. `last_step`: the step that it was to train to."""
 
     number: int
     began_s: float | None
@@ -47,21 +47,21 @@ class AttemptView:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has the folder, by its LEASE. `alive` is None when that cannot be known from here without asking Slurm."""
+    """Who holds the folder, by its LEASE. `alive` is None when only Slurm could tell that."""
 
     node: str | None
     pid: int | None
     job: str | None
-    attempt: int | None  # the first it was to start
+    attempt: int | None  # the first attempt that it was to start
     alive: bool | None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a life of a job came to, said by what follows srun: it outlives the launcher and its node.
+    """How a life of a job ended. The batch script writes this after srun, so it survives the launcher and its node.
 
-    `attempt`: the newest one then, -1 without one. `exit_code` is the run's; `again` how it was to be started again, if
-    at all: "slurm" when Slurm itself does so.
+    `attempt`: the newest attempt at that time, -1 without one. `exit_code`: that of the run. `again`: how the run was
+    to be started again, None if not; "slurm" when Slurm itself does it.
     """
 
     job: str
@@ -82,18 +82,19 @@ class RunView:
 
     folder: RunFolder
     attempts: int
-    restarts: int  # of the attempts, those that began after one that failed or was to be started again
+    restarts: int  # how many attempts followed one that failed or was to be started again
     newest: AttemptView | None
     before: AttemptView | None
-    row: dict[str, Any]  # of metrics.jsonl, the last with a loss; of a rolled-back attempt only while there is no other
+    # the last with a loss; of a rolled-back attempt only without another
+    row: dict[str, Any]
     checkpoint_step: int | None
-    checkpoint_s: float | None  # when it was committed
+    checkpoint_s: float | None  # when that checkpoint was committed
     holder: Holder | None
-    phase: str | None  # what most ranks are at, while they are seen
+    phase: str | None  # what most ranks are doing, while a monitor sees them
     submitted: str | None  # the job that `slurm submit` noted last
     stop_asked: bool
-    outcomes: tuple[Outcome, ...]  # of jobs' lives, the latest last
-    passed_over: PassedOver  # what was met on the way and cannot be read
+    outcomes: tuple[Outcome, ...]  # of the lives of jobs, the latest last
+    passed_over: PassedOver  # files and rows that cannot be read
 
     @property
     def jobs(self) -> list[str]:
@@ -102,17 +103,17 @@ class RunView:
         return list(dict.fromkeys(number for number in (held, self.submitted, began) if number is not None))
 
     def outcome_of(self, attempt: AttemptView) -> Outcome | None:
-        """What the life came to in which this attempt began, once that is over."""
+        """How the life ended in which this attempt began; None while that life lasts."""
         return next((outcome for outcome in self.outcomes if outcome.attempt >= attempt.number), None)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun or submitted there."""
+    """Whether a run was begun or submitted in this folder."""
     return any((folder / mark).exists() for mark in _MARKS)
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself when it is a run's, else those below it that are, also in arrays. Raises UserError."""
+    """The folder itself if it is a run's, else the run folders below it, also those in arrays. Raises UserError."""
     with readable(folder):
         return [folder] if is_run(folder) else sorted(_runs_below(folder))
 
@@ -123,14 +124,14 @@ def _runs_below(folder: Path) -> Iterator[Path]:
             path = Path(entry.path)
             if entry.is_dir() and is_run(path):
                 yield path
-            elif entry.is_dir() and (path / _ARRAY_MARK).is_dir():  # several runs that were submitted as one job
+            elif entry.is_dir() and (path / _ARRAY_MARK).is_dir():  # runs that were submitted together, as one job
                 yield from _runs_below(path)
 
 
 def view(folder: Path) -> RunView:
-    """Read it: about ten small files, and the end of each attempt, at 0.05 ms of a processor.
+    """Read a run: about ten small files, and the end of each attempt. Each attempt takes 0.05 ms of a processor.
 
-    Raises UserError when it may not be read.
+    Raises UserError when the folder may not be read.
     """
     with readable(folder):
         return _view(RunFolder(folder))
@@ -138,7 +139,7 @@ def view(folder: Path) -> RunView:
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """For who looks at a run: something in it that is closed to them, or too far away, is a line and no traceback."""
+    """Turn an error into one line for a person: a file of the run that may not be read, or cannot be reached."""
     try:
         yield
     except OSError as error:
@@ -168,7 +169,7 @@ def _view(folder: RunFolder) -> RunView:
 
 
 def attempt_view(folder: RunFolder, number: int, over: PassedOver | None = None) -> AttemptView:
-    """What an attempt wrote at its start and its end."""
+    """What an attempt wrote at its start and at its end."""
     attempt = Attempt(folder, number)
     start, end = facts_in(attempt.path / "start.json", over), attempt.read_end(over)
     hosts, environment = start.get("hosts"), start.get("environment")
@@ -201,20 +202,20 @@ def _newest_checkpoint(folder: RunFolder) -> tuple[int | None, float | None]:
     steps = folder.committed_steps()
     if not steps:
         return None, None
-    try:  # the manifest is what is written last, right before the commit
+    try:  # A save writes the manifest last, right before the commit.
         return steps[-1], (folder.checkpoints / checkpoint_name(steps[-1]) / MANIFEST).stat().st_mtime
-    except FileNotFoundError:  # deleted while we look, or broken
+    except FileNotFoundError:  # deleted just now, or broken
         return steps[-1], None
 
 
 def _again(end: End | None) -> bool:
-    """Whether what follows an attempt with this end is a restart: it was to be started again, or died without a word.
-    After a stop that a person asked for, and after the last step, a person begins anew."""
+    """Whether an attempt that follows this end is a restart: the end asked for it, or the attempt died without a word.
+    After a stop that a person asked for, or after the last step, a person starts it anew."""
     return end is None or end.requeue
 
 
 def running(phase: str | None, stepped: bool) -> str:
-    """A run that lives, in a word or two. `stepped`: it has written a row in this attempt."""
+    """What a living run does, in a word or two. `stepped`: whether this attempt has written a row."""
     word = "starting" if not stepped and phase in (None, *_BUILDING) else "running"
     return word if phase in (None, word) else f"{word} ({phase})"
 
@@ -228,7 +229,7 @@ def holder_of(folder: RunFolder, over: PassedOver) -> Holder | None:
 
 
 def outcomes(folder: RunFolder, over: PassedOver | None = None) -> tuple[Outcome, ...]:
-    """What the lives of jobs that have ended came to, the latest last."""
+    """How the lives of jobs ended, the latest last."""
     try:
         with os.scandir(folder.root / LIVES) as entries:
             found = [record_in(Outcome, Path(entry.path) / "outcome.json", over) for entry in entries]

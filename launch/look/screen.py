@@ -1,4 +1,4 @@
-"""A picture that is taken again and again: in place on a terminal, one below the other elsewhere. Imports no torch."""
+"""A picture that is drawn repeatedly: in place on a terminal, else one below the other. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from configs.errors import printable
 
 
 class Picture(NamedTuple):
-    """What is to be seen, and whether nothing will change any more."""
+    """What to show, and whether it is the last picture."""
 
     content: RenderableType
     last: bool
 
 
 def show_once(content: RenderableType) -> None:
-    """Print one picture with all its lines, however high the terminal is."""
+    """Print one picture with all its lines, also if the terminal has fewer."""
     plain_console().print(_Shown(content))
 
 
 def plain_console() -> Console:
-    """A console that prints `[red]` and `:tada:` as they are: they may stand in the name of a file or node."""
+    """A console that prints `[red]` and `:tada:` unchanged: they may stand in the name of a file or node."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
 class _Shown:
-    """A picture whose control characters are shown, not obeyed: names and values come from files."""
+    """A picture with its control characters escaped: names and values come from files a terminal would obey."""
 
     def __init__(self, content: RenderableType) -> None:
         self._content = content
@@ -43,11 +43,11 @@ class _Shown:
 
 
 def show(look: Callable[[int | None], Picture], every_s: float) -> None:
-    """Until the last picture, or Ctrl-C. `look` is told how many lines there are, None where they are not counted. What
-    stands there at the end stays."""
+    """Draw until the last picture, or Ctrl-C. `look` gets the number of lines, None where they are not limited. The
+    last picture stays on the screen."""
     console = plain_console()
     in_place = console.is_terminal and not console.is_dumb_terminal
-    # A screen of its own: what scrolls up in the usual one would stay there.
+    # The alternate screen: on the usual one, lines that scroll up would stay.
     live = Live(console=console, auto_refresh=False, screen=True) if in_place else None
     picture: Picture | None = None
     with live or contextlib.nullcontext(), contextlib.suppress(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from configs.errors import printable
 
 
 def size_text(count: int) -> str:
-    """Bytes in decimal units, three digits."""
+    """A number of bytes in decimal units, with three digits."""
     size = float(count)
     if size < 1000:
         return f"{count} B"
@@ -22,7 +22,7 @@ def size_text(count: int) -> str:
 
 
 def age_text(seconds: float) -> str:
-    """One unit is enough to tell checkpoints apart."""
+    """An age in one unit: enough to tell checkpoints apart."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -30,12 +30,12 @@ def age_text(seconds: float) -> str:
 
 
 def one_line(text: str) -> str:
-    """A name as a cell or a part of a line: a line break in it is shown as well."""
+    """A name for a cell or part of a line. A line break in it is escaped too."""
     return printable(text).replace("\n", "\\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: str = "") -> list[str]:
-    """Lines of aligned columns; those named in `right` go to the right."""
+    """Lines of aligned columns. The columns named in `right` are aligned to the right."""
     cells = [list(header), *([one_line(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     to_right = [name in right.split(",") for name in header]

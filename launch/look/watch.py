@@ -1,4 +1,4 @@
-"""`python -m launch watch`: a run while it runs: every GPU, loss and speed, the last events; in 80 columns."""
+"""`python -m launch watch`: a run while it runs, in 80 columns: every GPU, loss and speed, the last events."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from trainer.life.rows import PassedOver, Row, amount, last_row, rows_backwards,
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _HISTORY = 12
-_ONE_LINE_PER_GPU = 16  # GPUs, at most; above it a line per node
+_ONE_LINE_PER_GPU = 16  # the most GPUs with a line each; with more, each node has one line
 _EVENTS = 4
 _NUMBERS = {"GiB", "W", "°C", "MHz", "step", "CPU"}
 _BAD = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone", "monitor_lost", "rank_failed", "rank_died", "nonfinite"}
 _GPU_COLUMNS = ["device", "active", "tensor", "GiB", "W", "°C", "MHz", "step", "at"]
 _NODE_COLUMNS = ["node", "each", "mean", "lately", "GiB", "W", "°C", "CPU", "step", "at"]
-Line = tuple[float, list[str]]  # how busy (-1: not known, which comes first when there is no room for all), cells
-_SILENT = {"saved", "reading_left_out"}  # events that say nothing to somebody who watches
+Line = tuple[float, list[str]]  # how busy (-1: unknown, which comes first when the lines do not all fit), cells
+_SILENT = {"saved", "reading_left_out"}  # events that tell a watcher nothing
 
 
 @dataclass
 class NodeView:
-    """One node's newest row. `activity` is its mean activity lately, oldest first."""
+    """One node's newest row. `activity`: its mean activity of the last rows, oldest first."""
 
     name: str
     row: Row
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Watcher:
-    """Looks again and again; remembers what the sparklines need."""
+    """Looks again and again, and remembers the values for the sparklines."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -76,8 +76,8 @@ class Watcher:
         self._over = PassedOver()
 
     def look(self, height: int | None, state: str | None = None) -> Group:
-        """The whole picture; `height` None shows every line. `state`: how the run is, from who knows it better. Raises
-        UserError when something may not be read."""
+        """The whole picture. `height` None: all lines. `state`: the state of the run, from a caller that knows it
+        better. Raises UserError when a file may not be read."""
         self._over = PassedOver()
         with readable(self.folder.root):
             self._read_nodes()
@@ -135,12 +135,13 @@ class Watcher:
         few = sum(len(_devices(node.row)) for node in nodes) <= _ONE_LINE_PER_GPU
         names, lines = (_GPU_COLUMNS, _gpu_lines(nodes)) if few else (_NODE_COLUMNS, _node_lines(nodes))
         table = Table(box=None, padding=(0, 1, 0, 0))
-        shown = lines if room is None or len(lines) <= room else sorted(lines)[: room - 1]  # the idlest
-        told = [place for place in range(len(names)) if any(cells[place] for _, cells in lines)]  # of a CPU no watts
+        shown = lines if room is None or len(lines) <= room else sorted(lines)[: room - 1]  # the least busy
+        # a CPU has no watts
+        told = [place for place in range(len(names)) if any(cells[place] for _, cells in lines)]
         for name, place in ((names[place], place) for place in told):
             widest = max([len(name), *(len(cells[place]) for _, cells in shown)])
             side: Literal["left", "right"] = "right" if name in _NUMBERS else "left"
-            least = None if name == names[-1] else widest  # only the last one gives way
+            least = None if name == names[-1] else widest  # only the last column may shrink
             table.add_column(name, no_wrap=True, overflow="ellipsis", justify=side, min_width=least)
         for _, cells in shown:
             table.add_row(*(cells[place] for place in told))
@@ -170,12 +171,12 @@ def _is_bad(row: Row) -> bool:
 
 
 def _devices(row: Row) -> list[Row]:
-    """What a line is about: the GPUs, or on a node without any its ranks."""
+    """The things that get a line: the GPUs, or the ranks of a node without GPUs."""
     return row["gpus"] or row["ranks"]
 
 
 def _busy(device: Row) -> float | None:
-    """Percent active: SM activity, else utilization, else a rank's main thread."""
+    """Percent active: SM activity, else utilization, else that of a rank's main thread."""
     for name in ("sm_pct", "gpu_pct", "main_cpu_pct"):
         if (value := amount(device, name)) is not None:
             return min(max(value, 0.0), 100.0)
@@ -199,7 +200,7 @@ def _spark(values: list[float | None]) -> str:
 
 
 def _phase(row: Row) -> str:
-    """What most of a node's ranks are at, and how many."""
+    """What most ranks of a node are doing, and how many of them."""
     phases = [rank["phase"].replace("_", " ") for rank in row["ranks"]]
     if not phases:
         return "no ranks"

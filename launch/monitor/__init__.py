@@ -1,1 +1,1 @@
-"""The monitor: one process per node that writes down what every GPU, the host and each rank do. No torch, no root."""
+"""The monitor: one process per node that records what every GPU, the host and each rank do. No torch, no root."""

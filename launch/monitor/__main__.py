@@ -1,4 +1,4 @@
-"""`python -m launch.monitor ORDERS`: what `launch run` starts on each node, beside the ranks."""
+"""`python -m launch.monitor ORDERS`: the process that `launch run` starts on each node, beside the ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.life.heartbeat import Heartbeats
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     go_on_unheard()
-    # Slurm signals every process of a step. The monitor stays until the ranks have saved and its launcher is done.
+    # Slurm signals every process of a step. The monitor must stay until the ranks have saved and its launcher is done.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     orders = Orders(**json.loads(arguments[0]))

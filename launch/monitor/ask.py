@@ -1,4 +1,4 @@
-"""Asks a hung rank where it is: its threads' stacks, the collectives it made, and what the kernel says of it."""
+"""Asks a hung rank where it is: the stacks of its threads, its collectives, and the kernel's state of its process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainer.life.rows import parsed, whole
 STOPPED = "T"
 _ANSWER_S = 3.0
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
-_COLLECTIVES = re.compile(r"/torch/distributed/(?!tensor/)")  # DTensor's own code computes, too
-_NEAR = 3  # frames from the innermost one on
+_COLLECTIVES = re.compile(r"/torch/distributed/(?!tensor/)")  # not DTensor's own code, which computes as well
+_NEAR = 3  # how many frames count, from the innermost one on
 
 
 @dataclass(frozen=True)
 class Standstill:
-    """One hung rank. `place` is the innermost line of its main thread, `waits` whether that stands in a collective,
-    `collectives` how many it has begun; None where it could not say."""
+    """One hung rank. `place`: the innermost line of its main thread. `waits`: whether that line is in a collective.
+    `collectives`: how many the rank has begun. Each is None where the rank could not tell."""
 
     rank: int
     node: str
@@ -32,7 +32,7 @@ class Standstill:
     step: int
     phase: str
     still_s: float
-    state: str  # as in /proc: R runs, S sleeps, D waits for a device, T was stopped; X: there is no such process
+    state: str  # as in /proc: R runs, S sleeps, D waits for a device, T was stopped; X: no such process
     place: str | None
     waits: bool | None
     collectives: int | None
@@ -45,11 +45,11 @@ class Standstill:
 def ask(beats: list[Beat], node: str, folder: Path) -> list[Standstill]:
     """Ask all ranks of a node at once. The answers also go to `folder`: `stack-<rank>.txt` and `flight-<rank>.json`.
 
-    One whose process was stopped does not answer, until `wake`."""
+    A rank whose process was stopped does not answer until `wake`."""
     states = {beat.rank: _state(beat.pid) for beat in beats}
     files = {beat.rank: (_memory(beat.pid, STACKS), _memory(beat.pid, FLIGHT)) for beat in beats}
     for beat in beats:
-        # Only a process that holds our memory hears our signals; a number may be another process's by now.
+        # Signal only a process that has our memory open: its number may belong to another process by now.
         if all(files[beat.rank]):
             os.kill(beat.pid, STACKS_SIGNAL)
             os.kill(beat.pid, FLIGHT_SIGNAL)
@@ -65,8 +65,8 @@ def ask(beats: list[Beat], node: str, folder: Path) -> list[Standstill]:
 
 
 def wake(found: list[Standstill], folder: Path) -> None:
-    """Let those go on that were stopped: they then answer what they were asked. Not before all nodes have looked: the
-    ranks that wait for them go on, too, and a monitor that comes later would see no hang."""
+    """Continue the stopped ranks, so that they answer. Call this after all nodes have looked: the waiting ranks
+    continue too, and a later monitor would see no hang."""
     for standstill in found:
         if standstill.state != STOPPED:
             continue
@@ -78,9 +78,9 @@ def wake(found: list[Standstill], folder: Path) -> None:
 
 
 def _keep(rank: int, files: tuple[str | None, str | None], folder: Path) -> tuple[bytes, bytes]:
-    """Write down what a rank answered: its record of collectives, and then its stacks, which are waited for."""
+    """Write down a rank's answer: its record of collectives, then its stacks. Others wait for the stacks."""
     stacks, flight = (_read(path) for path in files)
-    with tolerate_unwritable():  # the culprit is told all the same
+    with tolerate_unwritable():  # on a full disk the culprit is still reported
         if flight:
             (folder / f"flight-{rank:05d}.json").write_bytes(flight)
         if stacks:
@@ -101,19 +101,19 @@ def _state(pid: int) -> str:
 
 
 def _memory(pid: int, name: str) -> str | None:
-    """Path of a process's memory of that name."""
+    """Path of a process's shared memory of that name."""
     folder = f"/proc/{pid}/fd"
     try:
         for descriptor in os.listdir(folder):
             if os.readlink(f"{folder}/{descriptor}").startswith(f"/memfd:{name} "):
                 return f"{folder}/{descriptor}"
     except OSError:
-        return None  # it has ended meanwhile
+        return None  # the process has just ended
     return None
 
 
 def _wait_for(paths: list[str]) -> None:
-    """Until all have been written to and are quiet, or the time is over."""
+    """Wait until all paths have been written to and no longer grow, or until the time is over."""
     deadline = time.monotonic() + _ANSWER_S
     before: list[int] = []
     while time.monotonic() < deadline:
@@ -132,8 +132,8 @@ def _read(path: str | None) -> bytes:
 
 
 def where(stacks: str) -> tuple[str | None, bool | None]:
-    """(innermost line of the main thread, whether it stands in a collective), of what faulthandler wrote. The main
-    thread is the last of each dump."""
+    """(innermost line of the main thread, whether it is in a collective), from faulthandler's text. In each dump the
+    main thread comes last."""
     threads = re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.MULTILINE)
     frames = [match for line in threads[-1].splitlines() if (match := _FRAME.fullmatch(line))]
     if not frames:
@@ -143,7 +143,7 @@ def where(stacks: str) -> tuple[str | None, bool | None]:
 
 
 def collectives(flight: bytes) -> int | None:
-    """How many collectives a rank has begun in all its groups."""
+    """How many collectives a rank has begun, over all its groups."""
     told = parsed(flight)
     entries = told.get("entries") if isinstance(told, dict) else None
     if not isinstance(entries, list):

@@ -1,4 +1,4 @@
-"""Which GPUs of this node are the job's: what CUDA_VISIBLE_DEVICES says, read as CUDA reads it."""
+"""Which GPUs of this node belong to the job, by CUDA_VISIBLE_DEVICES, read as CUDA reads it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _UNKNOWN_UUID = "unknown-"
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or a MIG instance of one. `gpu` is the whole GPU's handle, `handle` the instance's. One that refused to
-    tell who it is has neither, and the reason in `refusal`."""
+    """A GPU, or a MIG instance of one. `gpu` is the whole GPU's handle, `handle` the instance's. A GPU that gave an
+    error for its identity has neither, and `refusal` holds the reason."""
 
     uuid: str
-    index: int  # of the whole GPU among those that this job may open, in the order of their PCI addresses
+    index: int  # of the whole GPU among those that this job may open, by PCI address
     name: str
     gpu: Any
     handle: Any
@@ -41,15 +41,16 @@ class Device:
         return cls(f"{_UNKNOWN_UUID}{place}", index, "", None, None, instance, refusal=str(error))
 
     def is_called(self, name: str) -> bool:
-        """Whether an entry of CUDA_VISIBLE_DEVICES means this one: by its index, its UUID or the UUID's beginning."""
+        """Whether an entry of CUDA_VISIBLE_DEVICES means this device: by index, by UUID, or by the start of the
+        UUID."""
         if name.isdigit():
             return self.instance is None and int(name) == self.index
         return len(name) > 4 and any(full.startswith(name) for full in (self.uuid, *self.other_names))
 
 
 def all_devices() -> list[Device]:
-    """Every GPU that this process may open, each followed by its MIG instances. One that refuses keeps its index, so
-    that the others keep theirs. Raises NVMLError when it is the driver that refuses."""
+    """Every GPU that this process may open, each followed by its MIG instances. A GPU that gives an error keeps its
+    index, so that the others keep theirs. Raises NVMLError when the driver itself gives the error."""
     found: list[Device] = []
     index = 0
     for number in range(pynvml.nvmlDeviceGetCount()):
@@ -57,7 +58,7 @@ def all_devices() -> list[Device]:
             found += _devices(number, index)
         except pynvml.NVMLError as error:
             if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
-                continue  # another job's, which CUDA does not count either
+                continue  # another job's GPU; CUDA does not count it either
             if error.value in DRIVER_GONE:
                 raise
             found.append(Device.refused(index, error))
@@ -77,7 +78,7 @@ def _instances(uuid: str, index: int, gpu: Any) -> Iterator[Device]:
             return
         most = pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)
     except pynvml.NVMLError:
-        return  # no MIG on this kind of GPU
+        return  # this kind of GPU has no MIG
     for number in range(most):
         try:
             mig = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, number)
@@ -87,16 +88,16 @@ def _instances(uuid: str, index: int, gpu: Any) -> Iterator[Device]:
         except pynvml.NVMLError as error:
             if error.value in DRIVER_GONE:
                 raise
-            if error.value not in _NO_INSTANCE:  # else this place holds no instance, or not one of ours
+            if error.value not in _NO_INSTANCE:  # else the place holds no instance, or another job's
                 yield Device.refused(index, error, number)
 
 
 def named(visible: str) -> tuple[list[str], str | None]:
-    """(Indices and UUIDs in CUDA_VISIBLE_DEVICES, the entry at which CUDA stops reading; None when it reads all).
+    """(indices and UUIDs in CUDA_VISIBLE_DEVICES, the entry at which CUDA stops reading; None when it reads all).
 
-    torch and CUDA read it so: the first entry that cannot be a GPU hides itself and all that follow. So `-1`, `none`
-    and `NoDevFiles` hide all. Of an entry like `3x` the digits count. Indices and UUIDs cannot be mixed. A GPU that is
-    named twice hides all GPUs, also those before it.
+    torch and CUDA agree: the first entry that cannot be a GPU hides itself and all entries after it. So `-1`, `none`
+    and `NoDevFiles` hide all GPUs. Of an entry like `3x` the digits count. Indices and UUIDs cannot be mixed. A GPU
+    that is named twice hides all GPUs, also those before it.
     """
     if not visible.strip():
         return [], None
@@ -118,7 +119,7 @@ def named(visible: str) -> tuple[list[str], str | None]:
 
 
 def count_visible() -> int:
-    """How many GPUs a process of this job can use, told without CUDA, which would take memory of each."""
+    """How many GPUs a process of this job can use. Found without CUDA, which would take memory of each GPU."""
     visible = CUDA_VISIBLE_DEVICES.read(os.environ)
     try:
         pynvml.nvmlInit()
@@ -126,20 +127,20 @@ def count_visible() -> int:
             chosen = [device for device in choose(all_devices(), visible)[0] if device.refusal is None]
         finally:
             pynvml.nvmlShutdown()
-    except pynvml.NVMLError:  # no driver: what the variable says is all that is known
+    except pynvml.NVMLError:  # no driver: only the variable is known
         names = named(visible or "")[0]
         instances, count = any(name.startswith("MIG-") for name in names), len(names)
     else:
         instances, count = any(device.instance is not None for device in chosen), len(chosen)
-    return min(count, 1) if instances else count  # a process sees one MIG instance, however many are named
+    return min(count, 1) if instances else count  # a process sees only one MIG instance, however many are named
 
 
 def choose(devices: list[Device], visible: str | None) -> tuple[list[Device], str | None]:
-    """(The job's devices in the order of its local ranks, the first entry that means none).
+    """(the job's devices in the order of its local ranks, the first entry that means no device).
 
-    As in CUDA, such an entry hides itself and all that follow. Without the variable every GPU is the job's; of a GPU
-    that is cut into MIG instances, its instances are. A GPU may refuse to tell its UUID: then the first such GPU is
-    taken for a UUID that no other GPU has.
+    As in CUDA, such an entry hides itself and all entries after it. Without the variable the job has every GPU. Of a
+    GPU that is cut into MIG instances, it has the instances. A GPU may give an error for its UUID: the first such GPU
+    then stands for a UUID that no other GPU has.
     """
     if visible is None:
         cut = {d.index for d in devices if d.instance is not None}

@@ -1,7 +1,7 @@
 """How busy the parts of a GPU really were: NVML's GPM, on Hopper and newer.
 
-"Utilization" says that some kernel ran; GPM says how much of the chip worked. A reading compares two samples of the
-GPU's own counters, so it is the mean over the whole time between them.
+"Utilization" tells that some kernel ran. GPM tells how much of the chip worked. A reading compares two samples of the
+GPU's own counters, so it is the mean over the time between the samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DCGM = {"nv-hostengine", "dcgm-exporter"}
 
 
 class Gpm:
-    """The two samples of one GPU, taken in turns."""
+    """The two samples of one GPU. They take turns as the newer one."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -41,11 +41,11 @@ class Gpm:
 
     @staticmethod
     def is_supported(device: Device) -> bool:
-        """Raises NVMLError when the driver cannot even be asked."""
+        """Whether the device has GPM. Raises NVMLError when the driver cannot answer."""
         return bool(pynvml.nvmlGpmQueryDeviceSupport(device.gpu).isSupportedDevice)
 
     def read(self) -> dict[str, Any]:
-        """Means since the last call; nothing at the first. Raises NVMLError."""
+        """Means since the last call; empty at the first call. Raises NVMLError."""
         newest = self._samples[self._taken % 2]
         if self._device.instance is None:
             pynvml.nvmlGpmSampleGet(self._device.gpu, newest)
@@ -65,7 +65,7 @@ class Gpm:
 
 
 def dcgm_process() -> str | None:
-    """DCGM's process on this node, whose own profiling and ours would disturb each other; None without one."""
+    """The name of DCGM's process on this node; None without one. DCGM's profiling and ours would disturb each other."""
     for process in psutil.process_iter(["name"]):
         if process.info["name"] in _DCGM:
             return f"{process.info['name']} (pid {process.pid})"

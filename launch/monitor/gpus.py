@@ -1,4 +1,4 @@
-"""All GPUs of the job on this node, read together; what goes wrong with one leaves the others alone."""
+"""All GPUs of the job on this node, read together. An error of one GPU does not affect the others."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from launch.monitor.gpm import Gpm, dcgm_process
 from launch.monitor.readings import DriverGone, Gpu, GpuLost
 from trainer.host.environment import CUDA_VISIBLE_DEVICES
 
-Tell = Callable[..., None]  # (event, line for people, facts): something worth noting happened
-_AGAIN_S = 60.0  # until a driver or a GPU that went away is asked again
+Tell = Callable[..., None]  # (event, line for people, facts): reports an event
+_AGAIN_S = 60.0  # until a driver or GPU that was lost is asked again
 
 
 class Gpus:
-    """`read` gives a row per GPU, whatever happens to the driver in between."""
+    """`read` gives a row per GPU, whatever happens to the driver meanwhile."""
 
     def __init__(self, tell: Tell, gpm: Literal["auto", "on", "off"]) -> None:
         self._tell, self._gpm = tell, gpm
@@ -33,11 +33,11 @@ class Gpus:
         self._start()
 
     def names(self) -> list[dict[str, Any]]:
-        """What does not change, by GPU."""
+        """Facts of each GPU that do not change."""
         return [{"uuid": g.device.uuid, "index": g.device.index, "name": g.device.name} for g in self._gpus]
 
     def read(self) -> list[dict[str, Any]]:
-        """A row per GPU in the order of local ranks; one that is lost says so. None while there is no driver."""
+        """A row per GPU in the order of local ranks; the row of a lost GPU says so. Empty while there is no driver."""
         if not self._open:
             if time.monotonic() < self._again_s:
                 return []
@@ -94,12 +94,12 @@ class Gpus:
         self._start_gpm(self._gpus)
 
     def _ask_again(self) -> None:
-        """Whether those that refused tell by now who they are. The others stay as they are."""
+        """Whether GPUs that gave an error for their identity tell it now. The other GPUs stay as they are."""
         self._again_s = time.monotonic() + _AGAIN_S
         try:
             devices, _ = _devices()
         except pynvml.NVMLError:
-            return  # the next reading meets the same error, and tells it
+            return  # the next reading meets and reports the same error
         known = {gpu.device.uuid: gpu for gpu in self._gpus if gpu.device.refusal is None}
         back = [device for device in devices if device.refusal is None and device.uuid not in known]
         for device in back:
@@ -125,7 +125,7 @@ class Gpus:
                 gpu.left_out["gpm"] = str(error)
 
     def _say_left_out(self) -> None:
-        """Once per reading: what none of the rows will hold."""
+        """Report once per reading what no row will hold."""
         for gpu in self._gpus:
             for name, reason in gpu.left_out.items():
                 if name not in self._said_left_out:
@@ -141,7 +141,7 @@ class Gpus:
         self._gpus = []
         if self._open:
             self._open = False
-            with contextlib.suppress(pynvml.NVMLError):  # it may be what fails
+            with contextlib.suppress(pynvml.NVMLError):  # the driver may fail here, too
                 pynvml.nvmlShutdown()
 
 

@@ -1,6 +1,6 @@
-"""The hang watch: who has stood still for too long, and whose fault it is.
+"""The hang watch: which rank has stood still for too long, and which one caused it.
 
-When one rank hangs, all others soon wait for it: every rank stands still, and only one of them is the culprit.
+When one rank hangs, all others soon wait for it. Then every rank stands still, and only one of them is the culprit.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from trainer.life.folder import write_json
 from trainer.life.heartbeat import Beat, Phase
 from trainer.life.rows import facts_in, read_json, record
 
-_NODES_S = 10.0  # that the other nodes' findings may take to be seen
+_NODES_S = 10.0  # how long the other nodes' findings may take to arrive
 
 
 class HangWatch:
-    """`look` at each row. Only time in which the monitor itself was awake counts: a node that was suspended as a whole
-    has not hung."""
+    """Call `look` for each row. Only time in which the monitor itself was awake counts: a node that was suspended as a
+    whole has not hung."""
 
     def __init__(self, hang_s: float, patient_s: float, interval_s: float) -> None:
         patient = dict.fromkeys((Phase.STARTING, Phase.COMPILING, Phase.SAVING, Phase.LEAVING), max(patient_s, hang_s))
@@ -33,7 +33,7 @@ class HangWatch:
         self._looked_s: float | None = None
 
     def look(self, beats: list[Beat], now: float) -> bool:
-        """Whether a rank has stood still for longer than its phase allows, and none is at something that takes long."""
+        """Whether a rank has stood still longer than its phase allows, and no rank is in a phase that may take long."""
         passed = min(now - self._looked_s, self._longest_s) if self._looked_s is not None else 0.0
         self._looked_s = now
         for beat in beats:
@@ -46,12 +46,12 @@ class HangWatch:
         return bool(over) and all(self.may_hang(b.phase, self._still[b.rank]) for b in beats)
 
     def may_hang(self, phase: Phase, still_s: float) -> bool:
-        """A rank that still may take its time keeps the others waiting, rightly."""
+        """Whether a rank that stands still may hang. False while its phase allows more time."""
         return self._limits[phase] <= self._limits[Phase.COMPUTING] or still_s > self._limits[phase]
 
 
 def culprits(found: list[Standstill]) -> tuple[list[Standstill], str]:
-    """(The ranks that the others wait for, why these); all of them when nothing tells them apart."""
+    """(the ranks that the others wait for, the reason). All ranks when nothing tells them apart."""
     for why, guilty in (
         ("its process is gone", [s for s in found if s.gone]),
         ("its process was stopped", [s for s in found if s.state in (STOPPED, "t")]),
@@ -71,9 +71,9 @@ def _fewest(found: list[Standstill]) -> list[Standstill]:
 
 
 def share(found: list[Standstill], attempt: Path, node: str, nodes: list[str]) -> list[Standstill]:
-    """Write down this node's findings, and wait a while for those of the others. What the folder shows then: a node
-    whose monitor died is missing."""
-    with tolerate_unwritable():  # on a full disk the hang is ended all the same
+    """Write down this node's findings, and wait a while for those of the other nodes. Returns all that the folder then
+    holds: the findings of a node whose monitor died are missing."""
+    with tolerate_unwritable():  # on a full disk the hang must still be ended
         write_json(attempt / f"hang-{node}.json", [asdict(standstill) for standstill in found])
     deadline = time.monotonic() + _NODES_S
     while True:
@@ -84,12 +84,12 @@ def share(found: list[Standstill], attempt: Path, node: str, nodes: list[str]) -
 
 
 def _standstills(rows: Any) -> list[Standstill]:
-    """What another node found; nothing when it wrote none, or something else."""
+    """What another node found; empty when its file is missing or holds something else."""
     return [one for row in (rows if isinstance(rows, list) else []) if (one := record(Standstill, row)) is not None]
 
 
 def describe(guilty: list[Standstill], why: str) -> tuple[str, dict[str, Any]]:
-    """(A line for people, facts for the event.)"""
+    """(a line for people, facts for the event)."""
     facts = {"why": why, "ranks": [asdict(s) for s in guilty]}
     if len(guilty) > 3:
         return f"hang: all {len(guilty)} ranks stand still: {why}", facts
@@ -102,5 +102,5 @@ def describe(guilty: list[Standstill], why: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_verdict(path: Path) -> dict[str, Any] | None:
-    """What the monitor left for the launcher: the attempt is to be ended."""
+    """What the monitor left for the launcher when it must end the attempt."""
     return facts_in(path) or None

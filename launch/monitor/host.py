@@ -1,4 +1,4 @@
-"""What the host does: CPU, memory, swap, disks, network; and each rank's process, from /proc."""
+"""What the host does: CPU, memory, swap, disks, network. What each rank's process does, from /proc."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import psutil
 from trainer.life.heartbeat import Beat
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")  # guests are in user and nice already
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")  # the kernel counts guests in user and nice already
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Rates:
-    """Counters that only grow, as rates since the last call. One that went backwards was reset: no rate this time."""
+    """Rates since the last call, of counters that only grow. One that went backwards was reset: it gives no rate."""
 
     def __init__(self) -> None:
         self._before: dict[str, tuple[float, float]] = {}
@@ -35,8 +35,8 @@ class Rates:
 
 
 class Host:
-    """The whole node, other people's processes included. What a machine or container does not tell is left out, and
-    said once."""
+    """The whole node, with other people's processes. Values that a machine or container does not tell are left out, and
+    reported once."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self.cpus = psutil.cpu_count() or 1
@@ -50,7 +50,7 @@ class Host:
             name = reading.__name__[1:]
             try:
                 values |= reading(time.monotonic())
-            except Exception as error:  # noqa: BLE001 - psutil: TypeError, AssertionError, ..., by how /proc is made
+            except Exception as error:  # noqa: BLE001 - psutil: TypeError, AssertionError, ..., depending on /proc
                 if name not in self._left_out:
                     self._left_out.add(name)
                     self._tell("reading_left_out", None, reading=name, error=f"{type(error).__name__}: {error}")
@@ -58,8 +58,8 @@ class Host:
 
     def _cpu(self, now: float) -> dict[str, Any]:
         cpu = psutil.cpu_times()
-        # Added up, not what is left of all time without the idle: by its rounding that would run backwards on an idle
-        # machine, and give no rate.
+        # The busy times are summed. All time less the idle time would run backwards on an idle machine, by rounding,
+        # and give no rate.
         busy_s = sum(getattr(cpu, name, 0.0) for name in _BUSY)
         return {"cpu_pct": self._rate("cpu", busy_s * 100 / self.cpus, now)}
 
@@ -94,21 +94,21 @@ class Host:
 
 
 class Processes:
-    """The ranks' processes: what they use, and what they had to wait for."""
+    """The ranks' processes: what they use, and how long they wait for a core."""
 
     def __init__(self) -> None:
         self._rates = Rates()
 
     def read(self, beat: Beat) -> dict[str, Any]:
-        """`cpu_pct` of one core over all threads; `cpu_wait_pct`: how much of the time its main thread could have run
-        and had no core. Nothing but `gone` for a process that is not there."""
+        """`cpu_pct`: of one core, over all threads. `cpu_wait_pct`: the share of time in which its main thread was
+        ready to run and had no core. Only `gone` for a process that does not exist."""
         try:
             with open(f"/proc/{beat.pid}/stat", "rb") as file:
                 stat = file.read()
         except OSError:
             self._rates.forget(f"{beat.pid}.")
             return {"gone": True}
-        fields = stat[stat.rindex(b")") + 2 :].split()  # from the third field on: the name may hold anything
+        fields = stat[stat.rindex(b")") + 2 :].split()  # from the third field on: the name before may hold anything
         now = time.monotonic()
         values: dict[str, Any] = {
             "state": fields[0].decode(),
@@ -123,8 +123,8 @@ class Processes:
 
 
 def _main_thread_s(pid: int) -> dict[str, float]:
-    """Seconds that the main thread was on a core, and that it was ready for one; nothing where the kernel does not
-    count them."""
+    """Seconds that the main thread was on a core, and that it was ready and waited for one. Empty where the kernel does
+    not count them."""
     try:
         with open(f"/proc/{pid}/task/{pid}/schedstat", "rb") as file:
             on_core, ready = map(int, file.read().split()[:2])

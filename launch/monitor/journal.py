@@ -1,7 +1,7 @@
-"""`gpu/<node>.jsonl`: a row per second and rollups by the minute, in one file that never grows past its bound.
+"""`gpu/<node>.jsonl`: a row per second and a rollup per minute, in one file that never grows past its bound.
 
-The first row says what the file is (`kind: node`, with the version). When the bound is reached the file is written anew
-with every rollup and the newest seconds, and takes the old one's place by a rename. One writer: it holds a lock.
+The first row tells what the file is (`kind: node`, with the version). At the bound, a new file gets all rollups and the
+newest seconds, and replaces the old one by a rename. There is one writer: it holds a lock.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ class Taken(Exception):
 
 
 class Journal:
-    """Appends rows. `most_bytes` bounds the file; seconds get at most a quarter of it when it is written anew."""
+    """Appends rows. `most_bytes` bounds the file. When it is rewritten, seconds get at most a quarter of that."""
 
     def __init__(self, path: Path, head: Row, most_bytes: int) -> None:
         self.path, self._head, self._most_bytes = path, {"kind": "node", "version": VERSION, **head}, most_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _open_locked(path)
         size = os.fstat(self._file).st_size
-        # On a line of its own even after a writer that died in the middle of one.
+        # Start on a new line, even after a writer that died in the middle of one.
         self._cut = bool(size) and os.pread(self._file, 1, size - 1) != b"\n"
         self.write(self._head)
 
     def write(self, row: Row) -> None:
-        """One row in one system call. On a full disk it is lost, and the monitor goes on."""
+        """Write one row in one system call. On a full disk the row is lost, and the monitor goes on."""
         data = _line(row)
         with tolerate_unwritable():
             if os.fstat(self._file).st_size + len(data) > self._most_bytes:
@@ -73,7 +73,7 @@ def _line(row: Row) -> bytes:
 
 
 def _newest(lines: list[bytes], most_bytes: int) -> list[bytes]:
-    """The last lines that fit, in their order."""
+    """The last lines that fit into `most_bytes`, in their order."""
     size = 0
     for number in range(len(lines) - 1, -1, -1):
         size += len(lines[number])
@@ -83,7 +83,7 @@ def _newest(lines: list[bytes], most_bytes: int) -> list[bytes]:
 
 
 def _open_locked(path: Path) -> int:
-    """The file under an exclusive lock. A file that was just replaced is opened again. Raises Taken."""
+    """The file, open under an exclusive lock. If the file was just replaced, open the new one. Raises Taken."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:

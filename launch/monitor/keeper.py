@@ -1,4 +1,4 @@
-"""The launcher's side of the monitor: starts it, starts it again when it is lost, ends it, and never waits for it."""
+"""The launcher's side of the monitor: starts it, restarts it when it is lost, ends it, and never waits for it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from trainer.life.folder import RunFolder
 from trainer.life.heartbeat import Heartbeats
 
 TAKEN = 4  # exit code: another monitor of this node writes the same file
-_SILENT_S = 60.0  # beyond its interval, without a beat
-_END_S = 2.0  # that it may take to write its last row
-_LONGEST_WAIT_S = 60.0  # before it is started again
+_SILENT_S = 60.0  # without a beat, in addition to its interval
+_END_S = 2.0  # time to write its last row
+_LONGEST_WAIT_S = 60.0  # before the monitor is restarted
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What a monitor is started with."""
+    """The arguments that a monitor is started with."""
 
     run: str
     verdict: str
     heartbeats: str  # path of the node's records
-    launcher: int  # pid of who started it, and with whom it ends
+    launcher: int  # pid of the launcher; the monitor ends when the launcher does
     settings: dict[str, Any]
     hang_s: float
     patient_s: float
 
     @classmethod
     def of(cls, config: Config, folder: RunFolder, verdict: Path, heartbeats: Heartbeats) -> Orders:
-        # Before the ranks give up waiting by themselves: then there would be no stacks to look at.
+        # Shorter than the ranks' own time-out: after that there would be no stacks to look at.
         hang_s = config.monitor.hang_s or 0.8 * config.parallel.step_timeout_s
         settings = config.monitor.model_dump(mode="json")
         patient_s = config.parallel.load_timeout_s
@@ -57,7 +57,7 @@ class Keeper:
         self, config: Config, folder: RunFolder, heartbeats: Heartbeats, local: Path, console: Console, events: Events
     ) -> None:
         self.settings, self.heartbeats = config.monitor, heartbeats
-        self.hang: dict[str, Any] | None = None  # what the monitor found, once it has
+        self.hang: dict[str, Any] | None = None  # what the monitor found, if it found a hang
         self._verdict = local / "hang"
         self._orders = Orders.of(config, folder, self._verdict, heartbeats)
         self.console, self.events = console, events
@@ -69,7 +69,7 @@ class Keeper:
         self._taken = False
 
     def start(self) -> None:
-        """Begin to watch; the ranks' records are empty from here on."""
+        """Begin to watch. Clears the ranks' heartbeat records."""
         self.heartbeats.clear()
         self._verdict.unlink(missing_ok=True)
         self.hang = None
@@ -78,14 +78,15 @@ class Keeper:
 
     def _start(self) -> None:
         command = [*python(), "-m", "launch.monitor", self._orders.text()]
-        # The launcher's clock: one that it took up itself after the time of day was set would be years apart.
+        # Pass on the launcher's clock. A clock that the monitor started after the time of day was set would be years
+        # off.
         environment = {**os.environ, MUSTER_CLOCK.name: f"{booted_s():.6f}"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         self._started_s = self._beat_s = time.monotonic()
         self._beats = -1
 
     def poll(self) -> bool:
-        """Whether the attempt hangs and is to be ended. Cheap enough for every turn of the launcher."""
+        """Whether the attempt hangs and must be ended. Cheap enough for every turn of the launcher's loop."""
         self.hang = self.hang or read_verdict(self._verdict)
         if self.hang is None:
             self._look_after()
@@ -109,18 +110,18 @@ class Keeper:
 
     def _lost(self, cause: str, status: int | None) -> None:
         self.stop()
-        if status == TAKEN:  # it has said so
+        if status == TAKEN:  # the monitor has reported it
             self._taken = True
             return
         lived_s = time.monotonic() - self._started_s
         self._losses = self._losses + 1 if lived_s < _LONGEST_WAIT_S else 1
-        wait_s = min(2.0 ** (self._losses - 1) - 1, _LONGEST_WAIT_S)  # the first time at once
+        wait_s = min(2.0 ** (self._losses - 1) - 1, _LONGEST_WAIT_S)  # at once the first time
         self._next_s = time.monotonic() + wait_s
         self.events.write("monitor_lost", cause=cause, again_in_s=wait_s)
         self.console.say(f"the monitor was lost ({cause}); started again" + (f" in {wait_s:g} s" if wait_s else ""))
 
     def stop(self) -> None:
-        """End it: it is told by the end of its input, and killed when it does not hear."""
+        """End the monitor: close its input, and kill it when it does not react."""
         process, self.process = self.process, None
         if process is None:
             return

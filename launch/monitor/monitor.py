@@ -32,15 +32,15 @@ from trainer.life.heartbeat import Beat, Heartbeat, Heartbeats, Phase
 from trainer.life.rows import facts_in
 
 ROLLUP_S = 60.0
-ALERTS = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone"}  # of which the user's hooks are told
-_OTHERS_S = 30.0  # age of another node's newest row, at most, for it to say something
-_FIRST_NODE_S = 20.0  # that the first node may take to gather what all have found, and to tell the user's hooks
-_WAKE_S = 5.0  # that ranks which had been stopped may take to tell where they were
-_PAUSE_S = 10.0  # between two rows before it is said
+ALERTS = {"hang", "slow_rank", "idle", "gpu_lost", "driver_gone"}  # the events that the user's hooks get
+_OTHERS_S = 30.0  # the highest age of another node's newest row that still counts
+_FIRST_NODE_S = 20.0  # time for the first node to collect all findings, and to call the user's hooks
+_WAKE_S = 5.0  # time for ranks that had been stopped to tell where they were
+_PAUSE_S = 10.0  # between two rows, before the pause is reported
 
 
 class Monitor:
-    """Watches one node of a run until its standard input ends: its launcher closes it, or is gone."""
+    """Watches one node of a run until its standard input ends: its launcher closed it, or is gone."""
 
     def __init__(self, orders: Orders, heartbeats: Heartbeats) -> None:
         self.folder, self.heartbeats = RunFolder(Path(orders.run)), heartbeats
@@ -71,7 +71,7 @@ class Monitor:
             return None
 
     def tell(self, event: str, line: str | None, **facts: Any) -> None:
-        """An event, and for people a line; kept back while the run folder holds no run yet."""
+        """Record an event, and print a line for people. Both wait until the run folder holds a run."""
         if self.journal is None:
             self._untold.append((event, line, facts))
             return
@@ -86,7 +86,7 @@ class Monitor:
         say(f"{node_name()}: {line}")
 
     def _begin(self) -> None:
-        """From here on rows are written. Before, a mistake in the config may still leave the folder as it was."""
+        """Begin to write rows. Before this, a mistake in the config must leave the folder unchanged."""
         head = {
             "time_s": round(clock.now_s(), 3),
             "node": node_name(),
@@ -119,13 +119,13 @@ class Monitor:
             if now - rolled >= ROLLUP_S:
                 self._roll_up()
                 rolled = now
-            due = max(due + self.settings.interval_s, now)  # what was missed is not made up for
+            due = max(due + self.settings.interval_s, now)  # missed rows are not made up for
             if _ended(max(due - time.monotonic(), 0.0)):
                 break
         self._roll_up()
 
     def tick(self) -> bool:
-        """One row. Returns whether the attempt hangs, and is ended."""
+        """Write one row. Returns whether the attempt hung and was ended."""
         self.own.beat()
         beats = [beat for beat in self.heartbeats.ranks() if beat is not None]
         self.events.attempt = max((beat.attempt for beat in beats if beat.attempt >= 0), default=None)
@@ -154,7 +154,7 @@ class Monitor:
         return row | self.processes.read(beat)
 
     def _others_take_time(self) -> bool:
-        """Whether a rank of another node is at something that may take long: those here wait for it, rightly."""
+        """Whether a rank of another node is in a phase that may take long: the ranks here then wait for it rightly."""
 
         def takes_time(row: dict[str, Any]) -> bool:
             return any(not self.hang.may_hang(Phase[r["phase"].upper()], float(r["still_s"])) for r in row["ranks"])
@@ -162,16 +162,17 @@ class Monitor:
         return any(found for _, found in self.others.newest("second", self.events.attempt, _OTHERS_S, takes_time))
 
     def _end_hang(self, beats: list[Beat]) -> bool:
-        """Ask every rank where it is, name the culprit, and have the launcher end the attempt.
+        """Ask every rank where it is, name the culprit, and make the launcher end the attempt. Returns whether it is a
+        hang.
 
-        The first node says how the attempt ended. The others wait for that: ranks that lose their peers fail within
-        milliseconds, and would write down that as the cause. Returns whether it is a hang."""
+        The first node writes how the attempt ended, and the others wait for that. Ranks that lose their peers fail
+        within milliseconds, and would otherwise write that as the cause."""
         if self.journal is None:
             self._begin()
         attempt = Attempt(self.folder, max(beat.attempt for beat in beats))
         found = ask(beats, node_name(), attempt.path)
         if all(standstill.gone for standstill in found):
-            return False  # the launcher sees that, and has just not come to an end
+            return False  # the launcher sees this itself; it just has not ended yet
         hosts = facts_in(attempt.path / "start.json").get("hosts")
         nodes = [str(host) for host in hosts] if isinstance(hosts, list) else [node_name()]
         known = share(found, attempt.path, node_name(), nodes)
@@ -207,6 +208,6 @@ def _wait_for(condition: Callable[[], bool], patience_s: float) -> None:
 
 
 def _ended(wait_s: float) -> bool:
-    """Whether standard input has ended, waiting for that as long."""
+    """Whether standard input has ended. Waits up to `wait_s` for that."""
     ready, _, _ = select.select([sys.stdin], [], [], wait_s)
     return bool(ready) and not os.read(sys.stdin.fileno(), 1)

@@ -14,8 +14,9 @@ T = TypeVar("T")
 
 
 class Others:
-    """A row's age counts from when this node first saw it, by this node's clock: clocks of two nodes may differ, and
-    one may be set while the run goes on. A file that makes no sense is told once; the other files are still read."""
+    """The age of a row counts from when this node first saw it, by this node's clock. Clocks of two nodes may differ,
+    and one may be set while the run goes on. A file that cannot be read is reported once; the other files are still
+    read."""
 
     def __init__(self, folder: Path, node: str, tell: Callable[..., None]) -> None:
         self._folder, self._node, self._tell = folder, node, tell
@@ -25,8 +26,8 @@ class Others:
     def newest(
         self, kind: str, attempt: int | None, within_s: float, read: Callable[[Row], T]
     ) -> Iterator[tuple[str, T]]:
-        """(node, what `read` makes of its newest row), for each node that wrote one in this attempt and `within_s`. A
-        row that is seen for the first time counts as new."""
+        """(node, what `read` makes of its newest row), for each node with a row of this attempt that is at most
+        `within_s` old. A row that is seen for the first time counts as new."""
         now = time.monotonic()
         for path in sorted(self._folder.glob("*.jsonl")):
             row = newest(path, kind) if path.stem != self._node else None

@@ -1,7 +1,7 @@
 """An endpoint for Prometheus: the monitor's newest row as text, at http://HOST:PORT/metrics.
 
-Names follow the rows: a GPU's `power_w` is `muster_gpu_power_w`, a rank's `step` is `muster_rank_step`. A row is put
-into text once, when it is first asked for, and one client is served at a time: however many ask, the cost is bounded.
+Names follow the rows: a GPU's `power_w` is `muster_gpu_power_w`, a rank's `step` is `muster_rank_step`. A row becomes
+text once, when a client first asks for it. One client is served at a time, so many clients cost no more than a bound.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainer.life.folder import RunFolder
 from trainer.life.rows import last_row
 
 Row = dict[str, Any]
-_CLIENT_S = 2.0  # that one may take to say what it wants
+_CLIENT_S = 2.0  # time for a client to send its request
 _NAMES = {"uuid", "index", "rank"}
 _OF_RUN = (
     *("step", "loss", "grad_norm", "lr", "tokens_per_s", "samples_per_s", "mfu", "data_wait_s", "step_s", "time_s"),
@@ -26,7 +26,7 @@ _TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Endpoint:
-    """`show` each row; who asks gets the last one. Raises OSError when the address cannot be had."""
+    """`show` each row; clients get the last one. Raises OSError when the address cannot be bound."""
 
     def __init__(self, host: str, port: int, folder: RunFolder, node: str) -> None:
         self._folder, self._node = folder, node
@@ -45,7 +45,7 @@ class Endpoint:
     def _text(self) -> bytes:
         row = self._row
         if row is not None and self._told[0] is not row:
-            # Rank 0's own node tells of the training: there its file is seen at once.
+            # Rank 0's own node reports the training values: its file is seen there at once.
             is_first = any(rank["rank"] == 0 for rank in row["ranks"])
             trained = last_row(self._folder.metrics, "loss", row["attempt"]) if is_first else {}
             self._told = row, exposition(self._folder.root.name, self._node, row, trained).encode()
@@ -53,7 +53,7 @@ class Endpoint:
 
 
 class _Server(TCPServer):
-    allow_reuse_address = True  # a monitor that is started again finds its port free at once
+    allow_reuse_address = True  # a restarted monitor finds its port free at once
     text: Any
 
     def __init__(self, address: tuple[str, int], text: Any) -> None:
@@ -61,7 +61,7 @@ class _Server(TCPServer):
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away in the middle is its own affair; anything else is ours, and ends this loudly."""
+        """Ignore a client that went away in the middle. Any other error is ours, and is raised."""
         if not isinstance(sys.exception(), OSError):
             raise
 
@@ -85,21 +85,21 @@ class _Handler(BaseHTTPRequestHandler):
         return "muster"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Not on the run's terminal."""
+        """Print nothing on the run's terminal."""
 
 
 def exposition(run: str, node: str, row: Row, trained: Row) -> str:
-    """The text format of Prometheus, of one of the monitor's rows and of the last row of metrics.jsonl."""
+    """Prometheus' text format of one of the monitor's rows and of the last row of metrics.jsonl."""
     samples: dict[str, list[str]] = {}
     for name, value, labels in _samples(row, trained):
         told = ",".join(f'{k}="{_escaped(str(v))}"' for k, v in {"run": run, "node": node, **labels}.items())
         samples.setdefault(f"muster_{name}", []).append(f"muster_{name}{{{told}}} {float(value)!r}\n")
-    # A metric's samples have to stand together.
+    # All samples of one metric must stand together.
     return "".join(f"# TYPE {name} gauge\n{''.join(lines)}" for name, lines in samples.items())
 
 
 def _samples(row: Row, trained: Row) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """(Name, value, labels) of every number."""
+    """(name, value, labels) of every number."""
     yield "row_time_s", row["time_s"], {}
     for name in _OF_RUN:
         if trained.get(name) is not None:

@@ -1,4 +1,4 @@
-"""What is read of one GPU. Each reading may be missing on some GPUs or drivers, and then is left out for good."""
+"""What is read from one GPU. A reading that a GPU or driver does not have is left out from then on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GPU_GONE = {
     pynvml.NVML_ERROR_IRQ_ISSUE,
     pynvml.NVML_ERROR_RESET_REQUIRED,
 }
-_PASSING = {  # worth asking again
+_PASSING = {  # errors after which asking again is worthwhile
     pynvml.NVML_ERROR_TIMEOUT,
     pynvml.NVML_ERROR_IN_USE,
     pynvml.NVML_ERROR_NO_DATA,
@@ -37,7 +37,7 @@ THROTTLES = {
     pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown: "hw_power_brake",
     pynvml.nvmlClocksThrottleReasonSyncBoost: "sync_boost",
 }
-_COUNTERS = {  # field -> (name of the rate, what one count is in MiB)
+_COUNTERS = {  # field -> (name of the rate, MiB per count)
     pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: ("nvlink_tx_mib_s", 2**-10),
     pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX: ("nvlink_rx_mib_s", 2**-10),
     pynvml.NVML_FI_DEV_PCIE_COUNT_TX_BYTES: ("pcie_tx_mib_s", 2**-20),
@@ -52,7 +52,7 @@ class DriverGone(Exception):
 
 
 class GpuLost(Exception):
-    """This GPU answers nothing any more; the others may."""
+    """This GPU answers nothing any more. Others may still answer."""
 
 
 def _utilization(d: Device) -> Values:
@@ -61,7 +61,7 @@ def _utilization(d: Device) -> Values:
 
 
 def _memory(d: Device) -> Values:
-    # Version 2: what the driver keeps for itself is not counted as used, just as nvidia-smi shows it.
+    # Version 2 does not count the driver's own memory as used, just as nvidia-smi.
     memory = pynvml.nvmlDeviceGetMemoryInfo(d.handle, version=pynvml.nvmlMemory_v2)
     return {"memory_gib": round(memory.used / 2**30, 3), "memory_total_gib": round(memory.total / 2**30, 3)}
 
@@ -149,18 +149,18 @@ NOW_AND_THEN_S = 10.0
 
 
 class Gpu:
-    """One GPU or MIG instance of the job. `read` gives a row; what it cannot give is in `left_out`, with the reason."""
+    """One GPU or MIG instance of the job. `read` gives a row. `left_out` holds missing readings with their reasons."""
 
     def __init__(self, device: Device, gpm: Gpm | None) -> None:
         self.device, self.gpm = device, gpm
         self.left_out: dict[str, str] = {}
-        self._error: str | None = None  # the last one of this read
+        self._error: str | None = None  # the last error during this read
         self._slow: Values = {}
         self._slow_time_s = float("-inf")
         self._counts: dict[int, tuple[float, int]] = {}
 
     def read(self) -> Values:
-        """Raises GpuLost or DriverGone when there is nothing to read any more."""
+        """A row of readings. Raises GpuLost or DriverGone when nothing can be read any more."""
         if self.device.refusal is not None:
             raise GpuLost(self.device.refusal)
         values: Values = {"uuid": self.device.uuid, "index": self.device.index}
@@ -197,7 +197,7 @@ class Gpu:
             return {}
 
     def _rates(self) -> Values:
-        """NVLink and PCIe traffic since the last call. A counter that went backwards was reset or ran over."""
+        """NVLink and PCIe traffic since the last call. A counter that went backwards was reset or overflowed."""
         values: Values = {}
         now = time.monotonic()
         for field in pynvml.nvmlDeviceGetFieldValues(self.device.gpu, _FIELDS):

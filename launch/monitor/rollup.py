@@ -1,15 +1,15 @@
-"""A minute of rows as one: of each number its mean, lowest and highest."""
+"""One row for a minute of rows: the mean, lowest and highest value of each number."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Row = dict[str, Any]
-_NAMES = {"uuid", "index", "rank", "pid", "step"}  # numbers that name something
+_NAMES = {"uuid", "index", "rank", "pid", "step"}  # numbers that are names
 
 
 class _Numbers:
-    """Sums of one GPU's, rank's or the host's numbers."""
+    """Sums over the numbers of one GPU, of one rank or of the host."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}  # sum, count, lowest, highest
@@ -30,7 +30,7 @@ class _Numbers:
                 sums[2], sums[3] = min(sums[2], value), max(sums[3], value)
 
     def row(self) -> Row:
-        """`name: [mean, lowest, highest]`, and of words (`throttled`) the share of rows that held them."""
+        """`name: [mean, lowest, highest]`. For words (`throttled`), the share of rows that held each word."""
         row: Row = {name: [round(s / n, 3), low, high] for name, (s, n, low, high) in self._sums.items()}
         if self._shares:
             row["throttled"] = {word: round(count / self._rows, 3) for word, count in self._shares.items()}
@@ -38,7 +38,7 @@ class _Numbers:
 
 
 class Minute:
-    """Rows between two rollups."""
+    """The rows between two rollups."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -58,7 +58,7 @@ class Minute:
             self._ranks[rank["rank"]] = (first, rank, numbers)
 
     def row(self) -> Row:
-        """The rollup; `steps` of a rank are the first and the last one that it was at."""
+        """The rollup. `steps` of a rank are its first and last step in the minute."""
         return {
             "rows": self.rows,
             "host": self._host.row(),

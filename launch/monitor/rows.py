@@ -1,4 +1,4 @@
-"""Reading gpu/<node>.jsonl from its end, while it is written and replaced. No torch."""
+"""Read gpu/<node>.jsonl from its end, while it is written and replaced. No torch."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from trainer.life.rows import PassedOver, Row, amount, lines_backwards, row_in, 
 
 _PHASES = {phase.word for phase in Phase}
 _LONGEST_HEAD_BYTES = 1 << 20
-OLD_S = 15.0  # without a row a node is not seen any more
+OLD_S = 15.0  # a node without a row for this long counts as unseen
 _NODES_LOOKED_AT = 16
-_LINES_LOOKED_AT = 2000  # half an hour of seconds
+_LINES_LOOKED_AT = 2000  # half an hour, at one row per second
 
 
 class OtherVersion(Exception):
-    """The file was written by a version of the monitor whose rows mean something else."""
+    """Another version of the monitor wrote the file, and its rows mean something else."""
 
 
 def newest(path: Path, kind: str) -> Row | None:
-    """The last whole row of a kind; None when the last part of the file holds none, or it is of another version."""
+    """The last whole row of a kind. None when the end of the file holds none, or when the file has another version."""
     try:
         found = newest_rows(path, kind, 1)
-    except OtherVersion:  # said by those who show it; to a monitor it is a node of which it knows nothing
+    except OtherVersion:  # those who show the file report it; to a monitor the node is unknown
         return None
     return found[-1] if found else None
 
 
 def newest_rows(path: Path, kind: str, most: int, over: PassedOver | None = None) -> list[Row]:
-    """The last whole rows of a kind, oldest first; fewer than `most` when the file's last part holds no more. Raises
-    OtherVersion. `over` notes rows that no monitor writes."""
+    """The last whole rows of a kind, oldest first; fewer than `most` when the end of the file holds no more. Raises
+    OtherVersion. `over` collects rows that no monitor writes."""
     first = head(path)
     if first is not None and first.get("version") != VERSION:
         raise OtherVersion(f"{path} is of version {first.get('version')}, this is version {VERSION}")
-    begins = b'{"kind": "%s"' % kind.encode()  # so that only what is asked for is parsed
+    begins = b'{"kind": "%s"' % kind.encode()  # parse only lines of this kind
     lines = (line for line in islice(lines_backwards(path), _LINES_LOOKED_AT) if line.startswith(begins))
     found: list[Row] = []
     for line in lines:
@@ -53,8 +53,7 @@ def newest_rows(path: Path, kind: str, most: int, over: PassedOver | None = None
 
 
 def phase_now(folder: Path, attempt: int) -> str | None:
-    """What most ranks of this attempt are at, by the rows of the nodes that were written to last; None where no row is
-    new."""
+    """What most ranks of this attempt are doing, by the rows of the nodes that wrote last; None where no row is new."""
     files = sorted(folder.glob("*.jsonl"), key=changed_s)[-_NODES_LOOKED_AT:]
     fresh = [row for path in files if age_s(path) < OLD_S and (row := newest(path, "second")) is not None]
     phases = Counter(rank["phase"] for row in fresh if row.get("attempt") == attempt for rank in row["ranks"])
@@ -62,7 +61,7 @@ def phase_now(folder: Path, attempt: int) -> str | None:
 
 
 def changed_s(path: Path) -> float:
-    """When it was written to last; 0 when it is gone meanwhile, or a link to nothing."""
+    """When the file was last written; 0 when it is gone, or a link to nothing."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -70,12 +69,12 @@ def changed_s(path: Path) -> float:
 
 
 def age_s(path: Path) -> float:
-    """Seconds since then. Not by the stamps in it: they are of the run's clock."""
+    """Seconds since the file was last written. Its rows' own times are of the run's clock, which may differ."""
     return max(time.time() - changed_s(path), 0.0)
 
 
 def _is_whole(row: Row, kind: str) -> bool:
-    """Whether it holds what every row of its kind does."""
+    """Whether the row holds what every row of its kind does."""
     if row.get("time_s") is None or not _are_objects(row.get("ranks")):
         return False
     if kind != "second":
@@ -93,7 +92,7 @@ def _is_rank(rank: Row) -> bool:
 
 
 def head(path: Path) -> Row | None:
-    """The row that says what the file is."""
+    """The first row, which tells what the file is."""
     try:
         with open_regular(path) as file:
             row = row_in(file.readline(_LONGEST_HEAD_BYTES))

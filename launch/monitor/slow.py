@@ -1,9 +1,11 @@
-"""The straggler watch and the idle alert: which rank is slower than the others and why, and when all are idle.
+"""The straggler watch and the idle alert: which rank is slower than the others and why, and when all ranks are idle.
 
-Both look at a window of time. A rank's **activity** is the share of it in which its device worked: SM activity by GPM,
-GPU utilization where there is no GPM, and on a CPU the share in which its main thread ran or was ready to run; a rank
-that waits for others in a collective is not active. Its **own time** per step is what it spent active, waiting for data
-and saving: all ranks make a step in the same time, and only the slow one needs it all for itself.
+Both look at a window of time. A rank's **activity** is the share of the window in which its device worked. For a GPU
+this is SM activity by GPM, or GPU utilization without GPM. On a CPU it is the share in which the main thread ran or was
+ready to run. A rank that waits for others in a collective is not active.
+
+A rank's **own time** per step is the time it was active, waited for data or saved. All ranks make a step in the same
+time, and only the slow rank needs all of that time for itself.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ _BUILDING = (Phase.STARTING, Phase.PREPARING, Phase.COMPILING, Phase.LEAVING)
 _OWN = (Phase.WAITING_FOR_DATA, Phase.SAVING)
 _HARDWARE_THROTTLES = ("hw_thermal", "hw_power_brake", "hw_slowdown", "sw_thermal")
 _UNEXPLAINED = (Phase.COMPUTING, Phase.COMMUNICATING)
-_LARGE_PCT = 20.0  # a share of the window that explains something
+_LARGE_PCT = 20.0  # the smallest share of the window that explains slowness
 
 
 @dataclass(frozen=True)
 class RankWindow:
-    """One rank over a window. `phases_pct` are shares of it; readings of its GPU are means, None without one."""
+    """One rank over a window. `phases_pct`: shares of the window. Readings of its GPU are means, None without a GPU."""
 
     rank: int
     node: str
@@ -41,7 +43,7 @@ class RankWindow:
 
     @property
     def own_s(self) -> float | None:
-        """Seconds per step that this rank needed for itself; None when that cannot be known."""
+        """Seconds per step that this rank needed for itself; None when unknown."""
         if not self.steps or self.activity_pct is None:
             return None
         waiting = sum(self.phases_pct.get(phase.word, 0.0) for phase in _OWN)
@@ -49,14 +51,14 @@ class RankWindow:
 
 
 def seconds_of(beat: Beat, now: float) -> list[float]:
-    """How long its process has been at each phase, up to `now`."""
+    """Seconds that the rank's process has spent in each phase, up to `now`."""
     total = list(beat.seconds)
     total[beat.phase] += max(now - beat.since_s, 0.0)
     return total
 
 
 def rank_window(before: tuple[Beat, float], after: tuple[Beat, float], node: str, rolled: dict[str, Any]) -> RankWindow:
-    """A rank between two heartbeats, with the rollups of its row and of its GPU's, `rolled["rank"]` and `["gpu"]`."""
+    """A rank between two heartbeats. `rolled["rank"]` and `["gpu"]` are the rollups of its row and of its GPU's."""
     (first, began), (last, ended) = before, after
     spent = [b - a for a, b in zip(seconds_of(first, began), seconds_of(last, ended), strict=True)]
     seconds = ended - began
@@ -91,7 +93,7 @@ def is_training(window: RankWindow) -> bool:
 
 
 def stragglers(ranks: list[RankWindow], share: float) -> list[tuple[RankWindow, float, str | None]]:
-    """(Rank, how many times the median it needs, why) of each that is slower than the median by `share`."""
+    """(rank, its own time / the median, why) of each rank that is slower than the median by `share`."""
     known = [(rank, own) for rank in ranks if (own := rank.own_s) is not None]
     if len(known) < 2:
         return []
@@ -104,7 +106,7 @@ def stragglers(ranks: list[RankWindow], share: float) -> list[tuple[RankWindow, 
 
 
 def why_slow(rank: RankWindow, others: list[RankWindow]) -> str | None:
-    """What sets a slow rank apart, if anything that is known here does."""
+    """What distinguishes a slow rank from the others, if anything known here does."""
     usual = lambda value: median(value(other) for other in others)  # noqa: E731
     for phase, words in ((Phase.WAITING_FOR_DATA, "it waits for data"), (Phase.SAVING, "it waits for saves")):
         mine, theirs = rank.phases_pct.get(phase.word, 0.0), usual(lambda r, p=phase: r.phases_pct.get(p.word, 0.0))
@@ -125,7 +127,7 @@ def why_slow(rank: RankWindow, others: list[RankWindow]) -> str | None:
 
 
 def idle(ranks: list[RankWindow], below_pct: float) -> tuple[float, str] | None:
-    """(Mean activity, why) when it is below the bound; None when it is not, or not known."""
+    """(mean activity, why) when the activity is below the bound; None when it is not, or unknown."""
     known = [rank.activity_pct for rank in ranks if rank.activity_pct is not None]
     if not known or (activity := sum(known) / len(known)) >= below_pct:
         return None

@@ -1,4 +1,4 @@
-"""Looks at each window of a node: names slow ranks and idle ones, once until that changes."""
+"""Looks at each window of a node. Names slow ranks and idle ones, once until that changes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _READINGS = ("sm_pct", "tensor_pct", "dram_pct", "gpu_pct", "memory_gib", "power
 
 
 class Windows:
-    """`add` each row. Other nodes' windows are read from their files: the median is that of all ranks."""
+    """Call `add` for each row. Other nodes' windows come from their files, since the median is that of all ranks."""
 
     def __init__(self, settings: MonitorSection, node: str, folder: Path, others: Others, tell: Tell) -> None:
         self._settings, self._node, self._folder, self._tell = settings, node, folder, tell
         self._others = others
-        self._slow: set[int] = set()  # ranks that were named and are still slow
-        self._suspected: set[int] = set()  # slow in one window: that may be chance
+        self._slow: set[int] = set()  # ranks that were reported and are still slow
+        self._suspected: set[int] = set()  # slow in one window, which may be chance
         self._idle_windows = 0
         self._start()
 
@@ -38,10 +38,10 @@ class Windows:
         self._began_s: float | None = None
 
     def add(self, beats: list[Beat], row: dict[str, Any], attempt: int | None) -> dict[str, Any] | None:
-        """The window's row, when this one ends it."""
+        """The window's row, when this row ends the window."""
         now = time.monotonic()
         if self._began_s is None or any(b.rank in self._first and self._first[b.rank][0].pid != b.pid for b in beats):
-            self._start()  # other processes: a window holds one life of its ranks
+            self._start()  # new processes: a window holds one life of its ranks
             self._began_s = now
         self._minute.add(row)
         for beat in beats:
@@ -57,7 +57,7 @@ class Windows:
             self._name_slow(ranks, [rank for other_ranks, _ in others.values() for rank in other_ranks])
             self._name_idle(ranks)
         window = {"ranks": [asdict(rank) for rank in ranks], "readings": readings(ranks, rolled["gpus"])}
-        if any(rank.rank == 0 for rank in ranks):  # which is on this node, and hands them on
+        if any(rank.rank == 0 for rank in ranks):  # rank 0's node writes the readings of all nodes
             with tolerate_unwritable():
                 nodes = {self._node: window["readings"], **{node: told for node, (_, told) in others.items()}}
                 write_json(self._folder / "readings.json", dict(sorted(nodes.items())))
@@ -103,13 +103,13 @@ class Windows:
 
 
 def readings(ranks: list[RankWindow], gpus: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """(Mean, lowest) over the node's ranks and GPUs of what tells how hard they work; `gpus` are rollups."""
+    """(mean, lowest) over the node's ranks and GPUs of the values that show how hard they work. `gpus` are rollups."""
     found = {"activity_pct": [rank.activity_pct for rank in ranks if rank.activity_pct is not None]}
     found |= {name: [gpu[name][0] for gpu in gpus if name in gpu] for name in _READINGS}
     return {name: [round(sum(each) / len(each), 3), round(min(each), 3)] for name, each in found.items() if each}
 
 
 def _window(row: dict[str, Any]) -> tuple[list[RankWindow], dict[str, list[float]]]:
-    """Another node's window: its ranks, and its readings."""
+    """The ranks and readings of another node's window."""
     told = {str(name): [float(mean), float(lowest)] for name, (mean, lowest) in row["readings"].items()}
     return [RankWindow(**values) for values in row["ranks"]], told

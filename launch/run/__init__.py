@@ -1,1 +1,1 @@
-"""`python -m launch run`: one node's share of a run, supervised."""
+"""`python -m launch run`: run one node's share of a run under supervision."""

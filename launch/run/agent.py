@@ -1,4 +1,4 @@
-"""torchrun's agent for one node, shielded: the launcher takes the signals, and nothing outlives it."""
+"""torchrun's agent for one node, shielded: the launcher takes the signals, and no process outlives the launcher."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from trainer.life.events import append_row
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun with `arguments`; 1 when workers failed for good."""
+    """Run torchrun with `arguments`. Returns 1 when the workers failed for good."""
     launcher = FromLauncher.read(os.environ)
     assert launcher is not None, "only the launcher starts this"
     if not die_with_parent(launcher.parent):
         return 1
     os.environ.update(replace(launcher, parent=os.getpid()).environment())
     go_on_unheard()
-    # Slurm signals every process of a step. An agent that dies of it takes its workers along, unsaved.
+    # Slurm signals every process of a step. An agent that dies of the signal kills its workers before they have saved.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _tell_failures(path: Path) -> None:
-    """Have torchrun write down each rank that failed, also when it starts the ranks again: then it tells nobody."""
+    """Make torchrun record each rank that failed. When torchrun restarts the ranks, it reports no failures."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.launcher import api
 
@@ -49,7 +49,8 @@ def _tell_failures(path: Path) -> None:
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             if result.is_failed():
-                for rank, failure in result.failures.items():  # as found: whom torchrun itself had to kill comes last
+                # in this order: torchrun's own kills come last
+                for rank, failure in result.failures.items():
                     append_row(path, {"rank": rank, "exit_code": failure.exitcode})
             return result
 

@@ -1,4 +1,4 @@
-"""`python -m launch run CONFIG`: this node's share of a run, supervised."""
+"""`python -m launch run CONFIG`: run this node's share of a run under supervision."""
 
 from __future__ import annotations
 

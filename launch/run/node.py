@@ -1,7 +1,7 @@
 """One node's share of a run: torchrun under a supervisor that takes the signals and leaves no process behind.
 
-With several nodes there is a supervisor on each. They meet in the run folder: the first one holds its lease, and
-decides how an attempt ended where the ranks could not say.
+With several nodes there is a supervisor on each. They meet in the run folder. The first one holds the folder's lease,
+and decides how an attempt ended where the ranks could not tell.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from trainer.preflight import check, check_numbers, problems_of, refuse
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1
 _USER_ERROR_PATIENCE_S = 5.0
-_END_PATIENCE_S = 20.0  # for an end that another node writes, on a filesystem that caches
+_END_PATIENCE_S = 20.0  # to wait for an end that another node writes, on a filesystem that caches
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Nodes:
 
     count: int = 1
     index: int = 0
-    first: str = ""  # its name, at which the others meet it
+    first: str = ""  # the first node's name, at which the others meet it
     port: int = 0
-    start: str = ""  # names this very start, apart from others on the same port
+    start: str = ""  # distinguishes this start from others on the same port
 
     @property
     def is_first(self) -> bool:
@@ -64,7 +64,7 @@ class Nodes:
 
 
 def default_processes() -> int:
-    """One process per visible GPU, or per GPU that a rehearsal cluster pretends; two where there is none."""
+    """One process per visible GPU, or per GPU that a rehearsal cluster pretends to have; two where there is none."""
     pretended = environment.MUSTER_PRETEND_GPUS.read(os.environ)
     if pretended is not None:
         return pretended or 2
@@ -74,17 +74,18 @@ def default_processes() -> int:
 def run_node(
     argument: str | None, overrides: list[str], processes: int | None, wish: StopWish, nodes: Nodes | None = None
 ) -> int:
-    """Run a config on this node, one of `nodes`, until it is decided; returns the exit code. `wish` listens already.
+    """Run a config on this node, one of `nodes`, until the end is decided. Returns the exit code. `wish` listens
+    already.
 
     Raises UserError before anything starts.
     """
     nodes, console = nodes or Nodes(), Console(rank=0)
     try:
-        with wish.at_once():  # on a slow filesystem the checks take minutes
+        with wish.at_once():  # on a slow filesystem the checks take minutes, and a stop must not wait
             config, processes = _checked(argument, overrides, processes, nodes)
     except StopRequested as request:
         console.say(f"stopped ({request.cause.word}) before anything began")
-        if not nodes.is_first:  # as when the first one was refused and Slurm ends the others: it says why
+        if not nodes.is_first:  # e.g. the first node was refused, and Slurm ends the others; the first node tells why
             return life.FAILED
         return End("stopped", 0, None, request.cause.kind is Kind.REQUEUE, request.cause.word).exit_code
     folder = RunFolder(Path(config.run_dir))
@@ -95,10 +96,10 @@ def run_node(
         if nodes.is_first:
             lease = Lease.take(folder, node_name(), max(life.numbers(folder), default=-1) + 1, console.say)
         else:
-            patience_s = config.parallel.load_timeout_s  # the first one checks before it takes it
+            patience_s = config.parallel.load_timeout_s  # the first node checks before it takes the lease
             lease = Lease.of_first_node(folder, nodes.first, node_name(), patience_s, wish.poll, console.say)
         if lease is None:
-            return life.FAILED  # the first node's exit code, which is higher, says why
+            return life.FAILED  # the first node's exit code, which is higher, tells why
         try:
             return Supervisor(config, folder, command, processes, wish, console, lease, local, nodes).run()
         finally:
@@ -109,7 +110,7 @@ def run_node(
 
 
 def _checked(argument: str | None, overrides: list[str], processes: int | None, nodes: Nodes) -> tuple[Config, int]:
-    """The config, and the processes of this node. Raises UserError for all that is wrong; touches nothing."""
+    """The config and this node's number of processes. Raises UserError that lists every mistake. Changes no file."""
     if processes is not None and processes < 1:
         raise UserError(f"--nproc {processes}: at least 1 process is needed")
     environment.check(os.environ)
@@ -122,12 +123,12 @@ def _checked(argument: str | None, overrides: list[str], processes: int | None, 
 
 
 def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # it holds a run
+    with contextlib.suppress(OSError):  # the folder holds a run
         folder.rmdir()
 
 
 class Supervisor:
-    """Starts the agent, passes requests on, and decides how it ended from what lies in the run folder."""
+    """Starts the agent, passes stop requests on, and decides from the run folder how the attempt ended."""
 
     def __init__(
         self,
@@ -170,12 +171,12 @@ class Supervisor:
         newest = max(life.numbers(self.folder), default=-1)
         if newest > self._before:
             self.events.attempt = newest
-            self.events.write("left", code=code)  # up to here its GPUs were this run's
+            self.events.write("left", code=code)  # until now this run had its GPUs
         return code
 
     def _run(self) -> int:
-        """Agent after agent, until an end is agreed. torchrun restarts failed workers itself; an agent that was killed
-        is started again here."""
+        """Start agents until an end is agreed. torchrun itself restarts failed workers; this restarts a killed
+        agent."""
         for _ in range(self.config.run.max_restarts + 1):
             before = max(life.numbers(self.folder), default=-1)
             status = self._one_agent()
@@ -203,13 +204,13 @@ class Supervisor:
                         self.events.write("ended_by_force")
                     break
                 if self.told.user_error.exists() and deadline is None:
-                    deadline = time.monotonic() + _USER_ERROR_PATIENCE_S  # ranks that wait for one that gave up
+                    deadline = time.monotonic() + _USER_ERROR_PATIENCE_S  # one rank gave up, and the others wait for it
                 self._tell_failures()
                 if self.monitor.poll():
-                    break  # it hangs, and every rank's stack is written
+                    break  # a hang: every rank's stack is written
                 time.sleep(_POLL_S)
         finally:
-            self._agent_died = (agent.poll() or 0) < 0  # by itself, not by what follows
+            self._agent_died = (agent.poll() or 0) < 0  # by itself, not by the kill below
             agent.kill()
             status = agent.wait()
             self.monitor.stop()
@@ -221,17 +222,17 @@ class Supervisor:
         nodes = self.nodes
         torchrun = [f"--nnodes={nodes.count}", f"--nproc-per-node={self.processes}"]
         if nodes.count == 1:
-            # Not --standalone: it meets at the name of this host, which perhaps nothing resolves.
+            # Not --standalone: its ranks meet at the name of this host, which may not resolve.
             torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--local-addr={LOOPBACK}"]
             torchrun += ["--rdzv-id=muster", "--rdzv-conf=is_host=1"]
         else:
-            # Said, not guessed from names: a node that took itself for the first would be a world of its own.
+            # Given, not guessed from names: a node that guessed wrong would form a world of its own.
             meet = {"is_host": int(nodes.is_first), "join_timeout": int(self.config.parallel.load_timeout_s)}
             torchrun += ["--rdzv-backend=c10d", f"--rdzv-id={nodes.start}"]
             torchrun += [f"--rdzv-endpoint={nodes.first}:{nodes.port}", f"--local-addr={node_name()}"]
             torchrun += ["--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in meet.items())]
         torchrun += [f"--max-restarts={self.config.run.max_restarts}", "--monitor-interval=0.2"]
-        torchrun += [f"--log-dir={self._local}"]  # else it makes a folder among the temporary files, and leaves it
+        torchrun += [f"--log-dir={self._local}"]  # else torchrun makes a temporary folder, and leaves it
         return [*python(), "-m", "launch.run.agent", *torchrun, "-m", "trainer", *self.command]
 
     def _choose_threads(self) -> int:
@@ -240,14 +241,14 @@ class Supervisor:
         return threads.each
 
     def _environment(self) -> dict[str, str]:
-        unless_set = {  # or set to nothing, as by a job script that hands on what Slurm has not told it
-            "TORCH_FR_BUFFER_SIZE": "2000",  # collectives, told after a hang
+        unless_set = {  # also when set to nothing, as a job script does with values that Slurm did not give
+            "TORCH_FR_BUFFER_SIZE": "2000",  # how many collectives are recorded, to report after a hang
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # an index then means the same GPU to CUDA, to NVML and to people
             "OMP_NUM_THREADS": str(self._threads),
         }
-        # With the shared store, workers that are restarted in place meet their dead predecessors' addresses.
+        # With the shared store, workers that restart in place would meet their dead predecessors' addresses.
         ours = {**self.told.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        # PET_...: what torchrun takes for its options where they are not given, such as from an operator of Kubernetes.
+        # PET_...: torchrun's defaults for options that are not given. An operator of Kubernetes may set them.
         theirs = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
         chosen = {name: value for name, value in unless_set.items() if not theirs.get(name)}
         return {**theirs, **chosen, **apart(), **ours}
@@ -257,23 +258,23 @@ class Supervisor:
         assert cause is not None
         write_request(self.told.stop_request, cause)
         self._note("stop_passed_on", cause=cause.word)
-        below = "\n" if sys.stdout.isatty() else ""  # rank 0's live line
+        below = "\n" if sys.stdout.isatty() else ""  # ends rank 0's live line
         self.console.say(f"{below}stopping ({cause.word}): saving after this step")
 
     def _note(self, event: str, **facts: Any) -> None:
-        """What counts for this life of a Slurm job, and no other: no clock can tell which, as it may be set."""
+        """An event that counts for this life of a Slurm job alone. No clock can tell: it may be set."""
         job = Job.read(os.environ)
         self.events.write(event, job=job.id, life=int(job.life), **facts)
 
     def _decide(self, before: int, status: int) -> End:
-        """The newest attempt's end. One that nobody wrote is written here: failed."""
+        """The end of the newest attempt. If nobody wrote one, it is written here as failed."""
         if not self.folder.root.is_dir():
             self.console.say(f"{self.folder.root} is gone: it was moved or removed while this ran")
             return End("failed", 0, None, requeue=False, cause="folder_gone")
         attempt = life.newest(self.folder)
         if attempt is None or attempt.number <= before:
             if self.wish.cause is not None and not status:
-                return self._unwritten_end(status)  # they left while they waited for each other
+                return self._unwritten_end(status)  # the ranks left while they waited for each other
             self.console.say(f"the workers ended (status {status}) before an attempt began")
             return End("failed", 0, None, requeue=True, cause="start_failed")
         if self._agent_died:
@@ -282,35 +283,37 @@ class Supervisor:
             self.console.say(f"the agent died ({_cause(status)})")
         if attempt.end is None:
             end = self._unwritten_end(status)
-            with tolerate_unwritable():  # missing means failed, too
+            with tolerate_unwritable():  # a missing end means failed, too
                 attempt.write_end(end)
             return end
         return attempt.end
 
     def _outcome_of_many(self, before: int, status: int) -> int:
-        """This node's exit code when there are others, who have lost its agent and cannot meet a new one."""
+        """This node's exit code with several nodes, after its agent is gone: a new agent could not meet the others."""
         if self._agent_died and not self.nodes.is_first:
             self._note("agent_died", status=status)
         if status < 0 or (status and self.nodes.is_first):
             return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
         if status == 0 and max(life.numbers(self.folder), default=-1) <= before:
-            if cause := StopWish(self.told.stop_request).poll():  # rank 0's node may have heard it first
+            if cause := StopWish(self.told.stop_request).poll():  # rank 0's node may have heard the request first
                 self.wish.wish(cause)
             if self.wish.cause is not None:
-                return self._unwritten_end(status).exit_code  # they left while they waited for each other
-            return life.USER_ERROR  # at once: rank 0 was on another node and has said it, and its end kills this one
+                return self._unwritten_end(status).exit_code  # the ranks left while they waited for each other
+            # at once: rank 0 was on another node, which reported it; its end kills us
+            return life.USER_ERROR
         end = self._hear(before)
         if end is not None:
             return end.exit_code
         return self._decide(before, status).exit_code if self.nodes.is_first else life.FAILED
 
     def _hear(self, before: int) -> End | None:
-        """What rank 0 or the first node wrote down as the end; another node's files may take a while to be seen."""
+        """The end that rank 0 or the first node wrote. The files of another node may take a while to be visible."""
         deadline = time.monotonic() + _END_PATIENCE_S
         while time.monotonic() < deadline:
             attempt = life.newest(self.folder)
             if attempt is not None and attempt.number > before and (end := attempt.end) is not None:
-                # The first node to leave ends the step on all: let that be the one that has a lease to release.
+                # The first node to leave ends the Slurm step on all nodes. Leave only after the node that must release
+                # the lease.
                 while not self.nodes.is_first and self.lease.is_held() and time.monotonic() < deadline:
                     time.sleep(_POLL_S)
                 return end
@@ -318,7 +321,7 @@ class Supervisor:
         return None
 
     def _unwritten_end(self, status: int) -> End:
-        """What an attempt came to that could not say so itself: stopped by force as asked, or failed."""
+        """The end of an attempt that wrote none: stopped by force as requested, or failed."""
         step, name = self.folder.newest_checkpoint()
         asked = self.wish.cause
         if asked is not None:
@@ -326,8 +329,8 @@ class Supervisor:
         return End("failed", step, name, requeue=True, cause="hang" if self.monitor.hang else _cause(status))
 
     def _tell_failures(self) -> None:
-        """Ranks that died since the last call, as events and by the name of the first. The attempt that is the newest
-        now was theirs: torchrun's next one takes seconds to begin."""
+        """Record ranks that died since the last call as events, and print the first one's name. They belong to the
+        attempt that is the newest now: torchrun's next one takes seconds to begin."""
         failures = read_rows(self.told.failures)[self._failures_told :]
         if not failures:
             return
@@ -346,8 +349,8 @@ class Supervisor:
 
 
 def _first_to_fall(failures: list[dict[str, Any]], raised: list[dict[str, Any]]) -> tuple[int, str]:
-    """The rank that failed first, and why. One that was killed without a word comes before those that raised: they
-    met its silence. torchrun's own SIGTERM comes last of all."""
+    """The rank that failed first, and why. A rank that was killed without a word comes before ranks that raised: they
+    met its silence. torchrun's own SIGTERM comes last."""
     told = {e["rank"] for e in raised}
     killed = [f for f in failures if f["rank"] not in told and f["exit_code"] < 0 and f["exit_code"] != -signal.SIGTERM]
     if raised and not killed:
@@ -361,13 +364,13 @@ def _cause(status: int) -> str:
 
 
 def _adopt_orphans() -> None:
-    """Workers whose agent dies become our children, so that none is out of sight (Linux)."""
+    """Make workers whose agent dies our children, so that none is lost from sight (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _kill_descendants() -> None:
-    """End the whole tree below this process. Again and again, as a dying process may just have started another."""
+    """Kill the whole tree below this process. Repeat, since a dying process may just have started another one."""
     while True:
         alive = [p for p in psutil.Process().children(recursive=True) if _is_alive(p)]
         if not alive:

@@ -1,4 +1,4 @@
-"""Ending processes for good."""
+"""End processes for good."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import psutil
 
-_PATIENCE_S = 5.0  # even a killed process takes a moment to go
+_PATIENCE_S = 5.0  # even a killed process takes a moment to end
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL to each, and wait until they are gone. Those that are gone already are no error."""
+    """Send SIGKILL to each process, and wait until all are gone. A process that is already gone is no error."""
     for process in processes:
         try:
             process.kill()

@@ -1,1 +1,1 @@
-"""Checkpoints of one kind into another, streaming: Muster, torch.save, torch.distributed.checkpoint, DeepSpeed."""
+"""Convert checkpoints by streaming: Muster's, torch.save's, torch.distributed.checkpoint's and DeepSpeed's."""

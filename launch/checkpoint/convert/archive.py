@@ -1,8 +1,8 @@
 """The files of `torch.save`: zip archives of one pickle and one record of raw bytes per storage, read and written in
 parts. DCP's files are such archives one after the other.
 
-Reading opens nothing of what the pickle names (`unpickle.py`). Every number is checked before it is believed.
-A record's CRC-32 is checked when it is read through, which PyTorch's own reader does not do.
+Reading runs nothing that the pickle names (`unpickle.py`). Every number is checked before it is used. A record's CRC-32
+is checked when all of the record is read, which PyTorch's own reader does not do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LIMIT_32 = 0xFFFFFFFF
 
 
 class Files:
-    """Positioned reads of the files below a folder, a few of them open at a time."""
+    """Reads at given positions of the files below a folder, with a few of them open at a time."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -50,7 +50,7 @@ class Files:
         return self._opened(name)[1]
 
     def read(self, name: str, start: int, out: memoryview) -> None:
-        """Fill `out` from byte `start` on. Raises UserError when the file cannot be read, or ends before."""
+        """Fill `out` from byte `start` on. Raises UserError when the file cannot be read or is too short."""
         descriptor, size = self._opened(name)
         done = 0
         while done < len(out):
@@ -83,7 +83,7 @@ class Files:
 
 
 class _View(io.RawIOBase):
-    """A part of a file as a file of its own, for zipfile."""
+    """A part of a file that behaves as a whole file, for zipfile."""
 
     def __init__(self, files: Files, name: str, start: int, length: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class _View(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Record:
-    """Raw bytes in a file. `crc` 0: none was written."""
+    """Raw bytes in a file. `crc` 0: the archive has none."""
 
     start: int
     size: int
@@ -145,7 +145,7 @@ class Archive:
                 entries = opened.infolist()
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001 - zipfile meets damaged numbers with errors of many kinds
+        except Exception as error:  # noqa: BLE001 - zipfile raises errors of many kinds on damaged numbers
             raise UserError(f"{self.where}: not an archive of torch.save, or cut short: {error}") from None
         self._entries = {entry.filename: entry for entry in entries}
         self.start, self._end = start, start + length
@@ -159,7 +159,7 @@ class Archive:
         self.root = unpickle(f"{self.where}, data.pkl", self._small("data.pkl"), more)
 
     def record(self, key: str) -> Record:
-        """Where a record lies."""
+        """Where the bytes of a record are."""
         entry = self._entries.get(self._prefix + key)
         if entry is None:
             raise UserError(f"{self.where}: the record {key} is missing")
@@ -188,7 +188,7 @@ class Archive:
 
 @dataclass
 class ArchivedContent:
-    """The numbers of a tensor in an archive."""
+    """The numbers of one tensor in an archive."""
 
     archive: Archive
     tensor: ArchivedTensor
@@ -211,7 +211,7 @@ class ArchivedContent:
 
     @property
     def place(self) -> Any:
-        """Equal for tensors that are one."""
+        """Equal for tensors that are one and the same."""
         return (self.archive.name, self.archive.start, self.tensor)
 
     def read_range_into(self, start: int, out: torch.Tensor) -> None:
@@ -230,7 +230,7 @@ class ArchivedContent:
             self._whole = None
 
     def item(self) -> int | float | bool:
-        """The value of a tensor of one element."""
+        """The value of a tensor with one element."""
         out = torch.empty(1, dtype=self.dtype)
         self.read_range_into(0, out)
         return out.item()
@@ -257,7 +257,7 @@ class ArchivedContent:
             raise UserError(f"{self.archive.where}: bytes {begin} to {end} were damaged: their checksum is wrong")
 
     def _gather(self) -> torch.Tensor:
-        """A strided view made contiguous. Memory: what it spans, and itself."""
+        """A strided view made contiguous. Takes memory for the range it spans, and for the result."""
         tensor, width = self.tensor, self.dtype.itemsize
         if tensor.span * width > max(_SPAN_LIMIT_BYTES, tensor.numel * width):
             raise UserError(
@@ -283,7 +283,7 @@ def _is_contiguous(shape: Ints, stride: Ints) -> bool:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written; `key` is its storage. Two of the same key are tied when they are loaded."""
+    """A tensor to be written; `key` is its storage. Loading ties two tensors of the same key."""
 
     key: int
     shape: Ints
@@ -332,7 +332,7 @@ def pickled(structure: Any) -> bytes:
 
 
 class ArchiveWriter:
-    """Writes one archive front to back. `write` appends bytes to a file; offsets count from the archive's beginning."""
+    """Writes one archive from front to back. `write` appends bytes to a file. Offsets count from its start."""
 
     def __init__(self, write: Callable[[memoryview], None], structure: Any) -> None:
         self._write_out = write
@@ -345,7 +345,7 @@ class ArchiveWriter:
         self.add_parts(name, len(content), iter([memoryview(content)] if content else []))
 
     def add_parts(self, name: str, size: int, parts: Iterator[memoryview]) -> None:
-        """A record whose bytes come in parts, beginning at a multiple of 64."""
+        """Add a record whose bytes come in parts. It begins at a multiple of 64."""
         title, start, crc, left = f"archive/{name}".encode(), self.size, 0, size
         padding = -(self.size + 30 + len(title) + 4) % _RECORD_ALIGNMENT
         extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding

@@ -1,8 +1,8 @@
-"""Checkpoints of one kind into another: Muster's, a file of torch.save, a folder of torch.distributed.checkpoint; and
-DeepSpeed's into any of them.
+"""Convert checkpoints: from Muster, a file of torch.save, a folder of torch.distributed.checkpoint or of DeepSpeed, to
+any of the first three kinds.
 
 Nothing in a source is run. Tensors stream through a few buffers, so memory does not grow with the checkpoint. The
-target is written under a partial name, fsynced and renamed: it is whole or it is not there.
+target is written under a partial name, fsynced and renamed: a target is whole, or does not exist.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.host.locks import lock
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done."""
+    """What a conversion did."""
 
     source: Path
     source_kind: Kind
@@ -54,8 +54,8 @@ def convert(
 ) -> Conversion:
     """Write `source` (a checkpoint of any kind, or a run folder: its newest) as a new `target` of the kind `to`.
 
-    `progress` is told the bytes of each part, `begin` the state before anything is written. Raises UserError or
-    BadCheckpoint, and leaves nothing behind then.
+    `progress` gets the bytes of each part. `begin` gets the state before anything is written. Raises UserError or
+    BadCheckpoint, and then leaves nothing behind.
     """
     began = time.monotonic()
     _check_target(source, target)
@@ -83,7 +83,7 @@ def convert(
 
 
 def open_state(path: Path, kind: Kind | None = None, weights_only: bool = False) -> State:
-    """What a checkpoint holds. `kind` None: found by looking."""
+    """The state in a checkpoint. `kind` None: the files tell the kind."""
     kind, path = find_kind(path, kind)
     if kind == "torch":
         return read_torch(path, weights_only)
@@ -119,7 +119,7 @@ def _check_space(state: State, target: Path) -> None:
 
 @contextmanager
 def _partial(target: Path, is_file: bool) -> Iterator[tuple[Path, disk.NewFile | None]]:
-    """The partial name, made and locked; what a crash left there before goes. Removed unless it was renamed."""
+    """Make and lock the partial name; remove what a crash left there. At the end remove it, unless it was renamed."""
     partial = target.with_name(f"{target.name}.partial-convert")
     file: disk.NewFile | None = None
     descriptor = -1
@@ -143,7 +143,7 @@ def _partial(target: Path, is_file: bool) -> Iterator[tuple[Path, disk.NewFile |
 
 
 def _clear(partial: Path, target: Path) -> None:
-    """Remove what a conversion that was killed left; one that is under way holds its lock."""
+    """Remove what a killed conversion left. A conversion that still runs holds its lock, so its files stay."""
     if os.path.lexists(partial):
         descriptor, locked = _lock(partial, target)
         if not locked:
@@ -154,10 +154,10 @@ def _clear(partial: Path, target: Path) -> None:
 
 
 def _lock(partial: Path, target: Path) -> tuple[int, bool]:
-    """(Its descriptor, whether the filesystem has locks.)"""
+    """(descriptor of the lock, whether the filesystem has locks)."""
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        descriptor = os.open(partial, os.O_RDWR | flags)  # NFS locks no file opened for reading
+        descriptor = os.open(partial, os.O_RDWR | flags)  # NFS cannot lock a file that is open for reading only
     except IsADirectoryError:
         descriptor = os.open(partial, os.O_RDONLY | flags)
     try:

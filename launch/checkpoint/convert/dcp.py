@@ -1,8 +1,8 @@
 """A folder of `torch.distributed.checkpoint`, as a source and as a target.
 
-A folder holds `.metadata`, a pickle of a few data classes, and `*.distcp` files, each a row of torch.save archives.
-Both are read without running anything. The target holds the nested dict of `names.nested`, flattened as DCP
-does it; tied tensors are two names of one place.
+A folder holds `.metadata`, a pickle of a few data classes, and `*.distcp` files. Each of these is a series of
+torch.save archives. Reading runs nothing in either. The target holds the nested dict of `names.nested`, flattened as
+DCP does; tied tensors are two names of one place.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from trainer.checkpoint.format.boxes import Box, Ints, boxes_of_range, intersect
 from trainer.checkpoint.format.writing import bytes_of
 from trainer.checkpoint.load.kinds import METADATA
 
-FILE_LIMIT_BYTES = 4 << 30  # a new file begins beyond this
-CHUNK_LIMIT_BYTES = 1 << 30  # DCP loads a chunk whole before it takes a rank's part of it
+FILE_LIMIT_BYTES = 4 << 30  # a larger file is closed, and a new one begins
+CHUNK_LIMIT_BYTES = 1 << 30  # DCP loads a whole chunk before it takes a rank's part of it
 
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _OLD_MODULE = "torch.distributed._shard.sharded_tensor.metadata"
 
 
 def _names() -> Names:
-    """The types of a `.metadata`."""
+    """The types that a `.metadata` may name."""
     of_metadata = ["Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"]
     of_metadata += ["TensorProperties", "MetadataIndex", "StorageMeta"]
     names: Names = {(_METADATA_MODULE, name): record_type(name) for name in of_metadata}
@@ -62,7 +62,7 @@ def _names() -> Names:
 
 @dataclass(frozen=True)
 class _Item:
-    """Where one archive lies."""
+    """Where one archive is."""
 
     file: str
     start: int
@@ -111,7 +111,7 @@ def _index(index: Record) -> tuple[str, Ints | None]:
 
 
 class DcpContent:
-    """A tensor in a DCP folder: chunks, each a box of it, each an archive of its own."""
+    """A tensor in a DCP folder: chunks, each one a box of the tensor and an archive of its own."""
 
     def __init__(self, folder: _Folder, key: str, entry: Record) -> None:
         try:
@@ -146,7 +146,7 @@ class DcpContent:
                     self._copy(chunk, wanted, shared, target)
 
     def _copy(self, chunk: Box, wanted: Box, shared: tuple[Ints, Ints], target: memoryview) -> None:
-        """Rows of the chunk, some at a time; numpy copies the part of each that is wanted."""
+        """Copy rows of the chunk, some at a time. numpy copies the wanted part of each row."""
         offsets, sizes = shared
         opened, width = self._open(chunk), self.dtype.itemsize
         if not self.shape:
@@ -180,7 +180,7 @@ class DcpContent:
 
 
 def read_dcp(path: Path, weights_only: bool) -> State:
-    """The state in a DCP folder. Raises UserError when it is none, or holds anything but tensors and plain values."""
+    """The state in a DCP folder. Raises UserError for another folder, and for more than tensors and plain values."""
     folder = _Folder(path)
     state = State("dcp", path, close=folder.files.close)
     sort_leaves(state, _leaves(folder, weights_only), weights_only)
@@ -205,7 +205,7 @@ def _leaves(folder: _Folder, weights_only: bool) -> Iterator[tuple[Path_, Any]]:
 
 
 class _Items:
-    """Writes archives one after the other into files of a bounded size."""
+    """Writes archives one after the other into files of limited size."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -213,7 +213,7 @@ class _Items:
         self._count = 0
 
     def add(self, structure: Any, size: int | None = None, parts: Iterator[memoryview] | None = None) -> _Item:
-        """Write one archive, of a tensor of `size` bytes or of a plain value."""
+        """Write one archive, for a tensor of `size` bytes or for a plain value."""
         if self._file is not None and self._file.size >= FILE_LIMIT_BYTES:
             self.finish()
         if self._file is None:
@@ -238,7 +238,7 @@ class _Items:
 
 
 def write_dcp(state: State, folder: Path, progress: Callable[[int], None] | None) -> None:
-    """Fill an empty folder; it is durable but for its name then."""
+    """Fill an empty folder. All but the folder's own name is durable then."""
     leaves = list(leaves_of(str(state.path), nested(state)))
     chunks = {id(leaf): _chunks(leaf) for _, leaf in leaves if is_content(leaf)}
     ranges = (wanted for cut in chunks.values() for _, _, wanted in cut)
@@ -259,7 +259,7 @@ def _key(path: Path_) -> str:
 
 
 def _chunks(content: Content) -> list[tuple[Ints, Ints, Range]]:
-    """(offsets, sizes, numbers) of the parts in which a tensor is written: rows at a time when it is large."""
+    """(offsets, sizes, numbers) of the parts in which a tensor is written. A large tensor is cut by rows."""
     shape, width = tuple(content.shape), content.dtype.itemsize
     zeros = (0,) * len(shape)
     if not shape or prod(shape) * width <= CHUNK_LIMIT_BYTES:

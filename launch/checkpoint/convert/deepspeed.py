@@ -2,11 +2,11 @@
 
     latest                                                             the newest checkpoint's name
     global_step500/mp_rank_00_model_states.pt                          stages 1, 2: weights as forward reads them
-    global_step500/zero_pp_rank_3_mp_rank_00_model_states.pt           stage 3: a rank's part of what is frozen
+    global_step500/zero_pp_rank_3_mp_rank_00_model_states.pt           stage 3: a rank's part of the frozen parameters
     global_step500/[bf16_]zero_pp_rank_3_mp_rank_00_optim_states.pt    a rank's fp32 masters and optimizer state
 
-Masters and state are flat tensors, one per parameter group and rank. Stages 1 and 2 lay a group's parameters end to end
-and cut that into one equal part per rank; stage 3 cuts each parameter, and a rank's parts of all lie end to end.
+Masters and state are flat tensors, one per parameter group and rank. Stages 1 and 2 put a group's parameters end to
+end, and cut the whole into one equal part per rank. Stage 3 cuts each parameter, and puts a rank's parts end to end.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from trainer.checkpoint.load.kinds import deepspeed_states
 
 MODEL = "mp_rank_00_model_states.pt"
 _FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
-_ELSEWHERE = {  # what says that a model was cut in ways that are not ZeRO's
+_ELSEWHERE = {  # names of files that show a cut which is not ZeRO's
     "tensor parallel": re.compile(r"mp_rank_(?!00_)\d+_"),
     "pipeline": re.compile(r"^layer_\d+"),
     "mixture of experts": re.compile(r"expert_\d+"),
 }
-# of a model's file, what is read here; the rest are plain values
+# The fields of a model's file that are read here. The others are plain values.
 _READ = {"module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"}
 _STAGES = (("disabled", 0), ("optimizer_states", 1), ("gradients", 2), ("weights", 3), ("max_stage", 3))
-_ALIGNED_ELEMENTS = 16  # at most, before a parameter
+_ALIGNED_ELEMENTS = 16  # the most padding before a parameter
 _GAP_ELEMENTS = 1 << 16
 
 
 def _names() -> Names:
-    """The types of DeepSpeed's that its files hold beside tensors."""
+    """The types of DeepSpeed that its files hold beside tensors."""
     scaler, fragment = "deepspeed.runtime.fp16.loss_scaler", "deepspeed.utils.tensor_fragment"
     names: Names = {(scaler, name): record_type(name) for name in ("LossScaler", "DynamicLossScaler")}
     names["deepspeed.runtime.zero.config", "ZeroStageEnum"] = Enumeration(_STAGES)
-    names["builtins", "set"] = stand_in(list)  # until 0.14 at least names of buffers were one
+    names["builtins", "set"] = stand_in(list)  # up to 0.14 or so, a set held the names of buffers
     names[fragment, "fragment_address"] = record_type("fragment_address")
     names["argparse", "Namespace"] = record_type("Namespace")  # Megatron's arguments
     return names
@@ -57,7 +57,7 @@ def _names() -> Names:
 
 @dataclass(frozen=True)
 class _Place:
-    """A range of a parameter, and where a rank's flat tensors have it."""
+    """A range of a parameter, and where it lies in a rank's flat tensors."""
 
     start: int
     length: int
@@ -66,8 +66,8 @@ class _Place:
 
 
 class _Flat:
-    """A flat tensor, of which ranges are read in ascending order. What lies between and behind them, padding, is read
-    too: the checksum is over all of a storage."""
+    """A flat tensor whose ranges are read in ascending order. Padding between and after the ranges is read too: the
+    checksum covers the whole storage."""
 
     def __init__(self, content: ArchivedContent) -> None:
         tensor, self.numel, self.dtype = content.tensor, prod(content.shape), content.dtype
@@ -76,7 +76,7 @@ class _Flat:
         whole = tensor.storage.nbytes // self.dtype.itemsize
         self._storage = ArchivedContent(content.archive, replace(tensor, offset=0, shape=(whole,), stride=(1,)))
         self._begin, self._whole = tensor.offset, whole
-        self.end = 0  # of what will be read
+        self.end = 0  # the end of the last range that will be read
         self._done = 0
 
     def read(self, start: int, out: torch.Tensor) -> None:
@@ -93,7 +93,7 @@ class _Flat:
 
 @dataclass(frozen=True)
 class _Scattered:
-    """A tensor of which ranks hold ranges."""
+    """A tensor whose ranges lie on several ranks."""
 
     shape: Ints
     dtype: torch.dtype
@@ -109,7 +109,7 @@ class _Scattered:
 
 @dataclass
 class _Rank:
-    """What a rank's file of optimizer state holds. `states`: per group, by name; `counts`: updates, per group."""
+    """A rank's file of optimizer state. `states`: per group, by name; `counts`: number of updates, per group."""
 
     where: str
     stage: int
@@ -124,7 +124,7 @@ class _Rank:
 
 
 class _Folder:
-    """The files of a folder, opened and held against each other."""
+    """The opened files of a folder, checked against each other."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.files = path, Files(path)
@@ -156,7 +156,7 @@ class _Folder:
         return self._read(MODEL)
 
     def check_complete(self, ranks: int, stage: int) -> None:
-        """Raise UserError unless each rank's files are there, and nobody else's."""
+        """Raise UserError unless the folder has one file for each rank, and no other."""
         for what in ("optim", "model") if stage == 3 else ("optim",):
             numbers = {number for kind, number in self.found if kind == what}
             for number in sorted(set(range(ranks)) - numbers):
@@ -179,10 +179,10 @@ class _Folder:
 
 
 def _rank(where: str, told: dict[str, Any]) -> _Rank:
-    """Raises KeyError, TypeError and the like for anything but what DeepSpeed writes."""
+    """Raises KeyError, TypeError and the like where the file is not as DeepSpeed writes it."""
     if told.get("ds_zero_partition_groups"):
         raise UserError(f"{where}: experts are cut over groups of ranks of their own; only ZeRO's parts are read")
-    # The optimizer that accumulates bf16 gradients in fp32 does not say its stage: it has but one.
+    # The optimizer that accumulates bf16 gradients in fp32 does not name its stage. It only has stage 1.
     stage = int(told.get("zero_stage", 1))
     masters = told["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
     base = told["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
@@ -218,7 +218,7 @@ def _rank(where: str, told: dict[str, Any]) -> _Rank:
 
 
 def read_deepspeed(path: Path, weights_only: bool) -> State:
-    """The state in a folder of DeepSpeed's. Raises UserError when it is not whole, or of more than one run."""
+    """The state in a folder of DeepSpeed. Raises UserError when the folder is not whole or mixes several runs."""
     folder = _Folder(path)
     try:
         return _read(folder, weights_only)
@@ -257,7 +257,7 @@ def _read(folder: _Folder, weights_only: bool) -> State:
 
 
 def _check_alike(ranks: list[_Rank], where: str, models: list[dict[str, Any]]) -> None:
-    """Raise UserError unless all files are of one run, at one step, and of the stage that its config says."""
+    """Raise UserError unless all files are from one run and step, and from the stage that its config names."""
     first = ranks[0]
     for rank in ranks[1:]:
         if (rank.stage, rank.ranks, len(rank.masters)) != (first.stage, first.ranks, len(first.masters)):
@@ -274,7 +274,7 @@ def _check_alike(ranks: list[_Rank], where: str, models: list[dict[str, Any]]) -
 
 
 class _Layout:
-    """Which range of which flat tensor holds what, for the parameters that train."""
+    """Which range of which flat tensor holds each trained parameter."""
 
     def __init__(self, ranks: list[_Rank], groups: list[dict[str, Any]]) -> None:
         self.ranks, self.first = ranks, ranks[0]
@@ -284,9 +284,9 @@ class _Layout:
             raise UserError(f"{self.first.where}: {len(self.first.masters)} groups, its model has {len(groups)}")
 
     def places(self, group: int) -> Iterator[tuple[str, list[_Place]]]:
-        """Each parameter of a group with the ranges in which it is held."""
+        """Each parameter of a group with the ranges that hold it."""
         offset, shapes = 0, self.groups[group]
-        # Padding is left out of the last part that has any; the first rank's is whole.
+        # DeepSpeed saves flat tensors without the padding at their end. The size of a part includes the padding.
         part = self.first.masters[group].numel + self.first.paddings[group]
         for index, (name, shape) in enumerate(shapes.items()):
             numel, count = prod(shape), len(self.ranks)
@@ -301,7 +301,7 @@ class _Layout:
             offset += numel + (self.first.alignments[group][index] if self.first.alignments else 0)
 
     def content(self, group: int, key: str | None, shape: Ints, places: list[_Place]) -> Content:
-        """A parameter's masters, or a state of its. Raises UserError when ranks hold less than the shape asks for."""
+        """A parameter's masters, or one of its states. Raises UserError when ranks hold less than `shape` needs."""
         parts = []
         for place in places:
             rank = self.ranks[place.rank]
@@ -314,7 +314,7 @@ class _Layout:
         return _Scattered(shape, parts[0][1].dtype, parts)
 
     def check_all_used(self, group: int) -> None:
-        """Raise UserError when a rank holds more than padding beside what the model asks for."""
+        """Raise UserError when a rank holds more unused elements than padding explains."""
         slack = 2 * len(self.ranks) + _ALIGNED_ELEMENTS * len(self.groups[group])
         unused = sum(rank.masters[group].numel - rank.masters[group].end for rank in self.ranks)
         if unused > slack:
@@ -338,11 +338,11 @@ def _add_trained(state: State, layout: _Layout, weights_only: bool) -> None:
 
 
 def _add_untrained(state: State, where: str, models: list[dict[str, Any]], layout: _Layout) -> None:
-    """What is frozen, and buffers."""
+    """Add frozen parameters and buffers."""
     model, stage = models[0], layout.first.stage
     buffers, cut = set(model["buffer_names"]), model.get("frozen_param_shapes") or {}
     state.aliases = {str(name): str(first) for name, first in (model.get("shared_params") or {}).items()}
-    if stage < 3:  # at stage 3 nothing lies here; before 0.11 stages 1 and 2 did not tell what was tied
+    if stage < 3:  # stage 3 has no weights here; before 0.11 stages 1 and 2 did not record ties
         first_at = {c.place: name for name, c in reversed(model["module"].items()) if name not in buffers}
         pairs = ((name, first_at.get(c.place, name)) for name, c in model["module"].items())
         state.aliases |= {name: first for name, first in pairs if first != name}
@@ -370,7 +370,7 @@ def _add_untrained(state: State, where: str, models: list[dict[str, Any]], layou
 
 
 def _add_groups(state: State, layout: _Layout) -> None:
-    """The optimizer's own settings, with names in place of numbers."""
+    """Add the optimizer's own settings, with parameter names in place of numbers."""
     names = [list(group) for group in layout.groups]
     for index, group in enumerate(layout.first.groups):
         for key, value in group.items():

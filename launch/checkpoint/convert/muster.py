@@ -24,7 +24,7 @@ FILE_LIMIT_BYTES = 4 << 30
 
 
 def write_muster(state: State, folder: Path, progress: Callable[[int], None] | None) -> None:
-    """Fill an empty folder; it is durable but for its name then."""
+    """Fill an empty folder. All but the folder's own name is durable then."""
     planned = [(group, name, layout) for group in GROUPS for name, layout in _files(state, group)]
     ranges = (Range.whole(state.tensors[piece.key].content) for _, _, layout in planned for piece in layout.pieces)
     hashes: dict[str, str] = {}
@@ -43,7 +43,7 @@ def write_muster(state: State, folder: Path, progress: Callable[[int], None] | N
 
 
 def _files(state: State, group: Group) -> Iterator[tuple[str, FileLayout]]:
-    """(name, layout) of each file of a group."""
+    """(name, layout) of each file of a group of tensors."""
     pieces: list[Piece] = []
     size = count = 0
     for key, tensor in state.tensors.items():
@@ -107,10 +107,10 @@ def _manifest(state: State, files: list[tuple[str, FileLayout]], checksums: str)
 
 
 def _facts(state: State) -> dict[str, Any]:
-    """The manifest's fields that the source knew; of another kind's plain values, what it held."""
+    """The manifest's fields as far as the source knew them. For another kind of source: the plain values it held."""
     known = {k: v for k, v in state.facts.items() if k in Manifest.model_fields and k not in STORAGE_FIELDS}
     known.setdefault("step", 0)
-    known.setdefault("loop", {"step": known["step"]})  # where a run that takes everything goes on
+    known.setdefault("loop", {"step": known["step"]})  # the step where a run that takes the whole state goes on
     known.setdefault("saved_s", round(time.time(), 3))
     if "config" not in known:
         known["config"] = {"converted_from": {"kind": state.kind, "path": str(state.path), "values": state.values}}

@@ -1,9 +1,9 @@
-"""Whose names are whose: the nested dicts in which PyTorch's users keep their state, and Muster's flat names.
+"""Names of state: the nested dicts that PyTorch's users keep, and Muster's flat names.
 
-A state of theirs is a list of leaves, each with its path: ("model", "blocks.0.wq.weight"), ("optim", "state",
-"blocks.0.wq.weight", "exp_avg"), ("step",). Parameters lose the words that only say "the model", optimizer state
-becomes `<parameter>.<state>`, its `step` an integer. Nothing is dropped in silence: what is neither tensor nor plain
-value stands in `left_out`.
+A nested state is a list of leaves, each with its path: ("model", "blocks.0.wq.weight"), ("optim", "state",
+"blocks.0.wq.weight", "exp_avg"), ("step",). A parameter's name loses the words that only mean "the model". Optimizer
+state becomes `<parameter>.<state>`, its `step` an integer. A value that is neither a tensor nor plain is listed in
+`left_out`, so that nothing disappears without a word.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from trainer.checkpoint.format.boxes import Group
 from trainer.checkpoint.format.strict import parse
 
 Path_ = tuple[str | int, ...]
-FACTS = "muster"  # the leaf under which our own targets keep a manifest's fields
+FACTS = "muster"  # the leaf in which our own targets keep a manifest's fields
 
 _MODEL_WORDS = {"model", "state_dict", "model_state_dict", "model_state", "module"}
 _OPTIM_WORDS = "optim|optimizer|optimizers|opt|optim_state_dict|optimizer_state_dict|optim_state|optimizer_state"
 _OPTIM_STATE = re.compile(rf"(?:^|\.)(?:{_OPTIM_WORDS})\.state\.(?P<name>.+)\.(?P<state>[^.]+)$")
 _OPTIM_OTHER = re.compile(rf"(?:^|\.)(?:{_OPTIM_WORDS})\.(?P<rest>(?:param_groups|state)(?:\.|$).*)")
 _STEP_WORDS = {"step", "global_step", "iteration", "steps"}
-# A parameter group of torch.optim.AdamW as it begins; making one imports the compiler, which takes seconds.
+# The default parameter group of torch.optim.AdamW. Making an optimizer imports the compiler, which takes seconds.
 _ADAMW_GROUP = {
     "lr": 1e-3,
     "betas": [0.9, 0.999],
@@ -43,7 +43,7 @@ _DEPTH_LIMIT = 32
 
 
 def leaves_of(where: str, root: dict[Any, Any]) -> Iterator[tuple[Path_, Any]]:
-    """The leaves of nested dicts, and of lists that hold tensors or dicts. An empty dict is no leaf."""
+    """The leaves of nested dicts, and of lists that hold tensors or dicts. An empty dict gives no leaf."""
     left = _NODES_LIMIT
 
     def walk(path: Path_, thing: Any) -> Iterator[tuple[Path_, Any]]:
@@ -72,7 +72,7 @@ def is_content(thing: Any) -> bool:
 
 
 def sort_leaves(state: State, leaves: Iterable[tuple[Path_, Any]], weights_only: bool) -> None:
-    """Fill `state` from the leaves of another kind of checkpoint. Raises UserError when they make no state."""
+    """Fill `state` from the leaves of another kind of checkpoint. Raises UserError when they are no training state."""
     found = list(leaves)
     numbered = _parameter_names(found)
     has_model = any(_model_name(path) for path, leaf in found if is_content(leaf))
@@ -104,7 +104,7 @@ def sort_leaves(state: State, leaves: Iterable[tuple[Path_, Any]], weights_only:
 
 
 def _model_name(path: Path_) -> str | None:
-    """The parameter's name, when the path says that it is one: the words before it are dropped."""
+    """The parameter's name, without the words before it; None when the path does not mean a parameter."""
     for depth in (0, 1):
         if len(path) > depth + 1 and path[depth] in _MODEL_WORDS:
             return ".".join(map(str, path[depth + 1 :]))
@@ -112,7 +112,7 @@ def _model_name(path: Path_) -> str | None:
 
 
 def _parameter_names(leaves: list[tuple[Path_, Any]]) -> dict[str, str]:
-    """Number -> name, where an optimizer kept its parameters by number and their names beside them."""
+    """Number -> name, where an optimizer keeps its parameters by number and their names beside them."""
     numbers: dict[str, Any] = {}
     for path, leaf in leaves:
         match = _OPTIM_OTHER.search(".".join(map(str, path)))
@@ -157,7 +157,7 @@ def _add_state(state: State, name: str, kind: str, leaf: Any, dotted: str) -> No
 
 
 class Number:
-    """A plain number as a tensor without dimensions."""
+    """A plain number, in the form of a tensor without dimensions."""
 
     shape = ()
 
@@ -169,7 +169,7 @@ class Number:
 
 
 def whole_number(leaf: Any) -> int | None:
-    """A count: a whole number, or a tensor that holds one; else None."""
+    """The count in a leaf that is a whole number, or a tensor that holds one; else None."""
     if is_content(leaf):
         if tuple(leaf.shape) not in ((), (1,)) or leaf.dtype == torch.bool:
             return None
@@ -189,7 +189,7 @@ def add_value(state: State, dotted: str, leaf: Any) -> None:
 
 
 def _untie(state: State) -> None:
-    """Tensors that lie in the very same place are one tensor of several names."""
+    """Make tensors that lie in the very same place one tensor with several names."""
     first: dict[Any, str] = {}
     for key, tensor in list(state.tensors.items()):
         place = getattr(tensor.content, "place", None)
@@ -205,7 +205,7 @@ def _untie(state: State) -> None:
 
 
 def facts_text(state: State) -> str:
-    """What our own targets keep beside the tensors, so that nothing is lost on the way back."""
+    """The text that our own targets keep beside the tensors, so that converting back loses nothing."""
     frozen = sorted(key for key, tensor in state.tensors.items() if tensor.group == "frozen")
     trained = {k: n for k, n in state.trained_steps.items() if n != state.step or k in frozen}
     return json.dumps({"facts": state.facts, "aliases": state.aliases, "frozen": frozen, "trained_steps": trained})
@@ -218,7 +218,7 @@ def _add_facts(state: State, text: Any) -> None:
         if type(state.facts.get("step", 0)) is not int:
             raise TypeError("a step that is no whole number")
         for name, first in dict(told["aliases"]).items():
-            # the file may name any of a tied tensor's names first; Muster's own choice stands
+            # The file may list the names of a tied tensor in any order. The first name that Muster chose wins.
             if state.aliases.get(first) == name:
                 state.tensors[first] = state.tensors.pop(name)
                 state.aliases = {k: first if v == name else v for k, v in state.aliases.items() if k != first}
@@ -247,7 +247,7 @@ def _check(state: State) -> None:
 
 
 def nested(state: State) -> dict[str, Any]:
-    """A state as PyTorch's users keep it: dicts whose leaves are contents and plain values."""
+    """A state in the form that PyTorch's users keep: dicts whose leaves are contents and plain values."""
     model: dict[str, Any] = {key: tensor.content for key, tensor in state.parameters().items()}
     model |= {alias: model[name] for alias, name in state.aliases.items()}
     found: dict[str, Any] = {"model": model, "step": state.step, FACTS: facts_text(state)}
@@ -255,7 +255,7 @@ def nested(state: State) -> dict[str, Any]:
         name: {kind: tensor.content for kind, tensor in kinds.items()} for name, kinds in state.optimizer().items()
     }
     for name, count in state.step_counts.items():
-        # as torch.optim keeps it; fp32 is exact up to 2^24
+        # the dtype that torch.optim uses; fp32 is exact up to 2^24
         exact = torch.float32 if count <= 1 << 24 else torch.float64
         states.setdefault(name, {})["step"] = Number(count, exact)
     if states:
@@ -264,7 +264,7 @@ def nested(state: State) -> dict[str, Any]:
 
 
 def param_groups(state: State, names: list[str]) -> list[dict[str, Any]]:
-    """The optimizer's groups: those that the source held, or one of AdamW's with the config's numbers."""
+    """The optimizer's groups that the source held; else one AdamW group with the config's numbers."""
     groups: dict[int, dict[str, Any]] = {}
     for dotted, value in state.values.items():
         match = re.search(r"\.param_groups\.(\d+)\.([^.]+)$", dotted)

@@ -1,7 +1,7 @@
 """What a checkpoint of any kind holds, in Muster's names, read a few MB at a time.
 
-`State` is the middle of every conversion: a source makes one, a target writes it. Tensors go by "<parameter>" or
-"<parameter>.<state>"; step counts are integers per parameter; everything that is no tensor is plain JSON.
+Every conversion passes through `State`: a source makes one, a target writes it. Tensors are named "<parameter>" or
+"<parameter>.<state>". Step counts are integers per parameter. All other values are plain JSON.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from trainer.checkpoint.load.kinds import Kind
 PART_BYTES = 8 << 20
 _PARTS_AHEAD = 4
 
-# Fields of a manifest that say how it is stored rather than what it holds.
+# Fields of a manifest that describe its storage, not its content.
 STORAGE_FIELDS = {"format", "files", "partitions", "tensors", "checksums", "sources", "aliases", "step_counts"}
 
 
 class Content(Protocol):
-    """Something that the numbers of one tensor can be read from."""
+    """The source of one tensor's numbers."""
 
     @property
     def shape(self) -> Ints: ...
@@ -61,8 +61,8 @@ class StateTensor:
 
 @dataclass
 class State:
-    """`facts` are a manifest's fields without those about files and tensors, `values` plain values that a source of
-    another kind held beside its tensors, `left_out` what could not be taken along."""
+    """`facts`: a manifest's fields without those about files and tensors. `values`: plain values that a source of
+    another kind held beside its tensors. `left_out`: names that could not be converted."""
 
     kind: Kind
     path: Path
@@ -109,7 +109,7 @@ class _StoredContent:
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """(first element, its byte in a file) of the stored parts that go side by side in row-major order too."""
+        """(first element, its byte in a file) of the stored parts that are contiguous in row-major order."""
         found = []
         for place in self.checkpoint.manifest.places(self.key):
             if place.box.sizes[1:] == self.shape[1:]:
@@ -160,10 +160,11 @@ class Range:
 
 @contextmanager
 def stream(ranges: Iterable[Range], progress: Callable[[int], None] | None = None) -> Iterator[Iterator[memoryview]]:
-    """The bytes of ranges, one after the other, at most PART_BYTES at a time, while a thread reads ahead.
+    """The bytes of ranges, one after the other, at most PART_BYTES at a time. A thread reads ahead.
 
-    A part is valid until the next one is asked for; none spans two ranges; an empty range gives none. The thread has
-    ended when the block is left, however: one left to the garbage collector can wait for itself, and never end.
+    A part is valid until the next one is taken. No part spans two ranges, and an empty range gives no part. The thread
+    ends with the `with` block, even after an error: a thread left to the garbage collector could wait for itself for
+    ever.
     """
     pool = ThreadPoolExecutor(1)
     try:
@@ -201,8 +202,8 @@ def _read_ahead(
 
 
 def _part_elements(content: Content, start: int) -> int:
-    """How many elements to read from here on. A part of a Muster checkpoint ends where a block of its file does, as a
-    block is read and checked whole whatever is wanted of it."""
+    """How many elements to read from `start` on. A part of a Muster checkpoint ends at the end of a block of its file:
+    reading a part of a block reads all of it."""
     width = content.dtype.itemsize
     places = content.places if isinstance(content, _StoredContent) else []
     index = bisect_right(places, (start, math.inf)) - 1
@@ -213,7 +214,7 @@ def _part_elements(content: Content, start: int) -> int:
 
 
 def take(parts: Iterator[memoryview], count: int) -> Iterator[memoryview]:
-    """As many parts as make `count` bytes."""
+    """Take as many parts as make `count` bytes."""
     while count > 0:
         part = next(parts)
         count -= len(part)

@@ -1,6 +1,6 @@
 """A file of `torch.save`, as a source and as a target.
 
-The target is what `torch.load(path, weights_only=True)` gives: {"model": {name: tensor}, "optim": {"state": {name:
+`torch.load(path, weights_only=True)` of the target gives {"model": {name: tensor}, "optim": {"state": {name:
 {"exp_avg": ..., "step": ...}}, "param_groups": [...]}, "step": n, "muster": JSON text}. Tied tensors stay tied.
 """
 
@@ -20,7 +20,7 @@ from trainer.checkpoint.load.kinds import ZIP_MAGIC
 
 
 def read_torch(path: Path, weights_only: bool) -> State:
-    """The state in a file of torch.save. Raises UserError when it holds none, or anything but tensors and values."""
+    """The state in a file of torch.save. Raises UserError when it has none, or more than tensors and plain values."""
     files = Files(path)
     state = State("torch", path, close=files.close)
     head = bytearray(min(4, files.size("")))
@@ -39,7 +39,7 @@ def read_torch(path: Path, weights_only: bool) -> State:
 
 
 def with_contents(archive: Archive, thing: Any) -> Any:
-    """The same structure with contents for tensors."""
+    """The same structure, with contents in place of tensors."""
     if isinstance(thing, ArchivedTensor):
         return ArchivedContent(archive, thing)
     if isinstance(thing, dict):
@@ -50,7 +50,7 @@ def with_contents(archive: Archive, thing: Any) -> Any:
 
 
 def write_torch(state: State, file: disk.NewFile, progress: Callable[[int], None] | None) -> None:
-    """Fill a new file; it is durable but for its name then."""
+    """Fill a new file. All but the file's own name is durable then."""
     contents: list[Content] = []
     numbers: dict[int, int] = {}
 
@@ -59,7 +59,7 @@ def write_torch(state: State, file: disk.NewFile, progress: Callable[[int], None
             return {key: announce(value) for key, value in thing.items()}
         if not is_content(thing):
             return thing
-        if id(thing) not in numbers:  # a tied tensor is the same content under each of its names
+        if id(thing) not in numbers:  # A tied tensor is the same content object under each of its names.
             numbers[id(thing)] = len(contents)
             contents.append(thing)
         return NewTensor(numbers[id(thing)], tuple(thing.shape), thing.dtype)

@@ -1,8 +1,8 @@
-"""Reads the pickles of PyTorch's own checkpoints without running anything that stands in them.
+"""Reads the pickles of PyTorch's own checkpoints without running anything in them.
 
-A pickle is a program: it names callables and calls them. Here every name it may use leads to a stand-in of this module,
-which only remembers what it was given; any other name is refused. Nothing of torch is called, no module is imported and
-no tensor is made: tensors come out as `ArchivedTensor`, which says where their bytes lie.
+A pickle is a program: it names callables and calls them. Here every allowed name leads to a stand-in of this module,
+which only remembers its arguments. Any other name is refused. Nothing of torch is called, no module is imported and no
+tensor is made: a tensor becomes an `ArchivedTensor`, which says where its bytes are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from configs.errors import UserError
 PICKLE_LIMIT_BYTES = 1 << 30
 
 T = TypeVar("T")
-Names = dict[tuple[str, str], Any]  # (module, name) -> what stands in for it
+Names = dict[tuple[str, str], Any]  # (module, name) -> the stand-in for it
 
 _STORAGES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
@@ -40,13 +40,13 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isi
 
 
 def _keep(self: object, state: object) -> NoReturn:
-    """A pickle may give any object that it holds another state; not these."""
+    """A pickle may set the state of any object that it holds. These objects refuse."""
     raise pickle.UnpicklingError("it changes what is not its own")
 
 
 def _kept(kind: type[T]) -> type[T]:
-    """The class, whose objects keep their state. Python before 3.11.4 overwrites a __setstate__ that stands in a frozen
-    dataclass with slots."""
+    """The class, whose objects keep their state. Set afterwards: Python before 3.11.4 overwrites a __setstate__ in the
+    body of a frozen dataclass with slots."""
     kind.__setstate__ = _keep  # type: ignore[attr-defined]
     return kind
 
@@ -64,7 +64,7 @@ class Storage:
 @_kept
 @dataclass(frozen=True, slots=True)
 class ArchivedTensor:
-    """A tensor as a view of a storage; `offset` and `stride` count elements. It lies inside its storage."""
+    """A tensor as a view of a storage. `offset` and `stride` count elements. The view lies inside its storage."""
 
     storage: Storage
     dtype: torch.dtype
@@ -83,14 +83,14 @@ class ArchivedTensor:
 
 
 class _Sealed(type):
-    """A pickle can set attributes of whatever it holds; not of these."""
+    """A pickle can set attributes of any class that it holds. These classes refuse."""
 
     def __setattr__(cls, name: str, value: object) -> NoReturn:
         raise pickle.UnpicklingError("it sets an attribute of a type")
 
 
 class Record(metaclass=_Sealed):
-    """A plain object of a known class: its attributes, or the state that its class would have been given."""
+    """A plain object of a known class, with the attributes or the state that the pickle gave it."""
 
     __slots__ = ("state",)
 
@@ -101,13 +101,13 @@ class Record(metaclass=_Sealed):
         self.state = state
 
     def field(self, name: str) -> Any:
-        """An attribute; None when it has none of this name."""
-        state = getattr(self, "state", None)  # it was never called
+        """The attribute of this name; None when there is none."""
+        state = getattr(self, "state", None)  # no `state`: the object was never called
         return state.get(name) if isinstance(state, dict) else None
 
 
 class _Dict(dict[Any, Any], metaclass=_Sealed):
-    """An ordered dict; attributes (a state dict's `_metadata`) are dropped."""
+    """An ordered dict. Its attributes (a state dict's `_metadata`) are dropped."""
 
     __slots__ = ()
 
@@ -116,7 +116,7 @@ class _Dict(dict[Any, Any], metaclass=_Sealed):
 
 
 def record_type(name: str) -> type[Record]:
-    """A class of its own for each class that is stood in for."""
+    """A new class for each class that gets a stand-in."""
     return cast(type[Record], _Sealed(name, (Record,), {"__slots__": ()}))
 
 
@@ -146,8 +146,8 @@ class _TensorType:
 @_kept
 @dataclass(frozen=True, slots=True)
 class Enumeration:
-    """Stands in for an enum of whole numbers. A pickle calls it with a number; one written by Python before 3.11.4
-    takes a member by name, as `getattr(the enum, name)`."""
+    """Stands in for an enum of whole numbers. A pickle calls the enum with a number. A pickle of Python before 3.11.4
+    calls `getattr(the enum, name)` instead."""
 
     members: tuple[tuple[str, int], ...]
 
@@ -158,14 +158,14 @@ class Enumeration:
 
 
 def _member(kind: Any, name: Any) -> int:
-    """What `getattr` may be asked for: a member of an enum that we know. Python's own is never called."""
+    """A member of an enum that we know: the only use of `getattr` allowed. Python's own getattr is never called."""
     if not isinstance(kind, Enumeration) or not isinstance(name, str) or name not in dict(kind.members):
         raise pickle.UnpicklingError(f"it asks for an attribute, {str(name)[:80]}")
     return dict(kind.members)[name]
 
 
 def stand_in(function: Callable[..., Any]) -> Any:
-    """For a callable that a pickle may name: `function` is called in its place, with whatever the pickle gives."""
+    """The stand-in for a callable that a pickle may name. It calls `function` with the pickle's arguments."""
     return _Call(function)
 
 
@@ -207,14 +207,14 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 
 def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor with attributes of its own, which are dropped."""
+    """A tensor with attributes of its own. They are dropped."""
     if not isinstance(function, _Call) or not isinstance(kind, _TensorType):
         raise pickle.UnpicklingError("a tensor of an unknown class")
     return function(*arguments)
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """Bytes, as protocol 2 writes them."""
+    """Bytes, in the form that protocol 2 writes."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("bytes of an unknown encoding")
     return text.encode("latin1")
@@ -225,7 +225,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _names() -> Names:
-    """What an archive's pickle may name. Made anew each time, so that nothing a pickle did outlives it."""
+    """The names that an archive's pickle may use. Made anew each time: no pickle can change another's names."""
     names: Names = {
         ("collections", "OrderedDict"): _Sealed("Dict", (_Dict,), {"__slots__": ()}),
         ("torch", "Size"): _Call(_ints),
@@ -269,14 +269,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Refused(pickle.UnpicklingError):
-    """A name that is not admitted."""
+    """A name that is not allowed."""
 
 
 def unpickle(where: str, content: bytes, more: Names | None = None) -> Any:
-    """The object in a pickle, made of plain Python, `ArchivedTensor` and stand-ins.
+    """The object in a pickle, made of plain Python objects, `ArchivedTensor` and stand-ins.
 
-    `more` are further names that it may use. Raises UserError, naming `where`, for anything that is not admitted or no
-    pickle."""
+    `more`: further names that the pickle may use. Raises UserError, which names `where`, for a name that is not allowed
+    and for bytes that are no pickle."""
     try:
         return _Unpickler(io.BytesIO(content), _names() | (more or {})).load()
     except Refused as error:
@@ -285,6 +285,6 @@ def unpickle(where: str, content: bytes, more: Names | None = None) -> Any:
         raise UserError(f"{where}: not a pickle of a checkpoint: nested too deep") from None
     except MemoryError:
         raise UserError(f"{where}: not a pickle of a checkpoint: it asks for too much memory") from None
-    except Exception as error:  # noqa: BLE001 - a damaged or hostile pickle may raise whatever its opcodes meet
+    except Exception as error:  # noqa: BLE001 - a damaged or hostile pickle may raise any error
         text = (str(error).splitlines() or [""])[0][:200]
         raise UserError(f"{where}: not a pickle of a checkpoint: {type(error).__name__}: {text}") from None
