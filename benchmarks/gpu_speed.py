@@ -44,8 +44,8 @@ SHAPES: dict[str, tuple[str, list[str]]] = {
     "8b": ("llama3-8b", ["precision.params=bf16"]),
     "tiny": ("demo", ["parallel.compile=false"]),
 }
-# Seconds from the start of a row to its end on an H100, by arithmetic until they are measured: 45 for the process and
-# the compiler, and ten steps of 16,384 tokens.
+# Seconds from the start of a row to its end on an H100, by arithmetic until they are measured. The process and the
+# compiler take 45, ten steps of 16,384 tokens the rest.
 ABOUT_S = {"8b": 90, "3b": 60, "1b": 50, "tiny": 5}
 ROWS = "8b@8192,1b@4096,3b@4096,8b@4096,1b@2048,3b@2048,1b@8192,3b@8192,8b@2048"
 SAMPLES_PER_STEP = {2048: 8, 4096: 4, 8192: 2}

@@ -42,8 +42,8 @@ def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes; links are followed. Never waits for a pipe.
 
-    Raises NotAFile for a folder, pipe, socket, device, or circle of links; FileNotFoundError and other OSErrors as
-    `open` does; ValueError for a path that no filesystem can hold (one with a NUL).
+    Raises NotAFile for a folder, pipe, socket, device, or circle of links. Raises FileNotFoundError and other OSErrors
+    as `open` does. Raises ValueError for a path that no filesystem can hold (one with a NUL).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,7 +1,7 @@
 """What a path in a config may be: one rule for every key that names a path.
 
-`~` is the home of the person who loads the config. What a run writes down holds the expanded path: a job, a container
-or `sudo` may have another home, and one run must not get two folders. A file that you wrote keeps its `~`.
+`~` is the home of the person who loads the config. A run writes down the expanded path. A job, a container or `sudo`
+may have another home, and one run must not get two folders. A file that you wrote keeps its `~`.
 """
 
 from __future__ import annotations

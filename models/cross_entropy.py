@@ -156,8 +156,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """grad * scale in dtype, without a second copy in between.
 
-    The scale (1 / target tokens) gets two dimensions. A bare scalar would be converted to grad's own dtype, which on a
-    GPU means rounded to bf16: every gradient of the model would be up to 0.4 % too large or too small.
+    The scale (1 / target tokens) gets two dimensions. A bare scalar would be converted to grad's own dtype. On a GPU it
+    would be rounded to bf16, and every gradient of the model would be up to 0.4 % too large or too small.
     """
     if grad is None:
         return None

@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         """Fill the whole, unsharded parameter of that name in place, with numbers from the generator alone.
 
         Norms are 1, biases 0, the rest normal with init_std. Weights that write to the residual stream are smaller by
-        sqrt(2 * layers), so that the stream's variance does not grow with depth (as in GPT-2).
+        sqrt(2 * layers) (as in GPT-2). So the stream's variance does not grow with depth.
         """
         *_, module, kind = name.split(".")
         if kind == "bias":

@@ -1,1 +1,1 @@
-"""Muster on Slurm: a cluster to rehearse on, and the job scripts in `examples/`. Nothing here imports torch."""
+"""Muster on Slurm: submit and watch jobs, rehearse on a cluster of one machine. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""Asking Slurm: every command of its is called here."""
+"""Ask Slurm: every call of one of its commands is here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.host.inherited import without_job
 
 
 def ask(*command: str, script: str | None = None, timeout_s: float = 60.0, **more: str) -> str:
-    """What one of Slurm's commands says. Raises UserError with its own words. `more`: variables for it."""
+    """What one of Slurm's commands prints. Raises UserError with Slurm's words. `more`: environment variables."""
     try:
         done = subprocess.run(
             command,
@@ -31,10 +31,10 @@ def ask(*command: str, script: str | None = None, timeout_s: float = 60.0, **mor
 
 
 def facts_of(line: str) -> dict[str, str]:
-    """`key=value` words of a line of `scontrol --oneliner`. A value with blanks is cut at the first.
+    """`key=value` words of a line of `scontrol --oneliner`. A value with blanks is cut at its first blank.
 
-    A job's name and its comment are a person's and may read like such words. The name is left out, and the first of a
-    key counts: Slurm's own come before the comment.
+    A person chooses a job's name and its comment, and they may hold such words too. So the name is left out. Of equal
+    keys the first counts: Slurm's own keys come before the comment.
     """
     before, _, after = line.partition(" JobName=")
     facts: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Times as Slurm writes them."""
+"""Times in the forms that Slurm writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from configs.errors import UserError
 
 
 def minutes(text: str) -> float | None:
-    """A time limit as Slurm reads it; None without an end. Raises UserError."""
+    """Minutes of a time limit as Slurm reads it; None for no limit. Raises UserError."""
     if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
         return None
     days, dash, rest = text.partition("-")

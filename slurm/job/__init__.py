@@ -1,1 +1,1 @@
-"""What runs in a job, and what follows it."""
+"""What runs inside a job, and what runs after it."""

@@ -1,7 +1,7 @@
 """What follows srun in a job's batch script: `python -m slurm after --code $? CONFIG [key=value ...]`.
 
-Once every node has left, it says what this life of the job came to, and asks for the next one where the run wants to be
-started again. That is asked for here and nowhere else: a requeue kills whatever still runs.
+Once every node has left, this records how this life of the job ended. If the run wants another life, this asks Slurm
+for it. Nothing else asks: a requeue kills every process that still runs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _TAKEN_DOWN_PATIENCE_S = 120.0  # Slurm ends the job: srun at once, the tasks an
 def main(arguments: list[str]) -> int:
     """Returns the exit code of the run, which becomes the job's."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # Slurm's ends of a job reach the batch script, and what it starts
-    go_on_unheard()  # a job that cannot be heard is started again all the same
+        # Slurm also sends these to a job's batch script
+        signal.signal(number, signal.SIG_IGN)
+    go_on_unheard()  # a job whose output nobody reads is started again all the same
     parser = config_parser("slurm after", __doc__)
     parser.add_argument("--code", type=int, required=True, metavar="N", help="exit code of srun")
     options = take(parser, arguments)
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 class After:
-    """One life of a job, seen from behind."""
+    """One life of a job, after it has ended."""
 
     def __init__(self, config: Config, code: int) -> None:
         self.config, self.code = config, code
@@ -83,7 +84,7 @@ class After:
         return code
 
     def _without(self, down: list[str]) -> int:
-        """Slurm starts the job again by itself, as a node is down. There is KillWait left to keep it away from that."""
+        """Slurm itself starts the job again, as a node is down. Within KillWait, keep the job away from that node."""
         step, name = self.folder.newest_checkpoint()
         again.exclude(self.job, again.to_exclude(self.job, down, self._say), self._say)
         self._say(f"lost {', '.join(down)}: Slurm has it down")
@@ -93,7 +94,7 @@ class After:
         return lives.FAILED
 
     def _wait_for_nodes(self) -> None:
-        """Until each has said its last word. One that cannot any more is given up."""
+        """Wait until each node has left its last word, or until it is too late for that."""
         patience_s = _PATIENCE_S if self.job.runs else _TAKEN_DOWN_PATIENCE_S
         deadline = time.monotonic() + patience_s
         while self.folder.root.exists() and time.monotonic() < deadline:
@@ -115,28 +116,29 @@ class After:
         if end is None and codes & {lives.REQUEUE, lives.STOPPED}:  # a person's stop counts more than a preemption
             end = End("stopped", step, name, requeue=lives.STOPPED not in codes, cause="before_an_attempt")
         if end is None:
-            began = self.folder.root.exists()  # else there is nothing to go on with, and nothing that counts lives
+            began = self.folder.root.exists()  # else no checkpoint to go on from, and no folder to count lives in
             end = End("failed", step, name, requeue=began, cause="start_failed")
         return end, end.exit_code
 
     def _failed_nodes(self) -> list[str]:
-        """Nodes that lost their supervisor or agent. Those that were told to end in this life were merely ended."""
+        """Nodes that lost their supervisor or agent. A node that was told to stop in this life does not count."""
         if not self.job.runs:
             return []
         told, died = set(), set()
         for path in self.folder.events.glob("*-launcher.jsonl"):
             node = path.name.removesuffix("-launcher.jsonl")
-            # By the life that a row names: its time is of the run's clock, which no other clock can be held against.
+            # Chosen by the life in a row. The row's time is of the run's clock, which cannot be compared with another
+            # clock.
             rows = [row["event"] for row in read_rows(path) if "event" in row and self.life.wrote(row)]
             told |= {node} if "stop_passed_on" in rows else set()
             died |= {node} if "agent_died" in rows else set()
         silent = set(self.nodes) - self.life.left().keys() - told
         if silent == set(self.nodes):
-            silent = set()  # nothing began: which of them it was is not known
+            silent = set()  # no node began, so the failed one is unknown
         return sorted(silent | (died if len(self.nodes) > 1 else set()))
 
     def _may_live_again(self) -> bool:
-        """A person who cancels means it, and whoever requeues the job needs no second request."""
+        """Whether this process may ask for another life: not if the job is cancelled, or requeued by Slurm."""
         if self.job.runs or self.job.timed_out:
             return True
         self._say("Slurm starts this job again" if self.job.requeued else "this job was cancelled")
@@ -148,7 +150,7 @@ class After:
         outcome = Outcome(
             job, number, attempt, end.reason, end.cause, end.step, code, method, failed, time_s=time.time()
         )
-        with contextlib.suppress(OSError):  # a folder that cannot be written to must not keep the run from going on
+        with contextlib.suppress(OSError):  # a read-only folder must not keep the run from going on
             self.life.end(outcome)
         told = f"{end.reason} at step {end.step}" + (f" ({end.cause})" if end.cause else "")
         self._write("life_ended", reason=end.reason, cause=end.cause, step=end.step, again=method)
@@ -166,10 +168,12 @@ class After:
             self._tell(end, requeued=False)
             return lives.FAILED if end.reason == "failed" else code
         self._tell(end, requeued=True)
-        return lives.FINISHED if method == "chain" else lives.REQUEUE  # where 75 is requeued there would be two
+        # 75 may be requeued: two jobs
+        return lives.FINISHED if method == "chain" else lives.REQUEUE
 
     def _tell(self, end: End, requeued: bool) -> None:
-        """The user's hooks. Last, as they may hang; they ignore SIGTERM as this does, so a requeue leaves KillWait."""
+        """Call the user's hooks. They come last, as they may hang. They ignore SIGTERM as this process does, so after a
+        requeue they have KillWait."""
         happened = Happened.of(end, requeued, self.config.run.name, str(self.folder.root), self.life.job)
         hooks.tell(self.config.slurm, happened, self._say)
 

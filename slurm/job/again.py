@@ -1,4 +1,4 @@
-"""Asking Slurm for another life of a job: by a requeue, by the exit code that the site requeues, or by a new job."""
+"""Ask Slurm for another life of a job: by a requeue, by the exit code that the site requeues, or by a new job."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from trainer.host.environment import SLURM_ARRAY_TASK_ID, SLURM_JOB_NUM_NODES, S
 from trainer.life.folder import RunFolder, write_json
 from trainer.life.rows import facts_in
 
-_CONTROLLER_PATIENCE_S = 600.0  # it may just be started again
+_CONTROLLER_PATIENCE_S = 600.0  # the controller may just be restarting
 _NOBODY_ANSWERS = ("Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes")
 _USABLE = ("idle", "mixed", "allocated", "completing", "planned")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The job of this batch script, as the controller has it. `runs`: Slurm is not ending it. `requeued`: Slurm ends it
-    and starts it again. Cancelled jobs show as COMPLETING, too; the count of restarts, raised at once, tells which."""
+    """The job of this batch script, as the controller knows it. `runs`: Slurm is not ending the job. `requeued`: Slurm
+    ends the job and starts it again. A cancelled job shows as COMPLETING too, but only a requeue raises the restart
+    count."""
 
     number: str
     runs: bool
@@ -34,7 +35,7 @@ class Job:
 
 
 def patiently(*command: str, script: str | None = None) -> str:
-    """`ask`, until the controller answers."""
+    """`ask`, repeated until the controller answers."""
     deadline = time.monotonic() + _CONTROLLER_PATIENCE_S
     while True:
         try:
@@ -65,7 +66,7 @@ def ask_job(number: str) -> Job:
 
 
 def to_exclude(job: Job, failed: list[str], say: Callable[[str], None]) -> list[str]:
-    """The nodes to keep away from next time: those that failed, unless too few were left."""
+    """The nodes that the next life must avoid: those that failed, unless too few would be left."""
     wanted = sorted({*job.excluded, *failed})
     told = patiently("sinfo", "-h", "-N", "-p", job.partition, "-o", "%N %T")
     usable = {name for name, state in (line.split() for line in told.splitlines()) if state.startswith(_USABLE)}
@@ -76,38 +77,38 @@ def to_exclude(job: Job, failed: list[str], say: Callable[[str], None]) -> list[
 
 
 def down(nodes: list[str]) -> list[str]:
-    """Those that Slurm has given up."""
+    """The nodes that Slurm marks as down."""
     told = patiently("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
     return sorted({name for name, state in (line.split() for line in told.splitlines()) if state.startswith("down")})
 
 
 def exclude(job: Job, excluded: list[str], say: Callable[[str], None]) -> None:
-    """Keep a job that waits to be started again away from nodes."""
+    """Keep a requeued job away from nodes while it waits."""
     try:
         if excluded != job.excluded:
             patiently("scontrol", "update", f"JobId={job.number}", f"ExcNodeList={','.join(excluded)}")
     except UserError as error:
-        say(f"not kept away from {', '.join(excluded)}: {error}")  # it goes on all the same
+        say(f"not kept away from {', '.join(excluded)}: {error}")  # the job goes on all the same
 
 
 def by_scontrol(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Requeue this very job. Slurm then kills this process, too, KillWait later."""
+    """Requeue this very job. After KillWait, Slurm kills this process too."""
     patiently("scontrol", "requeue", job.number)
     exclude(job, excluded, say)
 
 
 def by_exit(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Leave it to the exit code: the site has 75 among its RequeueExit."""
+    """Do nothing: the site has 75 in its RequeueExit, so the exit code requeues the job."""
     if excluded != job.excluded:
         say(f"slurm.requeue=exit cannot keep the job away from {', '.join(excluded)}")
 
 
 def by_chain(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Submit the same script as a job of its own, which begins once this one has ended."""
+    """Submit the same script as a new job, which begins once this one has ended."""
     flags = [f"--exclude={','.join(excluded)}"] if excluded else []
     task = SLURM_ARRAY_TASK_ID.read(os.environ)
     if task is not None:
-        flags += [f"--array={task}"]  # the script asks for all tasks, and the others live their own lives
+        flags += [f"--array={task}"]  # the script asks for all tasks, but the other tasks have their own lives
     script = patiently("scontrol", "write", "batch_script", job.number, "-")
     words = ["sbatch", "--parsable", f"--dependency=afterany:{job.number}", *flags]
     told = patiently(*words, script=script)

@@ -12,7 +12,7 @@ from trainer.life.attempts import End
 
 @dataclass(frozen=True)
 class Happened:
-    """What a hook is told."""
+    """The facts that a hook gets."""
 
     event: str  # finished, stopped, failed, requeued
     run: str
@@ -20,7 +20,7 @@ class Happened:
     job: str
     step: int
     cause: str
-    text: str  # all of it in a line, for people; the key that chat services show
+    text: str  # the whole message in one line, for people; chat services show this key
 
     @classmethod
     def of(cls, end: End, requeued: bool, run: str, folder: str, job: str) -> Happened:
@@ -30,7 +30,7 @@ class Happened:
 
 
 def tell(section: SlurmSection, happened: Happened, say: Callable[[str], None]) -> None:
-    """Wait for the hooks, as this process has nothing else to do, for seconds. Never raises."""
+    """Call the hooks, and wait for them for some seconds. Never raises."""
     hooks = Hooks(section.hook, section.webhook, say)
     hooks.tell(asdict(happened))
     hooks.wait()

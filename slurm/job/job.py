@@ -1,7 +1,7 @@
 """What runs on each node of a job, once: `srun --ntasks-per-node=1 python -m slurm job CONFIG [key=value ...]`.
 
 The ranks of all nodes meet on the first node, at its name and a port made from the job's id. Nothing here falls back to
-localhost: nodes that could not find each other would each train a world of their own.
+localhost: nodes that could not find each other would each train a separate copy.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from trainer.life.stop import SIGNALS, StopWish
 if TYPE_CHECKING:
     from launch.run.node import Nodes
 
-_OTHERS_BEGIN_S = 2.0  # until every node of a step has its Python and listens
-_FIRST_PORT, _PORTS = 20000, 10000  # below those that systems hand out by themselves
+_OTHERS_BEGIN_S = 2.0  # until Python runs on every node of the step, and listens for signals
+_FIRST_PORT, _PORTS = 20000, 10000  # below the ports that systems choose by themselves
 
 
 def main(arguments: list[str]) -> int:
@@ -47,24 +47,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--nproc", type=int, metavar="N", help="processes a node; default: one per GPU, 2 without GPUs")
     options = take(parser, arguments)
     wish = StopWish()
-    wish.listen()  # from here on a signal is no death without a last word
+    wish.listen()  # from now on a signal cannot end this process without a last word
     go_on_unheard()
     nodes = nodes_of_step(os.environ)
-    os.environ["TERM"] = "dumb"  # srun --unbuffered gives a terminal, and the output is a file all the same
+    os.environ["TERM"] = "dumb"  # srun --unbuffered gives a terminal, although the output is a file
     try:
         return _share(options, nodes, wish)
     except UserError as error:
         if nodes.count > 1:
-            # srun ends the other tasks as this one leaves, and tells the highest exit code. One that does not listen
-            # yet would die of SIGTERM with 143, and a person's mistake would look like a failure.
+            # srun ends the other tasks when this one leaves, and returns the highest exit code. A task that does not
+            # listen yet would die of SIGTERM with 143, and a person's mistake would look like a failure.
             time.sleep(_OTHERS_BEGIN_S)
-        here = f"{node_name()}: "  # of many nodes: which one
+        here = f"{node_name()}: "  # tells which of many nodes
         raise UserError(str(error) if str(error).startswith(here) else f"{here}{error}") from error
 
 
 def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
-    """This node's share of the run, and its last word."""
-    from configs.load import load  # late, as what follows: it takes a while, and `main` already listens
+    """This node's share of the run, then its last word."""
+    from configs.load import load  # imported late, like the next: it takes a while, and `main` listens already
     from launch.run.node import run_node
 
     folder = RunFolder(Path(load(options.config, options.overrides).run_dir))
@@ -78,7 +78,7 @@ def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
         code = life.USER_ERROR
         raise
     finally:
-        # The first task to leave has Slurm end the others: none may die of that while it leaves, too.
+        # When the first task leaves, Slurm ends the others. None of them may die of that while it leaves, too.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         try:
@@ -88,7 +88,7 @@ def _share(options: argparse.Namespace, nodes: Nodes, wish: StopWish) -> int:
 
 
 def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
-    """The nodes that srun started this task on. Raises UserError when it is not one task on each."""
+    """The nodes on which srun started this step. Raises UserError unless there is one task on each."""
     from launch.run.node import Nodes
 
     job, node_list = Job.read(environment), SLURM_STEP_NODELIST.read(environment)
@@ -98,7 +98,8 @@ def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
     count, tasks, index = (value or 0 for value in told)
     if tasks != count:
         raise UserError(f"{tasks} tasks on {count} node(s): slurm job wants one a node: srun --ntasks-per-node=1")
-    # By the job's id, so that jobs that share a node do not meet; in an array each task has its own.
+    # The port comes from the job's id, so that jobs that share a node do not meet. Each task of an array has its own
+    # id.
     port = _FIRST_PORT + int(job.id) % _PORTS
     start = f"{job.id}.{job.step}.{job.life}"
     return Nodes(count, index, _first_host(node_list), port, start)
@@ -112,7 +113,7 @@ def _first_host(node_list: str) -> str:
 
 
 def _find_names(nodes: Nodes) -> None:
-    """Names that do not resolve cost the rendezvous minutes, and then it does not say which."""
+    """Check that nodes' names resolve: the rendezvous would wait minutes, and not tell which name is wrong."""
     if nodes.count == 1:
         return
     here = node_name()
@@ -124,7 +125,7 @@ def _find_names(nodes: Nodes) -> None:
 
 
 def _keep_caches_local() -> None:
-    """Compiled code is written by each node for itself: home directories are shared, and slow under a whole job."""
+    """Let each node write compiled code to its own disk: home directories are shared, and slow when all nodes write."""
     place = Path(tempfile.gettempdir()) / f"muster-cache-{os.getuid()}"
     for variable, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
         os.environ.setdefault(variable, str(place / folder))

@@ -1,7 +1,7 @@
-"""The lives of a job in its run folder: what each node said when it left, and what came of it.
+"""The lives of a job in its run folder: the last word of each node, and how each life ended.
 
-A job that is requeued keeps its number and lives again. Slurm's own exit code cannot tell what a life came to: it is
-the highest of all tasks, and those that are ended because another one left have high ones.
+A requeued job keeps its number and gets another life. Slurm's own exit code cannot tell how a life ended. It is the
+highest code of all tasks, and a task that is killed because another one left has a high code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.life.rows import record_in, text, whole
 
 @dataclass(frozen=True)
 class Left:
-    """What one node said when its supervisor left. `before`: the newest attempt when it came, -1 without one."""
+    """What one node wrote when its supervisor left. `before`: the newest attempt when it started, -1 without one."""
 
     node: str
     code: int
@@ -36,27 +36,27 @@ class Life:
 
     @classmethod
     def here(cls, folder: RunFolder, environment: Mapping[str, str]) -> Life:
-        """The life that this process is part of."""
+        """The life that this process belongs to."""
         return cls(folder, str(SLURM_JOB_ID.need(environment)), SLURM_RESTART_COUNT.read(environment) or 0)
 
     def leave(self, left: Left) -> None:
-        """A node's last word. A mistake that touched nothing leaves nothing: its exit code has to do."""
+        """Write a node's last word. After a mistake that changed no file, write none: the exit code is enough then."""
         touched = lives_of(self.folder).parent.exists() or self.folder.attempts.exists()
         if touched or (left.code != USER_ERROR and self.folder.root.exists()):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / f"node-{left.node}.json", asdict(left))
 
     def wrote(self, event: dict[str, Any]) -> bool:
-        """Whether a launcher of this life did."""
+        """Whether a launcher of this life wrote the event."""
         return text(event, "job") == self.job and whole(event, "life") == self.number
 
     def left(self) -> dict[str, Left]:
-        """By node."""
+        """Node -> its last word."""
         words = [record_in(Left, path) for path in sorted(self.path.glob("node-*.json"))]
         return {word.node: word for word in words if word is not None}
 
     def end(self, outcome: Outcome) -> None:
-        """Write it down as the latest, also where the time of day was set back since the one before."""
+        """Write the outcome as the latest, even if the time of day was set back since the one before."""
         if self.folder.root.exists():
             latest_s = max((known.time_s for known in outcomes(self.folder)), default=0.0)
             outcome = replace(outcome, time_s=max(outcome.time_s, latest_s + 0.001))
@@ -69,7 +69,7 @@ def lives_of(folder: RunFolder) -> Path:
 
 
 def failures_without_progress(folder: RunFolder, step: int) -> int:
-    """How many of the latest lives failed with no newer checkpoint than `step`. Preemptions count for nothing."""
+    """How many of the latest lives failed without a checkpoint newer than `step`. Preemptions do not count."""
     count = 0
     for outcome in reversed(outcomes(folder)):
         if outcome.step < step or outcome.reason == "finished":
@@ -79,7 +79,7 @@ def failures_without_progress(folder: RunFolder, step: int) -> int:
 
 
 def end_of_life(folder: RunFolder, left: dict[str, Left]) -> End | None:
-    """How the newest attempt of this life ended, as far as it was written down."""
+    """How the newest attempt of this life ended, if that was written down."""
     if not left:
         return None
     attempt = newest(folder)

@@ -1,1 +1,1 @@
-"""Runs and jobs looked at, read and stopped."""
+"""Look at runs and jobs, read their logs, and stop them."""

@@ -1,4 +1,4 @@
-"""Which run a person means: by its folder, or by the number of its job."""
+"""Which run a person means, by its folder or by the number of its job."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from configs.errors import UserError
 from launch.look import run_folder
 from slurm.look import queue
 
-_RUNS = Path("runs")  # where a config without run.dir has its runs
+_RUNS = Path("runs")  # where a config without run.dir puts its runs
 
 
 def folders_named(words: Sequence[str]) -> list[Path]:
-    """Run folders, in the order of the words and each once. Raises UserError for a word that names none."""
+    """The run folders that the words name, in order and each once. Raises UserError for a word that names none."""
     found = [folder for word in words for folder in _of_job(word) or _below(word)]
     return list({folder.resolve(): folder for folder in found}.values())
 
 
 def folder_named(word: str) -> Path:
-    """The one run folder of this word. Raises UserError."""
+    """The one run folder that the word names. Raises UserError for none or several."""
     found = folders_named([word])
     if len(found) > 1:
         raise UserError(f"{word}: holds {len(found)} runs; name one, such as {found[0]}")
@@ -27,7 +27,7 @@ def folder_named(word: str) -> Path:
 
 
 def is_job(word: str) -> bool:
-    """A number that is no folder."""
+    """Whether the word is a job's number: a number, and no folder."""
     return queue.NUMBER.fullmatch(word) is not None and not Path(word).exists()
 
 
@@ -46,7 +46,7 @@ def _of_job(word: str) -> list[Path]:
         return runs
     found = queue.folder_of(word)
     runs = run_folder.runs_in(found) if found is not None and found.is_dir() else []
-    runs = [run for run in runs if _had(run, word)] or runs  # of an array all lie in one folder
+    runs = [run for run in runs if _had(run, word)] or runs  # all tasks of an array have their runs in one folder
     if not runs:
         raise UserError(f"job {word}: its run folder is not known here; name the folder")
     return runs

@@ -1,4 +1,4 @@
-"""`python -m slurm logs RUN|JOB`: what a run printed: its job's output, or the log of one rank."""
+"""`python -m slurm logs RUN|JOB`: what a run printed: the output of its job, or the log of one rank."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trainer.life.attempts import Attempt
 from trainer.life.folder import RunFolder
 
 _POLL_S = 0.5
-_ASK_EVERY_S, _ASK_SOON_S = 15.0, 2.0  # whether it still lives: a question to Slurm
-_LAST_LINES = 20  # that a follower begins with
+_ASK_EVERY_S, _ASK_SOON_S = 15.0, 2.0  # the time between two questions to Slurm whether the job still lives
+_LAST_LINES = 20  # how many old lines a follower prints first
 _CHUNK_BYTES = 1 << 20
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Log:
-    """The file that a person means: one job's output, or a rank's log. Of the newest attempt, it becomes another."""
+    """The file that a person means: one job's output, or a rank's log. Each attempt has another rank's log."""
 
     def __init__(self, word: str, rank: int | None, attempt: int | None) -> None:
         self.folder = folder_named(word)
@@ -50,7 +50,7 @@ class Log:
         self._output = self._find_output() if rank is None and attempt is None else None
 
     def path(self) -> Path:
-        """Where it lies now. Raises UserError when there is none."""
+        """The file's path now. Raises UserError when there is none."""
         path = self._output or self._of_rank(self.rank or 0)
         fault = kind_fault(path, folder=False)
         if fault is not None:
@@ -58,7 +58,7 @@ class Log:
         return path
 
     def _find_output(self) -> Path | None:
-        """The output of the job, which holds what all of its nodes and lives said."""
+        """The output of the job, which holds the lines of all its nodes and lives."""
         for number in self.jobs:
             if (submitted := output_in(self.folder, number)) is not None:
                 return submitted
@@ -88,7 +88,7 @@ class Log:
         return 0
 
     def follow(self) -> int:
-        """Print the end of the log and what comes, until the run is over. A new attempt's log takes over."""
+        """Print the end of the log and every new line, until the run is over. Goes on with the log of a new attempt."""
         path, asked_s, over = self.path(), time.monotonic(), False
         shown = _some_lines_before_end(path)
         while True:
@@ -101,17 +101,17 @@ class Log:
                 return 0
             else:
                 if time.monotonic() - asked_s > self._patience_s():
-                    asked_s, over = time.monotonic(), not self._lives()  # and once more round, for its last words
+                    asked_s, over = time.monotonic(), not self._lives()  # if over, read once more for the last words
                 time.sleep(_POLL_S)
 
     def _newer(self, path: Path) -> Path:
         try:
             return self.path() if self.attempt is None else path
-        except UserError:  # an attempt that has no log yet
+        except UserError:  # the newest attempt has no log yet
             return path
 
     def _patience_s(self) -> float:
-        """Until Slurm is asked again whether the job lives: the folder shows most ends sooner."""
+        """Seconds until Slurm is asked again whether the job lives. The folder shows most ends sooner."""
         holder = run_folder.view(self.folder).holder
         return _ASK_SOON_S if holder is None or holder.alive is False else _ASK_EVERY_S
 
@@ -123,7 +123,7 @@ class Log:
 
 def output_in(folder: Path, number: str) -> Path | None:
     """The output of a job of this run that `slurm submit` submitted."""
-    places = (folder, folder.parent)  # outputs of an array lie in the folder above its runs
+    places = (folder, folder.parent)  # outputs of an array are in the folder above its runs
     return next((path for place in places if (path := place / "slurm" / f"{number}_0_log.out").exists()), None)
 
 

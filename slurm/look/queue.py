@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs: squeue of the living, sacct of every life of the others, scontrol where sacct has none."""
+"""What Slurm knows about jobs: squeue for living jobs, sacct for every life of others, else scontrol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from configs.errors import UserError
 from slurm.ask import ask, facts_of
 from slurm.minutes import minutes
 
-_PATIENCE_S = 20.0  # a person waits; a controller that is being restarted answers later
+_PATIENCE_S = 20.0  # a person waits for this; a restarting controller answers later
 _FIELDS = ("JobArrayID", "JobID", "State", "Reason", "NumNodes", "NodeList", "TimeLeft", "RestartCnt", "StdOut")
 _LIFE = ("JobID", "State", "Start", "End", "NodeList", "ExitCode")
 _OVER = {
@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Life:
-    """One life of a job that was, or may still be: a requeued job has several."""
+    """One life of a job, over or not. A requeued job has several."""
 
     job: str
     state: str
@@ -51,25 +51,25 @@ class Life:
 
 @dataclass(frozen=True)
 class Queue:
-    """One answer of squeue. `silent`: why there is none."""
+    """One answer of squeue. `silent`: why there is no answer."""
 
     jobs: Mapping[str, Job] = field(default_factory=dict)
     silent: str | None = None
 
 
 def mine() -> Queue:
-    """All jobs of this user."""
+    """All jobs of this user in the queue."""
     return _queue("--me")
 
 
 def of(numbers: Iterable[str]) -> Queue:
-    """The jobs of these numbers that are not over, whoever's they are."""
+    """The jobs of these numbers that are in the queue, whoever owns them."""
     wanted = sorted(set(numbers))
     return _queue(f"--jobs={','.join(wanted)}") if wanted else Queue()
 
 
 def both(one: Queue, other: Queue) -> Queue:
-    """Two answers as one."""
+    """Two answers combined into one."""
     return Queue({**one.jobs, **other.jobs}, one.silent or other.silent)
 
 
@@ -80,11 +80,11 @@ def _queue(which: str) -> Queue:
     except UserError as error:
         return Queue() if "Invalid job id" in str(error) else Queue(silent=str(error))
     jobs: dict[str, Job] = {}
-    for line in told.split("\n"):  # not splitlines: the path of a run may hold other breaks
+    for line in told.split("\n"):  # not splitlines: the path of a run may hold other line breaks
         words = line.split("|", len(_FIELDS) - 1)
         if len(words) == len(_FIELDS) and words[2] not in _OVER:
             job = _job(words)
-            jobs[job.number] = jobs[words[1]] = job  # a task of an array knows itself by either
+            jobs[job.number] = jobs[words[1]] = job  # a task of an array is known by two numbers
     return Queue(jobs)
 
 
@@ -114,7 +114,7 @@ def _seconds(left: str) -> float | None:
 def lives(numbers: Iterable[str]) -> tuple[dict[str, list[Life]], str | None]:
     """(job -> its lives in their order, why Slurm does not know all of them or None).
 
-    Where there is no accounting the controller is asked, which knows the last life, and forgets a job after minutes.
+    Without accounting this asks the controller. It knows only the last life, and forgets a job after minutes.
     """
     wanted = sorted(set(numbers))
     if not wanted:
@@ -140,7 +140,7 @@ def _moment(told: str) -> float | None:
 
 
 def _remembered(numbers: list[str]) -> dict[str, list[Life]]:
-    """By scontrol, all at once: many calls would be a load on the controller."""
+    """Ask scontrol about all jobs at once: many calls would burden the controller."""
     try:
         told = ask("scontrol", "--oneliner", "show", "job", *numbers[:1] * (len(numbers) == 1), timeout_s=_PATIENCE_S)
     except UserError:
@@ -164,7 +164,7 @@ def _iso(told: str) -> float | None:
 
 
 def output_of(number: str) -> Path | None:
-    """Where a job's output goes, while the controller remembers it."""
+    """Where a job's output goes, while the controller remembers that."""
     try:
         line = ask("scontrol", "--oneliner", "show", "job", number, timeout_s=_PATIENCE_S)
     except UserError:
@@ -177,7 +177,7 @@ def folder_of(number: str) -> Path | None:
     """The run folder of a job that `slurm submit` made, living or over."""
     output = output_of(number)
     match = _OUTPUT.fullmatch(str(output))
-    if match and Path(match["run"]).is_dir():  # of a path with `%%j` scontrol shows another
+    if match and Path(match["run"]).is_dir():  # for a path with `%%j` scontrol shows another path
         return Path(match["run"])
     try:
         told = ask(

@@ -1,4 +1,4 @@
-"""How a run is, in a word: from its folder and from what Slurm says of its job."""
+"""The state of a run in a word, from its folder and from what Slurm knows about its job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launch.monitor.rows import age_s
 from slurm.look.queue import Job, Life, Queue
 from trainer.life.rows import amount, whole
 
-_SILENT_S = 300.0  # without a row; and ten steps
+_SILENT_S = 300.0  # without a row; ten steps are added
 
 
 def job_of(view: RunView, answer: Queue) -> Job | None:
@@ -19,25 +19,25 @@ def job_of(view: RunView, answer: Queue) -> Job | None:
 
 
 def unexplained(view: RunView, answer: Queue) -> str | None:
-    """The job whose end the folder does not tell: it died, or never came to an attempt."""
+    """The job whose end the folder does not tell: the job died, or never began an attempt."""
     if not view.jobs or job_of(view, answer) is not None:
         return None
     number, newest = view.submitted or view.jobs[0], view.newest
     told = newest is not None and newest.reason is not None and newest.job in (number, None)
     outcome = _last_outcome(view)
-    # A task of an array notes its outcome under a number of its own.
+    # A task of an array records its outcome under its own job number.
     told = told or (outcome is not None and (outcome.job == number or "_" in number))
     return None if told else number
 
 
 def _last_outcome(view: RunView) -> Outcome | None:
-    """What the last life came to, if the newest attempt was not begun in a later one."""
+    """The outcome of the last life, unless the newest attempt began in a later one."""
     newest = view.newest.number if view.newest is not None else -1
     return next((outcome for outcome in view.outcomes[-1:] if outcome.attempt >= newest), None)
 
 
 def lives(view: RunView, answer: Queue) -> bool:
-    """Whether it is in the queue or, as far as can be known here, a process of it runs."""
+    """Whether the run is in the queue or, as far as this node can tell, one of its processes runs."""
     if job_of(view, answer) is not None:
         return True
     holder = view.holder
@@ -45,13 +45,13 @@ def lives(view: RunView, answer: Queue) -> bool:
 
 
 def may_live(view: RunView, answer: Queue) -> bool:
-    """Whether another node has it of which nothing can be known from here."""
+    """Whether another node holds the run and may run it, which this node cannot find out."""
     holder = view.holder
     return holder is not None and holder.alive is None and (holder.job is None or answer.silent is not None)
 
 
 def state_of(view: RunView, answer: Queue, past: Sequence[Life]) -> str:
-    """The state; `past`: the lives of the job that is `unexplained`."""
+    """The state of the run. `past`: the lives of the job that is `unexplained`."""
     job = job_of(view, answer)
     if job is not None and job.state != "RUNNING":
         reason = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("None", "") else ""

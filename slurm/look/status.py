@@ -1,4 +1,4 @@
-"""`python -m slurm status [RUN|JOB ...]`: how runs are, from their folders and from Slurm."""
+"""`python -m slurm status [RUN|JOB ...]`: the state of runs, from their folders and from Slurm."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from trainer.host.terminal import say
 from trainer.life.rows import amount, speed_of, whole
 
 NOTHING = "no run below runs/, and no job of yours in the queue"
-_READERS = 16  # a folder on a shared filesystem answers in milliseconds, many at once just as fast
+_READERS = 16  # a shared filesystem answers in milliseconds, and many questions at once are just as fast
 _HEADER = ("run", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "job left", "restarts", "checkpoint")
 _RIGHT = "nodes,step,loss,tokens/s,left,job left"
 _ATTEMPT_HEADER = ("attempt", "began", "job", "hosts", "steps", "end", "cause")
 _HOSTS_SHOWN = 4
-_MISTAKES = ("failed (mistake)", "failed (exit code 2)")  # the second where only Slurm can tell
-_SKEW_S = 5.0  # what clocks may differ by without a word
+_MISTAKES = ("failed (mistake)", "failed (exit code 2)")  # the second where only Slurm knows
+_SKEW_S = 5.0  # the difference of clocks that is not reported
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `lives`: it is in the queue, or a process of it is known to run."""
+    """One run. `lives`: whether it is in the queue, or one of its processes is known to run."""
 
     folder: Path
-    view: RunView | None  # None: it could not be read, for the reason in `state`
+    view: RunView | None  # None: it could not be read, and `state` tells why
     job: Job | None
     number: str | None  # of its job, in the queue or not
     state: str
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def runs_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
-    """Of the verbs that look at several runs."""
+    """The parser of the verbs that look at several runs."""
     parser = Parser(prog=typed(f"slurm {verb}"), description=description)
     told = "run folders, folders of runs, or jobs; default: all below runs/, and those of your jobs"
     parser.add_argument("runs", nargs="*", metavar="RUN|JOB", help=told)
@@ -65,7 +65,7 @@ def runs_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
 
 
 class Look:
-    """The runs that a person asks about; each look is one answer of Slurm, and of accounting only for what is new."""
+    """The runs that a person asks about. Each look asks Slurm once, and asks accounting only about new ends."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = words

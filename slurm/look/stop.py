@@ -1,4 +1,4 @@
-"""`python -m slurm stop` and `cancel`: end a run as a person wishes, with its work saved or at once."""
+"""`python -m slurm stop` and `cancel`: end a run as a person wishes, after a save or at once."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _in_queue(number: str) -> str:
     answer = queue.of([number])
     if answer.silent is not None:
         raise UserError(f"Slurm does not answer: {answer.silent}")
-    if not answer.jobs:  # of an array: none of its tasks
+    if not answer.jobs:  # of an array: no task is in the queue
         raise UserError(f"job {number} is not in the queue")
     return number
 

@@ -1,5 +1,5 @@
-"""`python -m slurm watch [RUN|JOB ...]`: of one run what `launch watch` shows, of several the table of `status`. Until
-none of them lives."""
+"""`python -m slurm watch [RUN|JOB ...]`: for one run the view of `launch watch`, for several the table of `status`.
+Ends when none of them lives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--once", action="store_true", help="print how it is now, and end")
     options = parser.parse_args(arguments)
     look = Look(options.runs)
-    watchers: dict[str, Watcher] = {}  # what one remembers makes its sparklines
+    watchers: dict[str, Watcher] = {}  # kept, since a watcher remembers the rows for its sparklines
 
     def picture(height: int | None) -> Picture:
         rows, notes = look.now()

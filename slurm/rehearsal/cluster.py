@@ -1,7 +1,7 @@
 """A real Slurm cluster on this machine, to rehearse on: `python -m slurm cluster up|down|status`.
 
 Each node is a set of Linux namespaces: its own host name, address, process table and /etc/hosts, on shared files. Where
-namespaces are not allowed the nodes are plain daemons, told apart by their ports. GPUs are pretended.
+namespaces are not allowed, the nodes are plain daemons that differ by their ports. The GPUs are pretended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainer.host.arguments import typed
 from trainer.host.environment import PATH
 from trainer.host.inherited import CLUSTERS, without_job
 
-# program -> the Debian and Ubuntu package that has it
+# program -> the package of Debian and Ubuntu that has it
 _NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 _ACCOUNTING = {
     "slurmdbd": "slurmdbd",
@@ -46,18 +46,18 @@ _ACCOUNTING = {
 _APT = "apt-get install --no-install-recommends"
 _MAX_SOCKET_PATH = 107  # of a unix socket
 _SLOTS = 32
-NODES, GPUS = 2, 4  # unless told
-_PATIENCE_S = 180.0  # for a daemon that lives: a busy machine takes a minute for what takes a second on another
+NODES, GPUS = 2, 4  # unless the command line tells
+_PATIENCE_S = 180.0  # for a daemon that lives: a busy machine may take a minute where another takes a second
 _DATABASE_FLAGS = ("--skip-networking", "--skip-grant-tables", "--skip-log-bin", "--innodb-buffer-pool-size=64M")
 
 
 def default_home() -> Home:
-    """Where a cluster lies unless told: one per user."""
+    """The default folder of a cluster: one per user."""
     return Home(Path(tempfile.gettempdir()) / f"muster-cluster-{os.getuid()}")
 
 
 def how_to(verb: str, home: Home) -> str:
-    """What a person types for this cluster."""
+    """The command that a person types for this cluster."""
     return typed(f"slurm cluster {verb}") + ("" if home == default_home() else f" --dir {home.root}")
 
 
@@ -80,18 +80,19 @@ def _path() -> str:
 
 
 def no_accounting() -> str:
-    """What a cluster here lacks for accounting, as the line that installs it; empty if it can have it."""
+    """What this machine lacks for accounting, as the line that installs it; empty if nothing is missing."""
     packages = [package for program, package in _ACCOUNTING.items() if not _which(program)]
     return f"{_APT} {' '.join(packages)}" if packages else ""
 
 
 class Cluster:
-    """A cluster in a folder of its own. Processes are its own when they carry the folder in their environment."""
+    """A cluster in its own folder. A process belongs to it when its environment holds that folder."""
 
     def __init__(self, home: Home, settings: Settings) -> None:
         self.home, self.settings = home, settings
         self.environment = {
-            **{name: value for name, value in without_job(os.environ).items() if name != CLUSTERS},  # a real one
+            # a real one
+            **{name: value for name, value in without_job(os.environ).items() if name != CLUSTERS},
             "PATH": _path(),
             "SLURM_CONF": str(home.conf),
             "MYSQL_UNIX_PORT": str(home.database_socket),
@@ -101,7 +102,7 @@ class Cluster:
     # ---- processes --------------------------------------------------------------------------------------------------
 
     def alive(self, name: str) -> psutil.Process | None:
-        """The process that `_spawn` started under this name, if it is still that."""
+        """The process that `_spawn` started under this name; None if it has ended."""
         try:
             process = psutil.Process(int(self.home.pid_file(name).read_text()))
             zombie = process.status() == psutil.STATUS_ZOMBIE
@@ -122,7 +123,8 @@ class Cluster:
                 start_new_session=True,
             )
         self.home.pid_file(name).write_text(str(process.pid))
-        _until(5.0, lambda: self.alive(name) is not None or process.poll() is not None)  # its environment shows late
+        # the environment shows late
+        _until(5.0, lambda: self.alive(name) is not None or process.poll() is not None)
 
     def _stop(self, name: str, number: signal.Signals) -> None:
         process = self.alive(name)
@@ -134,7 +136,7 @@ class Cluster:
         self.home.pid_file(name).unlink(missing_ok=True)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """A client, such as sinfo, that speaks to this cluster."""
+        """Run a client of this cluster, such as sinfo."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
 
     # ---- up ---------------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ class Cluster:
     def up(self) -> None:
         """Start what does not run: everything, or the nodes and daemons that died. Raises UserError with the log.
 
-        Without a working database it comes up without accounting.
+        Without a working database the cluster has no accounting.
         """
         self._start_munge()
         if self.settings.accounting:
@@ -169,11 +171,11 @@ class Cluster:
             self._spawn(name, *node_command(self.home, self.settings, number))
 
     def kill_node(self, number: int) -> None:
-        """Crash a node, and whatever runs on it: `up` brings it back."""
+        """Crash a node and everything that runs on it. `up` brings it back."""
         self._stop(f"node{number}", signal.SIGKILL)
 
     def states(self) -> dict[str, str]:
-        """Node name -> state as Slurm sees it, e.g. idle, mixed, down*; empty when the controller does not answer."""
+        """Node name -> state in Slurm's words, e.g. idle, mixed, down*; empty when the controller does not answer."""
         done = self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T")
         return dict(line.split(None, 1) for line in done.stdout.splitlines() if " " in line)
 
@@ -181,7 +183,7 @@ class Cluster:
         return [name for name, state in self.states().items() if state in ("idle", "allocated", "mixed", "completing")]
 
     def _wait(self, daemon: str, ready: Callable[[], bool], what: str) -> None:
-        """Until `ready`; gives up at once when the daemon has died."""
+        """Wait until `ready`. Give up at once when the daemon has died."""
         if not _until(_PATIENCE_S, lambda: ready() or self.alive(daemon) is None) or self.alive(daemon) is None:
             raise UserError(f"{what}; see {self.home.root / 'log'} (to clear away: {how_to('down', self.home)})")
 
@@ -240,7 +242,7 @@ class Cluster:
     # ---- down -------------------------------------------------------------------------------------------------------
 
     def down(self) -> None:
-        """End every process of the cluster, and take away what it added to this machine, its folder too."""
+        """End every process of the cluster, and remove its folder and what it added to this machine."""
         for name in self.settings.names:
             self._stop(name, signal.SIGKILL)
         for daemon in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
@@ -253,7 +255,7 @@ class Cluster:
         shutil.rmtree(self.home.root)
 
     def _kill_rest(self) -> None:
-        """Jobs on plain nodes outlive their slurmd. A node's and its jobs' processes all carry the mark."""
+        """Kill what is left: jobs on plain nodes outlive their slurmd. All of these processes carry the mark."""
         kill([p for p in psutil.process_iter() if p.pid != os.getpid() and self._is_ours(p)])
 
     def _is_ours(self, process: psutil.Process) -> bool:
@@ -287,8 +289,8 @@ def find(home: Home) -> Cluster | None:
 def start(
     home: Home, nodes: int | None = None, gpus: int | None = None, plain: bool = False, **changes: int | bool
 ) -> Cluster:
-    """Start a cluster, or what is missing of the one that is there. Raises UserError when that cannot be done here, or
-    when the one that is there has another size than is asked for."""
+    """Start a cluster, or the missing parts of an existing one. Raises UserError when this machine cannot run one, or
+    when the existing one has another size than the arguments ask for."""
     cluster = find(home)
     if cluster is not None:
         _check_size(cluster, nodes, gpus)
@@ -304,13 +306,13 @@ def start(
 
 
 def _make(home: Home, nodes: int, gpus: int, isolated: bool, changes: dict[str, int | bool]) -> Cluster:
-    """Its files; nothing runs yet."""
+    """Write the cluster's files. Nothing runs yet."""
     if not isolated and nodes > MOST_NODES:
         raise UserError(f"--nodes {nodes}: at most {MOST_NODES} plain nodes")
     settings = Settings(
         nodes=nodes,
         gpus=gpus,
-        cpus=max(8, 2 * gpus),  # pretended as well: Slurm counts them, nothing binds to them
+        cpus=max(8, 2 * gpus),  # pretended as well: Slurm counts them, and binds nothing to them
         memory_mib=16000,
         isolated=isolated,
         accounting=not no_accounting(),
@@ -326,7 +328,7 @@ def _make(home: Home, nodes: int, gpus: int, isolated: bool, changes: dict[str, 
 
 
 def _check_size(cluster: Cluster, nodes: int | None, gpus: int | None) -> None:
-    """Raise UserError when another size is asked for than it has."""
+    """Raise UserError when the arguments ask for another size than the cluster has."""
     s, home = cluster.settings, cluster.home
     if nodes not in (None, s.nodes) or gpus not in (None, s.gpus):
         raise UserError(
@@ -340,7 +342,7 @@ def _check(home: Home, nodes: int, gpus: int) -> None:
         raise UserError(f"--nodes {nodes}: 1 to 250 nodes")
     if not 0 <= gpus <= 64:
         raise UserError(f"--gpus {gpus}: 0 to 64 GPUs a node")
-    longest = home.root / f"spool/node{nodes}/node{nodes}_{10**8}.{2**32}"  # Slurm's, for a step of a job
+    longest = home.root / f"spool/node{nodes}/node{nodes}_{10**8}.{2**32}"  # a socket of Slurm's, for a step of a job
     if len(str(longest)) > _MAX_SOCKET_PATH or " " in str(home.root):
         raise UserError(f"--dir {home.root}: a shorter path without spaces is needed")
     if home.root.exists() and (not home.root.is_dir() or any(home.root.iterdir())):
@@ -348,7 +350,7 @@ def _check(home: Home, nodes: int, gpus: int) -> None:
 
 
 def _free_slot() -> int:
-    """A range of ports and addresses that no other cluster of this machine uses."""
+    """A number for ports and addresses that no other cluster of this machine uses."""
     for slot in range(_SLOTS):
         probe = Settings(1, 0, 1, 1, True, False, slot, "")
         taken = Path(f"/sys/class/net/{probe.bridge}").exists()

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 
 def tell(cluster: Cluster) -> int:
-    """Print what runs; 1 unless all of it does."""
+    """Print what runs. Returns 1 unless everything runs."""
     s = cluster.settings
     kind = "namespaces, each with its own name, address and processes" if s.isolated else "plain daemons"
     say(f"{s.nodes} node(s) as {kind}; {s.gpus} pretended GPU(s) on each")

@@ -1,4 +1,4 @@
-"""What a rehearsal cluster is made of: its settings, kept beside it, and the files that Slurm reads.
+"""The parts of a rehearsal cluster: its settings, kept in its folder, and the files that Slurm reads.
 
 Each line of slurm.conf that is not obvious is there because something failed without it.
 """
@@ -16,11 +16,13 @@ from configs.errors import UserError
 from trainer.host.environment import MUSTER_PRETEND_GPUS
 from trainer.life.folder import write_text
 
-MARK = "MUSTER_CLUSTER"  # environment of every process of a cluster, and of its jobs: its folder
+# environment variable of a cluster's processes and jobs, with its folder
+MARK = "MUSTER_CLUSTER"
 ACCOUNTED = "AccountingStorageType=accounting_storage/slurmdbd"
-_PORTS = 64  # a cluster's own, from `port` on
+_PORTS = 64  # ports of one cluster, from `port` on
 
-# Runs before each task; Slurm sets what it prints. A job counts its GPUs, and sees none, also where real ones are.
+# Runs before each task, and Slurm sets the variables that it prints. A job can count its pretended GPUs and sees no
+# GPU, even on a machine that has some.
 _PROLOG = """\
 #!/bin/sh
 IFS=,
@@ -33,7 +35,7 @@ echo export {mark}={root}
 
 @dataclass(frozen=True)
 class Settings:
-    """How a cluster was started; it goes on so until it is taken down. `slot` sets it apart from others here."""
+    """How a cluster was started. It keeps these settings until `down`. `slot` differs between clusters here."""
 
     nodes: int
     gpus: int
@@ -48,7 +50,7 @@ class Settings:
     kill_wait_s: int = 10
     grace_s: int = 10
     preempt_signal: bool = True
-    no_accounting: str = ""  # why, where there is none
+    no_accounting: str = ""  # why there is no accounting
 
     @property
     def port(self) -> int:
@@ -59,7 +61,7 @@ class Settings:
         return self.port + 1
 
     def node_port(self, number: int) -> int:
-        """Where a node's slurmd listens. Nodes of their own addresses can share a port."""
+        """The port of a node's slurmd. Nodes with their own addresses can share one port."""
         return self.port + 2 + (0 if self.isolated else number)
 
     @property
@@ -73,7 +75,7 @@ class Settings:
         return f"mst{self.slot}n{number}"
 
     def address(self, number: int) -> str:
-        """A node's address; number 0 is the controller's."""
+        """A node's address. Number 0 is the controller."""
         return f"10.213.{self.slot}.{number or 254}" if self.isolated else "127.0.0.1"
 
     @property
@@ -86,7 +88,7 @@ MOST_NODES = _PORTS - 3
 
 @dataclass(frozen=True)
 class Home:
-    """The folder of a cluster, and what lies where in it."""
+    """The folder of a cluster, and the paths in it."""
 
     root: Path
 
@@ -117,7 +119,7 @@ class Home:
         return self.root / "log" / f"{name}.out"
 
     def settings(self) -> Settings | None:
-        """None when there is no cluster."""
+        """The cluster's settings; None when there is no cluster."""
         path = self.root / "settings.json"
         try:
             found = json.loads(path.read_text())
@@ -134,7 +136,7 @@ class Home:
 
 
 def write_files(home: Home, s: Settings) -> None:
-    """Everything that the daemons and the clients of this cluster read."""
+    """Write every file that the daemons and the clients of this cluster read."""
     for name in ("run", "log", "state", "spool", "dev"):
         (home.root / name).mkdir(parents=True, exist_ok=True)
     home.root.chmod(0o755)
@@ -151,7 +153,7 @@ def write_files(home: Home, s: Settings) -> None:
     _write_program(home.stepd, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     if s.accounting:
         conf = home.root / "slurmdbd.conf"
-        conf.touch(mode=0o600)  # slurmdbd insists
+        conf.touch(mode=0o600)  # slurmdbd refuses a file that others can read
         conf.write_text(slurmdbd_conf(home, s))
     home.env.write_text(f"export SLURM_CONF={shlex.quote(str(home.conf))}\n")
 
@@ -163,8 +165,8 @@ def _write_program(path: Path, text: str) -> None:
 
 def slurm_conf(home: Home, s: Settings) -> str:
     d = home.root
-    # A job in "high" takes the nodes of jobs in "low". These are told at once with the signal of their --signal, or by
-    # SIGTERM where the site does not set this, and are killed and requeued GraceTime seconds later.
+    # A job in "high" takes the nodes of jobs in "low". Slurm signals those jobs at once: with the signal of their
+    # --signal, or with SIGTERM where the site does not set this. GraceTime seconds later it kills and requeues them.
     lines = ["SlurmctldParameters=preempt_send_user_signal"] if s.preempt_signal else []
     if s.accounting:
         lines += [ACCOUNTED, "AccountingStorageHost=127.0.0.1", f"AccountingStoragePort={s.database_port}"]

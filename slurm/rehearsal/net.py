@@ -1,4 +1,4 @@
-"""Nodes as Linux namespaces on a bridge of their own; where that is not allowed, names in /etc/hosts."""
+"""Nodes as Linux namespaces on their own bridge. Where that is not allowed, names in /etc/hosts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMESPACES = ("--net", "--uts", "--pid", "--mount", "--fork")
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Two clusters that start at the same time would take the same ports, which both see free."""
+    """Hold a lock: two clusters that start at the same time would see the same ports free, and take them."""
     place = os.open(tempfile.gettempdir(), os.O_RDONLY)
     try:
         fcntl.flock(place, fcntl.LOCK_EX)
@@ -32,10 +32,10 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def namespaces_allowed() -> bool:
-    """Whether this machine lets us make what an isolated node is made of. Leaves nothing behind."""
+    """Whether this machine allows all that an isolated node needs. Leaves nothing behind."""
     if not all(shutil.which(program) for program in ("ip", "unshare", "nsenter")):
         return False
-    probe = f"mst-{os.getpid()}"  # several may ask at once
+    probe = f"mst-{os.getpid()}"  # several processes may ask at once
     if not _try("unshare", *_NAMESPACES, "--mount-proc", "true") or not _try(
         "ip", "link", "add", probe, "type", "bridge"
     ):
@@ -44,7 +44,7 @@ def namespaces_allowed() -> bool:
 
 
 def add_bridge(settings: Settings) -> None:
-    """The network of a cluster, with the controller's address on it; nothing if it is there."""
+    """Add the network of a cluster, with the controller's address on it, unless it exists."""
     if not Path(f"/sys/class/net/{settings.bridge}").exists():
         _ip("link", "add", settings.bridge, "type", "bridge")
         _ip("addr", "add", f"{settings.address(0)}/24", "dev", settings.bridge)
@@ -52,7 +52,7 @@ def add_bridge(settings: Settings) -> None:
 
 
 def add_node(settings: Settings, number: int) -> None:
-    """A network namespace with one cable to the bridge; that of a dead node is replaced."""
+    """Add a network namespace with one cable to the bridge. Replaces that of a dead node."""
     space, link = settings.namespace(number), settings.link(number)
     _remove_node(settings, number)
     _ip("netns", "add", space)
@@ -64,12 +64,12 @@ def add_node(settings: Settings, number: int) -> None:
 
 
 def node_command(home: Home, settings: Settings, number: int) -> list[str]:
-    """What a node runs: slurmd, as plain daemon or with namespaces around it."""
+    """The command that a node runs: slurmd, as a plain daemon or inside namespaces."""
     name = f"node{number}"
     slurmd = ["slurmd", "-D", "-d", str(home.stepd), "-N", name]
     if not settings.isolated:
         return slurmd
-    # The shell stays as process 1 of the node and reaps orphans; when it dies, the whole node dies.
+    # The shell stays as process 1 of the node and reaps orphans. When it dies, the whole node dies.
     hosts = shlex.quote(str(home.root / "hosts"))
     script = f"hostname {name}; mount --bind {hosts} /etc/hosts; {shlex.join(slurmd)} & wait"
     enter = ["nsenter", f"--net=/run/netns/{settings.namespace(number)}"]
@@ -77,7 +77,7 @@ def node_command(home: Home, settings: Settings, number: int) -> list[str]:
 
 
 def remove_all(settings: Settings) -> None:
-    """Take the network away again."""
+    """Remove the network."""
     for number in range(1, settings.nodes + 1):
         _remove_node(settings, number)
     _try("ip", "link", "del", settings.bridge)
@@ -89,7 +89,7 @@ def _remove_node(settings: Settings, number: int) -> None:
 
 
 def hosts_add(settings: Settings) -> None:
-    """Jobs look up the names of nodes; plain nodes have none of their own."""
+    """Add the nodes' names: jobs look them up, and plain nodes have no /etc/hosts of their own."""
     mark = _mark(settings)
     if mark not in _HOSTS.read_text():
         with open(_HOSTS, "a") as file:
@@ -97,7 +97,7 @@ def hosts_add(settings: Settings) -> None:
 
 
 def hosts_remove(settings: Settings) -> None:
-    """Written in place: /etc/hosts may be a mount point."""
+    """Remove the names. The file is written in place, since /etc/hosts may be a mount point."""
     lines = _HOSTS.read_text().splitlines(keepends=True)
     kept = [line for line in lines if not line.rstrip("\n").endswith(_mark(settings))]
     if kept != lines:

@@ -1,7 +1,7 @@
-"""Stands before slurmstepd on a rehearsal cluster: makes it the parent of orphans.
+"""Starts slurmstepd on a rehearsal cluster, and makes it the parent of orphans.
 
 Without cgroups Slurm finds the processes of a job by their parents, and would lose the workers of a killed launcher.
-Run by its path, outside the package: imports nothing of ours.
+This is run by its path, outside the package, so it imports nothing of ours.
 """
 
 import ctypes

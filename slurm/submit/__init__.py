@@ -1,1 +1,1 @@
-"""A job before the queue: asked for, checked, its code copied, its script."""
+"""A job before it is in the queue: the request, its checks, the copy of the code, the script."""

@@ -1,4 +1,4 @@
-"""Several runs as one job array: a grid of overrides, or a list of them in a file. Each has a run folder of its own."""
+"""Several runs as one job array: a grid of overrides, or a list of them in a file. Each run has its own folder."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from trainer.life import attempts as life
 from trainer.preflight import Problem, problems_of
 
 _POLL_S = 2.0
-_LABEL_BYTES = 200  # of a folder's name: a filesystem takes 255, and tools add something of their own
+_LABEL_BYTES = 200  # of a folder's name: a filesystem allows 255, and tools add their own suffixes
 
 
 class Override(NamedTuple):
-    """As it was typed, and as it stands in the name of the run's folder."""
+    """An override as it was typed, and as it stands in the name of the run's folder."""
 
     typed: str
     named: str
 
 
 def overrides_of(words: list[str]) -> list[list[Override]]:
-    """The overrides of each run: every combination of what `words` list. Raises UserError."""
+    """The overrides of each run: every combination of the values in `words`. Raises UserError."""
     axes = [_axis(word) for word in words]
     return [list(itertools.chain(*combination)) for combination in itertools.product(*axes)]
 
@@ -55,8 +55,8 @@ def _axis(word: str) -> list[list[Override]]:
 
 
 def _named(item: str) -> str:
-    """An item as YAML 1.1 wrote it into the names of folders, which older arrays have: without quotes, 0.10 as 0.1. As
-    it was typed where YAML 1.1 read another value: 010 was 8."""
+    """The item in the form that YAML 1.1 gave to folder names, which older arrays have: without quotes, 0.10 as 0.1. If
+    YAML 1.1 read another value (010 was 8), the item as typed."""
     try:
         (old,) = yaml.safe_load(f"[{item}]")
         if isinstance(old, str):
@@ -90,7 +90,7 @@ def _lines(name: str) -> list[list[str]]:
 
 
 def configs_of(base: Config, words: list[str], argument: str | None, typed: list[str]) -> list[Config]:
-    """The config of each run; its folder lies in that of `base` and is named by what is its own. Raises UserError."""
+    """The config of each run. Its folder is inside that of `base`, and its own overrides name it. Raises UserError."""
     runs = overrides_of(words)
     for own in runs:
         if any(override.typed.startswith(("slurm.", "run.dir=")) for override in own):
@@ -100,15 +100,15 @@ def configs_of(base: Config, words: list[str], argument: str | None, typed: list
     found = []
     for own, label in zip(runs, labels(runs), strict=True):
         config = load(argument, [*typed, *(override.typed for override in own)])
-        # Not as an override, which would be read once more: as YAML, or with `~`.
+        # Not as an override: that would be read again, as YAML and with `~` replaced.
         run = config.run.model_copy(update={"dir": str(Path(base.run_dir) / label)})
         found.append(config.model_copy(update={"run": run}))
     return found
 
 
 def labels(runs: list[list[Override]]) -> list[str]:
-    """The name of each run's folder. A long one, and those that would be alike, end in a digest of the overrides, so
-    that a run has the same name in every array. Raises UserError for a run that stands twice."""
+    """The name of each run's folder. A long name, or one of several equal names, ends in a digest of its overrides. So
+    a run has the same name in every array. Raises UserError for a run that is listed twice."""
     texts = [",".join(override.typed for override in own) for own in runs]
     twice = next((text for text, count in Counter(texts).items() if count > 1), None)
     if twice is not None:
@@ -127,7 +127,7 @@ def _shortened(label: str, text: str) -> str:
 
 
 class ArraySubmission(Submission):
-    """One batch script for all: each task of the array reads the config of its number."""
+    """One batch script for all runs. Each task of the array reads the config of its number."""
 
     def __init__(self, base: Config, request: SlurmSection, configs: list[Config]) -> None:
         super().__init__(base, request)
@@ -141,7 +141,7 @@ class ArraySubmission(Submission):
         return shlex.quote(str(self.snapshot)) + '/config-"$SLURM_ARRAY_TASK_ID".yaml'
 
     def problems(self, paths: bool) -> list[Problem]:
-        """Of all runs. What several name alike outside their folders is looked for once."""
+        """The problems of all runs. A path outside the run folders that several configs share is checked once."""
         found = problems_of(self._check_words, self._check_place)
         seen: set[str] = set()
         for run in self.runs:
@@ -166,7 +166,7 @@ class ArraySubmission(Submission):
             say(f"{number}_{task}  {run.folder.root}")
 
     def follow(self, number: str) -> int:
-        """Wait for all; the worst outcome. Ctrl-C leaves the jobs running."""
+        """Wait for all runs; return the worst outcome. Ctrl-C leaves the jobs running."""
         try:
             while lives(*(run.holder() or number for run in self.runs)):
                 time.sleep(_POLL_S)

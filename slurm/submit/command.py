@@ -1,4 +1,4 @@
-"""`python -m slurm submit CONFIG --nodes N`: checks, then a job or an array of jobs, and what to type next."""
+"""`python -m slurm submit CONFIG --nodes N`: check, submit a job or an array of jobs, and print what to type next."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     refuse(problems, _ELSEWHERE if any(problem.elsewhere for problem in problems) else "")
     try:
         limits.check(job.request, limits.partitions())
-        ask("sbatch", "--test-only", script=job.script())  # what else Slurm has against it: account, features
+        ask("sbatch", "--test-only", script=job.script())  # Slurm's own objections: account, features
     except limits.NoSlurm as error:
         if not options.dry_run:
             raise

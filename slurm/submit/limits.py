@@ -1,4 +1,4 @@
-"""What the cluster here has, and whether a request fits it: asked of Slurm before anything is submitted."""
+"""The limits of this cluster, and whether a request fits them. Slurm is asked before anything is submitted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slurm.minutes import minutes
 
 @dataclass(frozen=True)
 class Partition:
-    """`None` where there is no limit. `gpus`: the most on one of its nodes."""
+    """One partition's limits; `None` where there is none. `gpus`: the most on one of its nodes."""
 
     name: str
     default: bool
@@ -31,7 +31,7 @@ IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 
 
 def filesystem(path: Path) -> str | None:
-    """The kind of filesystem that a path is on, or would be; None where the system does not tell."""
+    """The kind of filesystem that a path is on, or would be on; None where the system does not tell."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
@@ -39,15 +39,15 @@ def filesystem(path: Path) -> str | None:
     real = Path(os.path.realpath(path))  # not resolve(), which raises for a link to itself
     over = {str(parent) for parent in (real, *real.parents)}
     found = [(len(place), kind) for place, kind in mounts if place in over]
-    return sorted(found, key=lambda pair: pair[0])[-1][1] if found else None  # the last one lies on top
+    return sorted(found, key=lambda pair: pair[0])[-1][1] if found else None  # the last mount covers the earlier ones
 
 
 class NoSlurm(UserError):
-    """This is no place to submit from."""
+    """A job cannot be submitted from this machine."""
 
 
 def partitions() -> list[Partition]:
-    """All of this cluster's. Raises NoSlurm where no cluster answers."""
+    """All partitions of this cluster. Raises NoSlurm where no cluster answers."""
     try:
         shown = ask("scontrol", "--oneliner", "show", "partition")
     except UserError as error:
@@ -60,12 +60,12 @@ def partitions() -> list[Partition]:
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs in a list such as `gpu:a100:8(S:0-1),nvme:1`."""
+    """The number of GPUs in a list such as `gpu:a100:8(S:0-1),nvme:1`."""
     return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,()]+)*?:(\d+)(?=[(,]|$)", gres.strip()))
 
 
 def partition_of(line: str, gpus: dict[str, int]) -> Partition:
-    """One line of `scontrol --oneliner show partition`."""
+    """The partition in one line of `scontrol --oneliner show partition`."""
     facts = facts_of(line)
     name, most = facts["PartitionName"], facts.get("MaxNodes", "UNLIMITED")
     return Partition(
@@ -80,14 +80,14 @@ def partition_of(line: str, gpus: dict[str, int]) -> Partition:
 
 
 def check(request: SlurmSection, known: list[Partition]) -> None:
-    """Raises UserError when no node or queue here could ever run this."""
+    """Raise UserError when no node or queue here could ever run this request."""
     names = [p.name for p in known]
     if request.partition is None:
         chosen = [p for p in known if p.default]
         if not chosen:
             raise UserError(f"this cluster has no default partition: name one: --partition {'|'.join(names)}")
     else:
-        wanted = request.partition.split(",")  # Slurm takes the one that starts first
+        wanted = request.partition.split(",")  # Slurm takes the partition that can start first
         for name in wanted:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)

@@ -1,4 +1,4 @@
-"""What to ask a cluster for: the config's `slurm` section, a cluster's own file over it, flags over both."""
+"""What to ask a cluster for: the config's `slurm` section, then a cluster's own file over it, flags over both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from configs.typed import settle
 from trainer.host.environment import SLURM_JOB_ID, XDG_CONFIG_HOME
 from trainer.host.inherited import CLUSTERS, NEEDED
 
-# Where a person's own defaults for sbatch stand. `sbatch` itself would take them over what the script says.
+# The variables with a person's own defaults for sbatch. `sbatch` itself would prefer them to the script.
 _VARIABLES = {
     "account": "SBATCH_ACCOUNT",
     "constraint": "SBATCH_CONSTRAINT",
@@ -33,7 +33,7 @@ _VARIABLES = {
 
 
 def cluster_file() -> Path | None:
-    """The file of a site's values for all runs of a user. None where no home is known."""
+    """The file with a site's values for all runs of a user. None where the home is unknown."""
     base = XDG_CONFIG_HOME.read(os.environ) or "~/.config"
     try:
         return Path(base).expanduser() / "muster" / "cluster.yaml"
@@ -42,18 +42,18 @@ def cluster_file() -> Path | None:
 
 
 def of_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a person's SBATCH_ variables ask for. Inside a job they are those of that job, and ask for nothing."""
+    """What a person's SBATCH_ variables ask for. Inside a job they belong to that job, so they ask for nothing."""
     if SLURM_JOB_ID.read(environment) is not None:
         return {}
     return {name: environment[variable] for name, variable in _VARIABLES.items() if environment.get(variable)}
 
 
 def not_heard(environment: Mapping[str, str]) -> str | None:
-    """A line that names the variables which a plain `sbatch` takes as options, and this one does not."""
+    """A line that names the variables which a plain `sbatch` takes as options, and `slurm submit` ignores."""
     job = SLURM_JOB_ID.read(environment)
     told: tuple[str, ...] = ("SBATCH_", "SLURM_")
     heard, why = {*_VARIABLES.values(), *NEEDED, CLUSTERS}, "the job is as its script says"
-    if job is not None:  # which sets SLURM_... itself
+    if job is not None:  # the job itself has SLURM_... variables
         told, heard, why = ("SBATCH_",), set(), f"of job {job}, in which this was typed"
     names = [name for name in sorted(environment) if name.startswith(told) and name not in heard]
     return (
@@ -66,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, info in SlurmSection.model_fields.items():
         kind = str(info.annotation)
         if any(part in kind for part in ("dict", "list", "bool")):
-            continue  # overrides say these
+            continue  # overrides set these
         flag, doc = f"--{name.replace('_', '-')}", str(info.description)
         if "int" in kind:
             parser.add_argument(flag, type=int, metavar="N", help=doc)
@@ -76,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def request_of(config: Config, overrides: list[str], options: argparse.Namespace) -> SlurmSection:
-    """The request. A flag or `slurm.x=y` counts before both files, and SBATCH_ variables count last."""
+    """The request. A flag or `slurm.x=y` wins over both files. SBATCH_ variables come last."""
     in_config = config.slurm.model_dump(exclude_unset=True)
     typed = {text.partition("=")[0].strip().split(".")[1] for text in overrides if text.strip().startswith("slurm.")}
     over = {name: value for name, value in in_config.items() if name in typed}
@@ -93,7 +93,7 @@ def request_of(config: Config, overrides: list[str], options: argparse.Namespace
 
 
 def _section(values: dict[str, Any], place: str) -> SlurmSection:
-    """The section with these values. Raises UserError that names `place`, where they stand."""
+    """The section with these values. Raises UserError, which names `place`, the origin of the values."""
     try:
         return SlurmSection.model_validate(values)
     except ValidationError as error:
@@ -101,7 +101,7 @@ def _section(values: dict[str, Any], place: str) -> SlurmSection:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """The cluster's file, checked by itself so that its mistakes are told as its own."""
+    """The values of the cluster's file, checked alone, so that its mistakes are reported as its own."""
     problems: list[Problem] = []
     try:
         node = parse(read_text(path), lambda line: Place(str(path), line), problems)

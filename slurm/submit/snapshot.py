@@ -1,4 +1,4 @@
-"""A copy of the code and the config in the run folder: a job that waited or was requeued runs what was submitted."""
+"""A copy of the code and the config in the run folder: a job that waits or is requeued runs what was submitted."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _KEPT = {".py", ".yaml", ".json", ".sbatch"}
 
 
 def files(own: Sequence[str] = ()) -> dict[Path, Path]:
-    """Every file of our packages, and of the user's own modules that lie in the current folder: where it goes in a
-    snapshot, and where it is."""
+    """Place in a snapshot -> file, for every file of our packages and of the user's own modules in the current
+    folder."""
     ours = (path for package in PACKAGES for path in (_ROOT / package).rglob("*"))
     found = {path.relative_to(_ROOT): path for path in ours if path.suffix in _KEPT and path.is_file()}
     found |= {path.relative_to(Path.cwd()): path for name in own for path in own_files(name)}
@@ -27,7 +27,7 @@ def files(own: Sequence[str] = ()) -> dict[Path, Path]:
 
 
 def place(folder: Path, configs: Mapping[str, str], own: Sequence[str] = ()) -> Path:
-    """Where the snapshot of this code and these configs lies, or would lie. Equal ones share a folder."""
+    """The folder of the snapshot of this code and these configs, existing or not. Equal snapshots share a folder."""
     digest = hashlib.sha256(json.dumps(configs).encode())
     for path, source in files(own).items():
         digest.update(f"\0{path}\0".encode())
@@ -36,7 +36,7 @@ def place(folder: Path, configs: Mapping[str, str], own: Sequence[str] = ()) -> 
 
 
 def take(target: Path, configs: Mapping[str, str], with_code: bool, own: Sequence[str] = ()) -> None:
-    """Write it, whole or not at all. Raises UserError when there is no room."""
+    """Write the snapshot, whole or not at all. Raises UserError when there is no room."""
     if target.exists():
         return
     partial = target.with_name(f".{target.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""A job before the queue: what can be known of it, a snapshot, a batch script by submitit, and following it."""
+"""A job before it is in the queue: its checks, a snapshot, a batch script by submitit. Then it is followed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trainer.life.rows import amount, facts_in, text
 from trainer.preflight import Problem, check, problems_of
 
 _POLL_S = 2.0
-_WITHOUT_GPUS = 2  # processes on a node, as `launch run` has it
+_WITHOUT_GPUS = 2  # processes on a node, as in `launch run`
 _BY_NAME = (
     *("partition", "account", "qos", "time", "cpus_per_task", "mem", "constraint", "exclude", "nodelist"),
     *("dependency", "mail_type", "mail_user", "comment"),
@@ -46,8 +46,8 @@ class Submission:
     """A config and a request, and the batch script that they make."""
 
     def __init__(self, config: Config, request: SlurmSection) -> None:
-        run_dir = str(Path(config.run_dir).absolute())  # a job may begin elsewhere
-        run = config.run.model_copy(update={"dir": run_dir})  # what is wrong with it is a problem, told with the others
+        run_dir = str(Path(config.run_dir).absolute())  # the job may start in another folder
+        run = config.run.model_copy(update={"dir": run_dir})  # a wrong path is a problem, reported with the others
         self.config = config.model_copy(update={"run": run, "slurm": request})
         self.request, self.folder = request, RunFolder(Path(run_dir))
         self.place = self.folder.root / "slurm"
@@ -57,16 +57,16 @@ class Submission:
 
     @property
     def config_path(self) -> str:
-        """Of what the job reads, as the shell reads it."""
+        """The path of the config that the job reads, quoted for the shell."""
         return shlex.quote(str(self.snapshot / "config.yaml"))
 
     @property
     def processes(self) -> int:
-        """On each node."""
+        """The number of processes on each node."""
         return self.request.gpus_per_node or _WITHOUT_GPUS
 
     def problems(self, paths: bool) -> list[Problem]:
-        """Everything that can be known before the queue; touches nothing. `paths`: also of what only nodes may see."""
+        """All problems that can be known before the queue. Changes no file. `paths`: also check the nodes' paths."""
         if self.request.gpus_per_node is None:
             text = "how many GPUs has a node? --gpus-per-node 8 (or slurm.gpus_per_node; 0: ranks on the CPU)"
             return [Problem(text)]
@@ -79,7 +79,7 @@ class Submission:
         )
         here = (
             self.request.container is None and self.request.python is None
-        )  # else what is installed here says nothing
+        )  # else packages installed here tell nothing
         found += check(self.config, self.request.nodes * self.processes, self.folder, paths, packages=here)
         return found or problems_of(self._check_saves)
 
@@ -90,7 +90,7 @@ class Submission:
             raise UserError(f"time {r.time}: the warning comes slurm.warning_s={r.warning_s} before, so at once")
 
     def _check_words(self) -> None:
-        """Raise UserError for a word with a line break: the rest would not belong to the `#SBATCH` option any more."""
+        """Raise UserError for a word with a line break: the rest would no longer belong to the `#SBATCH` option."""
         words = {"run.name": self.config.run.name, "run.dir": str(self.place)}
         words |= {f"slurm.{name}": str(getattr(self.request, name)) for name in _BY_NAME}
         words |= {f"slurm.sbatch: {name}": f"{name}={value}" for name, value in self.request.sbatch.items()}
@@ -108,7 +108,7 @@ class Submission:
             raise UserError(f"run.dir: {self.folder.root}: PYTHONPATH takes no colon: another path, or --no-snapshot")
 
     def _check_saves(self) -> None:
-        """The warning has to leave time for a save as slow as the slowest that this folder has seen."""
+        """Check that the warning leaves time for a save as slow as the slowest in this folder."""
         saved = [amount(e, "seconds") or 0.0 for e in read_events(self.folder) if e["event"] == "saved"]
         if saved and max(saved) > self.request.warning_s:
             raise UserError(
@@ -117,7 +117,7 @@ class Submission:
             )
 
     def parameters(self) -> dict[str, Any]:
-        """What submitit calls them."""
+        """The request under submitit's names."""
         r = self.request
         found: dict[str, Any] = {name: value for name in _BY_NAME if (value := getattr(r, name)) is not None}
         if r.gpus_per_node:
@@ -125,11 +125,11 @@ class Submission:
         found |= {
             "job_name": self.config.run.name,
             "nodes": r.nodes,
-            "time": r.time,  # also None: else submitit's own, of 5 minutes
+            "time": r.time,  # given even when None: submitit's default is 5 minutes
             "ntasks_per_node": 1,
             "signal_delay_s": r.warning_s,
             "stderr_to_stdout": True,
-            "wckey": None,  # submitit's own would be refused where the site checks them
+            "wckey": None,  # submitit's own would be refused where the site checks keys
         }
         more: dict[str, Any] = {"requeue": True, "output": self.output(), **r.sbatch}
         if r.reservation is not None:
@@ -141,22 +141,23 @@ class Submission:
         }
 
     def output(self, number: str = "%j") -> str:
-        """Where the job's output goes, in sbatch's words. It replaces `%j` and the like: a `%` of ours is doubled."""
+        """Where the job's output goes, in sbatch's form. sbatch replaces `%j` and the like; other `%` are doubled."""
         return f"{str(self.place).replace('%', '%%')}/{number}_0_log.out"
 
     def _setup(self) -> list[str]:
-        # Under `--export=NONE` srun would keep what follows from the tasks: the snapshot's path above all.
+        # Under `--export=NONE` srun would hide these variables from the tasks, above all the snapshot's path.
         lines = ["export SLURM_EXPORT_ENV=ALL", *self.request.setup]
         if self.request.snapshot:
-            # SAFEPATH: the folder where the job begins may hold another Muster, such as the working tree.
+            # SAFEPATH: the folder where the job starts may hold another Muster, such as the working tree.
             path = shlex.quote(str(self.snapshot)) + "${PYTHONPATH:+:$PYTHONPATH}"
             lines += [f"export PYTHONPATH={path} PYTHONSAFEPATH=1"]
-        # Slurm's ends of a job also reach this shell, which still has to say what came of it.
+        # Slurm's signals that end a job also reach this shell, which must still run what follows srun.
         return [*lines, "trap : TERM"]
 
     def _srun(self) -> list[str]:
         r = self.request
-        # One node alone would wait for the others. One log holds what all of them say.
+        # Without --kill-on-bad-exit a node that is left alone would wait for the others. One log holds the output of
+        # all.
         words = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--output=all"]
         if r.cpus_per_task is not None:
             words += [f"--cpus-per-task={r.cpus_per_task}"]
@@ -165,23 +166,23 @@ class Submission:
         return words + r.srun
 
     def command(self) -> str:
-        """What srun starts on each node, and what follows it on the first."""
+        """What srun starts on each node, and what follows on the first node."""
         r = self.request
         inside = r.python or ("python" if r.container else sys.executable)
         outside = sys.executable if r.container else inside
         job = f"{shlex.join([*self._srun(), inside, '-m', 'slurm', 'job'])} {self.config_path} --nproc {self.processes}"
-        # Waited for, as a shell hears no SIGTERM while a command runs in front, and srun can outlive KillWait.
+        # With `wait`, as a shell handles no SIGTERM while a foreground command runs, and srun can outlive KillWait.
         return f"{job} & wait $!\n{shlex.join([outside, '-m', 'slurm', 'after'])} {self.config_path} --code $?"
 
     def script(self) -> str:
-        """The batch script, to the letter."""
+        """The exact text of the batch script."""
         from submitit.slurm.slurm import _make_sbatch_string
 
         text: str = _make_sbatch_string(self.command(), self.place, **self.parameters())
         return text
 
     def submit(self) -> str:
-        """The job's number. Raises UserError when another job has the folder, or Slurm does not want this one."""
+        """Submit the job; return its number. Raises UserError when another job has the folder, or Slurm refuses."""
         with _only_one(self.place):
             self.refuse_living()
             snapshot.take(self.snapshot, self.configs, self.request.snapshot, self.own)
@@ -190,26 +191,26 @@ class Submission:
         return number
 
     def refuse_living(self) -> None:
-        """Raises UserError when a job that lives has the run folder."""
+        """Raise UserError when a living job has the run folder."""
         other = self.holder()
         if other is not None and state(other) is not None:
             raise UserError(f"{self.folder.root}: job {other} has it; end it first: {typed('slurm stop', other)}")
 
     def holder(self) -> str | None:
-        """The job that was given the run folder last. With slurm.requeue=chain each life has a number of its own."""
+        """The job that got the run folder last. With slurm.requeue=chain each life has its own number."""
         return text(facts_in(self.folder.root / JOB_FILE), "job")
 
     def note(self, number: str) -> None:
-        """Write down which job has the run folder."""
+        """Record which job has the run folder."""
         self.place.mkdir(parents=True, exist_ok=True)
         write_json(self.folder.root / JOB_FILE, {"job": number, "time_s": time.time(), "user": _user()})
 
     def _sbatch(self) -> str:
-        """Not by submitit: that would pickle a function by its place in the working tree, and cut a path at `%`."""
+        """Call sbatch. submitit would pickle a function by its place in the working tree, and cut a path at `%`."""
         script = self.place / f".submission-{uuid.uuid4().hex}.sh"
         script.write_text(self.script(), encoding="utf-8")
         try:
-            told = ask("sbatch", "--parsable", str(script))  # its path stays in what sacct remembers
+            told = ask("sbatch", "--parsable", str(script))  # sacct remembers the script's path
             number = told.strip().partition(";")[0]
             script.rename(self.place / f"{number}_submission.sh")
         finally:
@@ -217,7 +218,7 @@ class Submission:
         return number
 
     def follow(self, number: str) -> int:
-        """Show the job's output until it is over; the run's outcome. Ctrl-C leaves the job running."""
+        """Show the job's output until it is over; return the run's outcome. Ctrl-C leaves the job running."""
         shown = 0
         try:
             while lives(number):
@@ -233,8 +234,8 @@ class Submission:
         return self.outcome()
 
     def outcome(self) -> int:
-        """What the run came to, once its job is over."""
-        ended = outcomes(self.folder)  # of whichever number: a task of an array has one of its own
+        """The exit code of the run, once its job is over."""
+        ended = outcomes(self.folder)  # under any number: a task of an array has its own
         return ended[-1].exit_code if ended else life.FAILED
 
     def log(self, number: str) -> Path:
@@ -243,23 +244,24 @@ class Submission:
 
 
 def _as_sbatch_reads(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with each backslash doubled: of two in a `#SBATCH` line, sbatch takes one away, also inside quotes."""
+    """Options with each backslash doubled: in a `#SBATCH` line sbatch removes one of two, even inside quotes."""
     return {k: v.replace("\\", "\\\\") if isinstance(v, str) else v for k, v in options.items()}
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, such as in a container
+    except (KeyError, OSError):  # a user id without a name, as in a container
         return str(os.getuid())
 
 
 @contextlib.contextmanager
 def _only_one(place: Path) -> Iterator[None]:
-    """Two submissions of one run at the same time come one after the other."""
+    """Make two submissions of one run that happen at the same time wait for each other."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks no file opened for reading
+        # NFS locks only files open for writing
+        descriptor = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {place.parent}: {error.strerror or error}") from error
     try:
@@ -279,19 +281,19 @@ def state(number: str) -> str | None:
 
 
 def lives(*numbers: str) -> bool:
-    """Whether one of them does. While nobody answers, jobs go on: the controller may be down, the nodes are not."""
+    """Whether one of the jobs lives. Without an answer they count as living: only the controller may be down."""
     answer = queue.of(numbers)
     return answer.silent is not None or any(number in answer.jobs for number in numbers)
 
 
 def _show(log: Path, shown: int) -> int:
-    """Print what is new in the log; where it ends now."""
+    """Print what is new in the log; return where it ends now."""
     try:
         with open(log, "rb") as file:
             file.seek(shown)
             new = file.read()
     except OSError:
-        return shown  # not there yet
+        return shown  # the log does not exist yet
     sys.stdout.write(new.decode(errors="replace"))
     sys.stdout.flush()
     return shown + len(new)
