@@ -258,8 +258,7 @@ class BareZero:
             "steps_per_print": 1 << 40,
         }
         matrices, others = ([p for p in model.parameters() if (p.ndim > 1) is whether] for whether in (True, False))
-        # the groups that our engine makes
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]  # as ours
         optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 

@@ -125,8 +125,7 @@ def nearest(unknown: str, valid: Sequence[str] = ()) -> str | None:
         its_section, _, its_name = known.rpartition(".")
         stranger = its_section != section and its_name[:2] != name[:2]  # `peft.type` does not mean `start.allow.dtype`
         last = 0.0 if stranger else SequenceMatcher(None, name, its_name).ratio()
-        # of equal names, the one in this section
-        return max(0.9 * last, SequenceMatcher(None, pattern, known).ratio())
+        return max(0.9 * last, SequenceMatcher(None, pattern, known).ratio())  # of equal names, the one in this section
 
     best = max(valid, key=likeness)
     if likeness(best) < 0.62:
@@ -201,8 +200,7 @@ def explain(error: ValidationError, root: Node, source: Place) -> Iterator[tuple
         elif kind == "value_error":
             reason = str(found["ctx"]["error"])
             mentioned = _mentioned(reason, path, root)
-            # an override is likeliest
-            at = max(mentioned, key=lambda place: place.line == 0, default=at)
+            at = max(mentioned, key=lambda place: place.line == 0, default=at)  # an override is likeliest
             others = [str(place) for place in mentioned if place != at]
             message = (f"{key}: " if key else "") + reason + (f" (see also {', '.join(others)})" if others else "")
         elif kind == "union_tag_invalid":

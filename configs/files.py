@@ -29,8 +29,7 @@ def kind_fault(path: str | os.PathLike[str], folder: bool) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        # ELOOP: of a folder above, which is named
-        if link is None and error.errno not in (*gone, errno.ELOOP):
+        if link is None and error.errno not in (*gone, errno.ELOOP):  # ELOOP: of a folder above, which is named
             raise
         why = "which is not there" if error.errno in gone else f"which cannot be followed: {error.strerror}"
         return link and f"it is {link}, {why}"

@@ -228,8 +228,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_float(dumper: _Dumper, value: float) -> yaml.Node:
-    # e.g. 1e-05: YAML 1.1 reads text
-    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))  # e.g. 1e-05: YAML 1.1 reads text
 
 
 def _represent_list(dumper: _Dumper, value: list[Any]) -> yaml.Node:

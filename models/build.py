@@ -37,8 +37,7 @@ def _decoder(section: DecoderSection) -> Model:
     )
 
 
-# each function takes its own section
-REGISTRY: dict[str, Callable[[Any], Model]] = {"decoder": _decoder, "mlp": mlp.build}
+REGISTRY: dict[str, Callable[[Any], Model]] = {"decoder": _decoder, "mlp": mlp.build}  # each takes its own section
 
 
 def build_model(section: ModelSection) -> Model:

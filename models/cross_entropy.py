@@ -144,8 +144,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        # create_graph=True; `once_differentiable` would let a constant pass without an error
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph=True; `once_differentiable` would let a constant pass silently
             raise RuntimeError("the chunked cross-entropy has no second derivative")
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype = None if grad_hidden is None else grad_hidden.dtype

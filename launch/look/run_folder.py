@@ -85,8 +85,7 @@ class RunView:
     restarts: int  # how many attempts followed one that failed or was to be started again
     newest: AttemptView | None
     before: AttemptView | None
-    # the last with a loss; of a rolled-back attempt only without another
-    row: dict[str, Any]
+    row: dict[str, Any]  # the last with a loss; of a rolled-back attempt only without another
     checkpoint_step: int | None
     checkpoint_s: float | None  # when that checkpoint was committed
     holder: Holder | None

@@ -136,8 +136,7 @@ class Watcher:
         names, lines = (_GPU_COLUMNS, _gpu_lines(nodes)) if few else (_NODE_COLUMNS, _node_lines(nodes))
         table = Table(box=None, padding=(0, 1, 0, 0))
         shown = lines if room is None or len(lines) <= room else sorted(lines)[: room - 1]  # the least busy
-        # a CPU has no watts
-        told = [place for place in range(len(names)) if any(cells[place] for _, cells in lines)]
+        told = [place for place in range(len(names)) if any(cells[place] for _, cells in lines)]  # a CPU has no watts
         for name, place in ((names[place], place) for place in told):
             widest = max([len(name), *(len(cells[place]) for _, cells in shown)])
             side: Literal["left", "right"] = "right" if name in _NUMBERS else "left"

@@ -49,8 +49,7 @@ def _tell_failures(path: Path) -> None:
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             if result.is_failed():
-                # in this order: torchrun's own kills come last
-                for rank, failure in result.failures.items():
+                for rank, failure in result.failures.items():  # in this order: torchrun's own kills come last
                     append_row(path, {"rank": rank, "exit_code": failure.exitcode})
             return result
 

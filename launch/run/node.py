@@ -299,8 +299,7 @@ class Supervisor:
                 self.wish.wish(cause)
             if self.wish.cause is not None:
                 return self._unwritten_end(status).exit_code  # the ranks left while they waited for each other
-            # at once: rank 0 was on another node, which reported it; its end kills us
-            return life.USER_ERROR
+            return life.USER_ERROR  # at once: rank 0 was on another node, which reported it; its end kills us
         end = self._hear(before)
         if end is not None:
             return end.exit_code

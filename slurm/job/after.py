@@ -37,8 +37,7 @@ _TAKEN_DOWN_PATIENCE_S = 120.0  # Slurm ends the job: srun at once, the tasks an
 def main(arguments: list[str]) -> int:
     """Returns the exit code of the run, which becomes the job's."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        # Slurm also sends these to a job's batch script
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # Slurm also sends these to a job's batch script
     go_on_unheard()  # a job whose output nobody reads is started again all the same
     parser = config_parser("slurm after", __doc__)
     parser.add_argument("--code", type=int, required=True, metavar="N", help="exit code of srun")
@@ -168,8 +167,7 @@ class After:
             self._tell(end, requeued=False)
             return lives.FAILED if end.reason == "failed" else code
         self._tell(end, requeued=True)
-        # 75 may be requeued: two jobs
-        return lives.FINISHED if method == "chain" else lives.REQUEUE
+        return lives.FINISHED if method == "chain" else lives.REQUEUE  # 75 may be requeued: two jobs
 
     def _tell(self, end: End, requeued: bool) -> None:
         """Call the user's hooks. They come last, as they may hang. They ignore SIGTERM as this process does, so after a

@@ -91,8 +91,7 @@ class Cluster:
     def __init__(self, home: Home, settings: Settings) -> None:
         self.home, self.settings = home, settings
         self.environment = {
-            # a real one
-            **{name: value for name, value in without_job(os.environ).items() if name != CLUSTERS},
+            **{name: value for name, value in without_job(os.environ).items() if name != CLUSTERS},  # a real one
             "PATH": _path(),
             "SLURM_CONF": str(home.conf),
             "MYSQL_UNIX_PORT": str(home.database_socket),
@@ -123,8 +122,7 @@ class Cluster:
                 start_new_session=True,
             )
         self.home.pid_file(name).write_text(str(process.pid))
-        # the environment shows late
-        _until(5.0, lambda: self.alive(name) is not None or process.poll() is not None)
+        _until(5.0, lambda: self.alive(name) is not None or process.poll() is not None)  # the environment shows late
 
     def _stop(self, name: str, number: signal.Signals) -> None:
         process = self.alive(name)

@@ -16,8 +16,7 @@ from configs.errors import UserError
 from trainer.host.environment import MUSTER_PRETEND_GPUS
 from trainer.life.folder import write_text
 
-# environment variable of a cluster's processes and jobs, with its folder
-MARK = "MUSTER_CLUSTER"
+MARK = "MUSTER_CLUSTER"  # environment variable of a cluster's processes and jobs, with its folder
 ACCOUNTED = "AccountingStorageType=accounting_storage/slurmdbd"
 _PORTS = 64  # ports of one cluster, from `port` on
 

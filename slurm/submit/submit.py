@@ -260,8 +260,7 @@ def _only_one(place: Path) -> Iterator[None]:
     """Make two submissions of one run that happen at the same time wait for each other."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        # NFS locks only files open for writing
-        descriptor = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only files open for writing
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {place.parent}: {error.strerror or error}") from error
     try:

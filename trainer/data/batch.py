@@ -1,4 +1,4 @@
-"""What a step computes with: batches of rows, each the tensors of one forward."""
+"""The batches of a step. Each batch is some rows, and the tensors of one forward."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trainer.data.samples import Columns
 
 @dataclass
 class Batch:
-    """One forward. `tensors`: the first dimension is rows, alike for all. `rows`: how many are samples; the rest repeat
-    a sample and have weight 0. `extra`: integers that the model needs on the host, so that it does not
-    wait for the device."""
+    """The input of one forward. `tensors`: the first dimension is the rows, equal for all tensors. `rows`: how many
+    rows are samples. The other rows repeat a sample and have weight 0. `extra`: integers that the model needs on the
+    host, where reading them from a tensor would wait for the device."""
 
     tensors: dict[str, torch.Tensor]
     rows: int
@@ -24,16 +24,16 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Rows, fill-ups included."""
+        """Rows, with fill-ups."""
         return len(next(iter(self.tensors.values())))
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`; a copy from page-locked memory runs behind the work that is queued there."""
+        """The batch on `device`. A copy from page-locked memory is queued there, and this returns at once."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         return Batch(moved, self.rows, self.extra)
 
     def pinned(self) -> Batch:
-        """In page-locked memory."""
+        """The batch in page-locked memory."""
         return Batch({name: tensor.pin_memory() for name, tensor in self.tensors.items()}, self.rows, self.extra)
 
 
@@ -41,9 +41,9 @@ class Batch:
 class StepBatch:
     """One rank's share of a step."""
 
-    step: int  # the number of the step that this batch makes, from 1
+    step: int  # the number of the step that uses this batch, from 1
     batches: list[Batch]
-    weights: tuple[float, ...]  # of this rank: what the task's sums are divided by, once summed over ranks
+    weights: tuple[float, ...]  # of this rank: summed over ranks, they divide the task's sums
     samples: np.ndarray  # this rank's positions in the global order, int64
     consumed_samples: int  # the position after this step
     cost: int  # of all ranks' samples: tokens, or samples where a task has no tokens
@@ -51,7 +51,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Row:
-    """Where a row of a batch comes from; what is random in collating it follows from this alone."""
+    """Where a row of a batch comes from. All randomness in collating must derive from these values alone."""
 
     seed: int
     epoch: int
@@ -59,11 +59,11 @@ class Row:
 
 
 class Collates(Protocol):
-    """What makes batches of samples: the part of a task that the loader needs."""
+    """Makes batches of samples: the part of a task that the loader needs."""
 
     def collate(self, samples: Sequence[Columns], real: int, rows: Sequence[Row]) -> Batch:
-        """A batch of these samples, in this order, on the host. Those from `real` on are fill-ups: repeated samples
-        that must have weight 0."""
+        """A batch of these samples, in this order, on the host. Samples from index `real` on are fill-ups: they repeat
+        other samples, and must have weight 0."""
 
     def weigh(self, batch: Batch) -> tuple[float, ...]:
-        """This batch's share of what sums are divided by, on the host."""
+        """This batch's part of the weights that divide the sums, on the host."""

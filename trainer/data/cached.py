@@ -1,4 +1,4 @@
-"""Which folder of the cache already holds what the files of a source hold now."""
+"""Which folder of the cache already holds the present content of a source's files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from trainer.data.sources import hash_file
 from trainer.data.tokenizer import Tokenizer
 
 FORMAT = 1
-CUTS = 2  # the way long texts are cut: see `_is_cut_as_now`
+CUTS = 2  # the version of how long texts are cut: see `_is_cut_as_now`
 FILES, META = "files.json", "meta.json"
-_NOT_OF_DOCUMENTS = {"weight", "split", "labels"}  # and so not in META: what was prepared before they came still serves
+_NOT_OF_DOCUMENTS = {"weight", "split", "labels"}  # not in META: folders from before these keys must still match
 _CHUNK_TOKENS = 1 << 20
 
 Found = list[tuple[str, Path]]
-Poll = Callable[[int], None]  # called often with the bytes just read
+Poll = Callable[[int], None]  # called often with the number of bytes just read
 
 
 def settings_of(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything but the files themselves that decides what a prepared source holds."""
+    """All settings that decide what a prepared source holds, without the files themselves."""
     size = config.words if source.kind == "tokens" else tokenizer.size
     return {
         "format": FORMAT,
@@ -52,8 +52,8 @@ def find_prepared(
     began_with: str | None,
     poll: Poll,
 ) -> Path | None:
-    """The folder that serves, if there is one. began_with: the fingerprint that the run's checkpoint has; what that run
-    prepared in an older way serves it, and no other."""
+    """The prepared folder to use, if there is one. began_with: the fingerprint in the run's checkpoint. A folder that
+    this run prepared in an older way is used for this run alone."""
 
     def is_own(folder: Path) -> bool:
         return began_with is not None and folder.name.endswith(f"-{began_with[:16]}")
@@ -67,8 +67,8 @@ def find_prepared(
 
 
 def alike_folders(cache: Path, source: Source, settings: dict[str, Any]) -> dict[Path, dict[str, Any]]:
-    """Folders prepared under these settings, and their META, wherever the files lay then: those that know this path
-    first."""
+    """Folders prepared under these settings, with their META, wherever the source was at that time. Folders that know
+    its present path come first."""
     path, found = settings["source"]["path"], []
     for folder in sorted(cache.glob(f"{source.name}-*")):
         try:
@@ -77,13 +77,13 @@ def alike_folders(cache: Path, source: Source, settings: dict[str, Any]) -> dict
             if then == now and all(meta[key] == settings[key] for key in settings if key != "source"):
                 found.append((not (folder / _noted(path, meta["source"]["path"])).exists(), folder, meta))
         except (OSError, ValueError, LookupError, TypeError):
-            continue  # another start removes it, or it is none of ours
+            continue  # another start just removed it, or it is not ours
     return {folder: meta for _, folder, meta in sorted(found, key=lambda one: one[:2])}
 
 
 def _is_cut_as_now(meta: dict[str, Any], source: Source, places: re.Pattern[bytes], stats: dict[str, FileStat]) -> bool:
-    """Whether a folder holds what would be prepared today. Long texts were once cut where that could change ids; such
-    folders do not say how they were cut."""
+    """Whether a folder holds what would be prepared today. An older version cut long texts at places that could change
+    ids, and its folders do not record how they were cut."""
     if source.kind == "tokens" or places is ANYWHERE or all(s.size_bytes <= PIECE_BYTES for s in stats.values()):
         return True
     return bool(meta.get("cuts") == CUTS)
@@ -97,8 +97,8 @@ def still_holds(
     stats: dict[str, FileStat],
     poll: Poll,
 ) -> bool:
-    """Whether a prepared folder holds these files. Sizes and times are trusted only where they were noted for this very
-    path: files elsewhere may have the same and hold something else. All others are read and compared by content."""
+    """Whether a prepared folder holds these files. Sizes and times count only if they were recorded for this very path:
+    other files may have the same and differ in content. All other files are read and compared by their hash."""
     noted = folder / _noted(str(source_root(source)), meta["source"]["path"])
     try:
         known: dict[str, list[Any]] = files.read_json(folder / FILES)
@@ -118,8 +118,8 @@ def still_holds(
 
 
 def _noted(path: str, prepared_from: str) -> str:
-    """The file with the sizes and times of a source at `path`. A file for each path: two people with copies of one
-    source would overwrite each other's times, and read everything again at each start."""
+    """The file with the sizes and times of a source at `path`. There is one for each path. Otherwise two people with
+    copies of one source would overwrite each other's times, and read all of it at each start."""
     if path == prepared_from:
         return FILES
     return f"files-{hashlib.blake2b(path.encode(errors='surrogateescape'), digest_size=8).hexdigest()}.json"
@@ -127,7 +127,7 @@ def _noted(path: str, prepared_from: str) -> str:
 
 @contextlib.contextmanager
 def as_far_as_writable() -> Iterator[None]:
-    """Someone else's cache may be closed to us, or mounted read-only: what is not written is looked for again."""
+    """Ignore the error when another user's cache, or a read-only one, cannot be written: the work is done again."""
     try:
         yield
     except OSError as error:
@@ -136,10 +136,10 @@ def as_far_as_writable() -> Iterator[None]:
 
 
 def check_largest_id(folder: Path, source: Source, vocab_size: int, poll: Poll) -> None:
-    """UserError when ids that were there already are beyond the vocabulary: they were checked against that of the model
-    for which they were prepared."""
+    """Raise UserError when prepared ids are beyond the vocabulary. They were checked against the vocabulary of the
+    model for which they were prepared."""
     meta = files.read_json(folder / META)
-    if "largest_id" not in meta:  # prepared by an older Muster: looked for once
+    if "largest_id" not in meta:  # an older Muster prepared it: find the id once
         arrays = [files.map_array(folder / f"{split}.npy") for split in meta["splits"]]
         chunks = (a[i : i + _CHUNK_TOKENS] for a in arrays for i in range(0, len(a), _CHUNK_TOKENS))
         meta["largest_id"] = 0

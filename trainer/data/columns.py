@@ -20,8 +20,8 @@ _FLUSH = 1 << 16  # offsets held in memory
 
 
 class ColumnsWriter:
-    """One split of a source. All samples have the same columns, each of one dtype and shape; a first dimension may
-    differ from sample to sample. ValueError for what does not fit: a task makes the columns, so that is its bug."""
+    """Writes one split of a source. All samples have the same columns, each of one dtype and shape; the first dimension
+    may differ between samples. Raises ValueError for other columns: the task makes them, so that is its bug."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.count = 0
@@ -29,7 +29,7 @@ class ColumnsWriter:
         self._columns: dict[str, _ColumnWriter] = {}
 
     def add(self, columns: Mapping[str, np.ndarray]) -> None:
-        """One more sample."""
+        """Add one sample."""
         if not self._columns:
             for name, array in columns.items():
                 if not _NAME.fullmatch(name):
@@ -42,7 +42,7 @@ class ColumnsWriter:
         self.count += 1
 
     def close(self) -> dict[str, Any]:
-        """Make the files whole. Returns what `ColumnSamples` needs to know, as plain data."""
+        """Complete the files. Returns what `ColumnSamples` needs to know, as plain data."""
         return {"samples": self.count, "columns": {name: column.close() for name, column in self._columns.items()}}
 
     def abandon(self) -> None:
@@ -58,7 +58,7 @@ class _ColumnWriter:
         self._dtype, self._shape = first.dtype, first.shape
         self._values = files.ArrayWriter(folder / f"{name}.npy", first.dtype, first.shape[1:])
         self._count = 0
-        self._offsets: files.ArrayWriter | None = None  # once first dimensions differ
+        self._offsets: files.ArrayWriter | None = None  # made when first dimensions differ
         self._waiting: list[int] = []
 
     def add(self, array: np.ndarray) -> None:
@@ -104,11 +104,11 @@ class _ColumnWriter:
 
 
 class ColumnSamples:
-    """What a `ColumnsWriter` wrote, mapped; see `Samples`. `facts` is what its `close` returned."""
+    """The mapped files of a `ColumnsWriter`; see `Samples`. `facts` is what its `close` returned."""
 
     def __init__(self, folder: Path, split: str, facts: Mapping[str, Any]) -> None:
         self._count = int(facts["samples"])
-        self._fixed: dict[str, np.ndarray] = {}  # first dimension: samples
+        self._fixed: dict[str, np.ndarray] = {}  # arrays whose first dimension is the samples
         self._ragged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name, fact in facts["columns"].items():
             values, shape = files.map_array(folder / f"{split}.{name}.npy"), fact["shape"]
@@ -129,7 +129,7 @@ class ColumnSamples:
         return self._count
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """The columns of a sample: views of the files."""
+        """The columns of a sample, as views of the files."""
         if not 0 <= index < self._count:
             raise IndexError(f"sample {index} of {self._count}")
         columns = {name: values[index, ...] for name, values in self._fixed.items()}

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes, and whether that is what the `kind` of its source says."""
+"""What a file holds, by its first bytes, and whether that fits the `kind` of its source."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _ADVICE = {
 }
 _FITS = {
     "text": {TEXT, JSON, ARRAY, JSONL, WITH_FIELD, EMPTY},
-    "jsonl": {JSON, JSONL, WITH_FIELD, EMPTY},  # JSON that is no JSON Lines is refused by the line
+    "jsonl": {JSON, JSONL, WITH_FIELD, EMPTY},  # JSON that is not JSON Lines is refused later, with its line
     "tokens": {NPY},
 }
 
@@ -59,8 +59,8 @@ _FITS = {
 def check_content(
     source: Source, found: list[tuple[str, Path]], say: Callable[[str], None], poll: Callable[[], None]
 ) -> None:
-    """Look into every file before any is read through. UserError, with names, when one cannot be read or is plainly not
-    what `source.kind` says; `say` takes a warning where it may be wanted."""
+    """Look into every file before any is read whole. Raises UserError, with names, when a file cannot be read or
+    plainly does not fit `source.kind`. `say` gets a warning where the file may be meant."""
     unreadable: dict[str, str] = {}
     contents: dict[str, str] = {}
     for name, path in found:
@@ -94,14 +94,14 @@ def _refusal(source: Source, wrong: dict[str, str], contents: dict[str, str]) ->
 
 
 def _fitting_pattern(wrong: dict[str, str], contents: dict[str, str]) -> str:
-    """An example that leaves all wrong files out, if the ends of names can tell."""
+    """An example pattern that leaves all wrong files out, if the ends of names can distinguish them."""
     ends = Counter(Path(name).suffix for name in contents.keys() - wrong.keys())
     fitting = [end for end, _ in ends.most_common() if end and not any(name.endswith(end) for name in wrong)]
     return f", for example to **/*{fitting[0]}" if fitting else ""
 
 
 def _look_for_jsonl(source: Source, contents: dict[str, str], say: Callable[[str], None]) -> None:
-    """JSON Lines are text, so they may be meant to be read as such; but hardly when each line has the field."""
+    """Warn about JSON Lines, which may be meant as text. Raise UserError where each line has the field."""
     lines = [name for name, what in contents.items() if what in (JSONL, WITH_FIELD)]
     named = first_three(lines)
     if set(contents.values()) - {EMPTY} == {WITH_FIELD}:
@@ -117,7 +117,7 @@ def _look_for_jsonl(source: Source, contents: dict[str, str], say: Callable[[str
 
 
 def content_of(name: str, head: bytes, field: str) -> str:
-    """What begins so, in a word or two."""
+    """What a file with this beginning holds, in a word or two."""
     if not head:
         return EMPTY
     for beginning, what in _BEGINNINGS:
@@ -133,7 +133,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _binary_share(head: bytes) -> float:
-    """Share of bytes that are no UTF-8 or control a machine. The last character may be cut."""
+    """The share of bytes that are no UTF-8 or are control characters. The last character may be cut."""
     valid = head.decode("utf-8", errors="ignore").encode()
     cut = 3 if len(head) == _HEAD_BYTES else 0
     invalid = max(len(head) - len(valid) - cut, 0)
@@ -142,7 +142,7 @@ def _binary_share(head: bytes) -> float:
 
 
 def _json(name: str, head: bytes, field: str) -> str | None:
-    """Which kind of JSON begins so, if any, going by its first lines."""
+    """Which kind of JSON this is, if any, by its first lines."""
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if re.match(rb"\[\s*[\[{\"]", begin):
         return ARRAY
@@ -151,7 +151,7 @@ def _json(name: str, head: bytes, field: str) -> str | None:
     named_so = name.endswith((".jsonl", ".ndjson"))
     *whole, rest = head.split(b"\n")
     lines = [line for line in [*whole, *([rest] if len(head) < _HEAD_BYTES else [])] if line.strip()][:3]
-    if not lines:  # the first line is longer than what was read
+    if not lines:  # the first line is longer than the bytes read
         return JSONL if named_so else JSON
     try:
         records = [json.loads(line.decode("utf-8-sig")) for line in lines]

@@ -1,7 +1,8 @@
-"""Where a long text may be cut, so that the ids of its pieces are those of the whole.
+"""Where a long text may be cut, so that the ids of its pieces equal the ids of the whole text.
 
-A pattern names the places: a piece ends where the group that matched begins, the next piece begins where it ends. Only
-a tokenizer whose every part is known here is cut. Any other one is given the whole text: slower, never wrong.
+A pattern describes the places. Its group is left out: one piece ends where the group begins, the next one begins where
+the group ends. A text is cut only for a tokenizer whose every part is known here. Any other tokenizer gets the whole
+text: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -10,31 +11,31 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-PIECE_BYTES = 128 << 10  # a piece is at least this long; small, so that a stop request is seen soon
+PIECE_BYTES = 128 << 10  # a piece is at least this long; small, so that a stop request is noticed soon
 
 ANYWHERE = re.compile(rb"()")
 NOWHERE = re.compile(rb"(?!)()")
 
-# In UTF-8: Latin, Cyrillic and Hangul letters, Chinese characters. All are old, so all libraries know them.
+# In UTF-8: Latin, Cyrillic and Hangul letters, Chinese characters. All are old characters, so every library knows them.
 _LETTER = rb"[A-Za-z]|\xd0[\x90-\xbf]|\xd1[\x80-\x8f]|[\xeb\xec][\x80-\xbf]{2}"
 _LETTER_OR_DIGIT = _LETTER + rb"|[0-9]|[\xe5-\xe8][\x80-\xbf]{2}"
 _VISIBLE = _LETTER_OR_DIGIT + rb"|[!-~]|\xe3\x80[\x81\x82]|\xef\xbc[\x81-\xbf]"
 _BEFORE_BLANK = b"(?:%b)()(?= (?:%b))" % (_LETTER, _LETTER)
-_AT_BLANK = b"(?:%b)( )(?=(?:%b))" % (_LETTER, _LETTER)  # a dummy prefix stands for the blank that is left out
+_AT_BLANK = b"(?:%b)( )(?=(?:%b))" % (_LETTER, _LETTER)  # a dummy prefix replaces the blank that is left out
 _AFTER_LINE = b"(?:%b)\n()(?=%b)" % (_VISIBLE, _LETTER_OR_DIGIT)
 _LONGEST_PLACE_BYTES = 7
 
-Kinds = frozenset[str]  # of places: "blank", between two words; "line", after the end of a line
+Kinds = frozenset[str]  # kinds of places: "blank", between two words; "line", after the end of a line
 _BOTH, _BLANK, _NONE = Kinds({"blank", "line"}), Kinds({"blank"}), Kinds()
 
 _NORMALIZERS = {
     **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents"), _BOTH),
-    "BertNormalizer": _BLANK,  # it makes a blank of the end of a line
+    "BertNormalizer": _BLANK,  # it turns the end of a line into a blank
 }
 _SPLIT_AT_BLANKS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 
-# The alternatives in the patterns of GPT-2, GPT-4, GPT-4o, Llama 3, Qwen and Mistral. None matches across a place, and
-# what two of them look ahead to, `(?!\S)`, is the same there as at the end of a text.
+# The alternatives in the patterns of GPT-2, GPT-4, GPT-4o, Llama 3, Qwen and Mistral. None of them matches across a
+# place. Two of them look ahead to `(?!\S)`, which holds at a place just as at the end of a text.
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
@@ -50,14 +51,14 @@ _ALTERNATIVES = {
 
 
 def pieces(chunks: Iterable[bytes], places: re.Pattern[bytes]) -> Iterator[bytes]:
-    """A text that comes in chunks of any size, in pieces that end at the first place after `PIECE_BYTES`."""
+    """Cut a text, which comes in any chunks, into pieces. A piece ends at the first place after `PIECE_BYTES`."""
     rest, looked = bytearray(), PIECE_BYTES
     for chunk in chunks:
         rest += chunk
         while len(rest) > looked:
             found = places.search(rest, looked)
             if found is None:
-                # The next chunk may make a place whole that begins in the last bytes of this one.
+                # A place may begin in the last bytes of this chunk and end in the next chunk.
                 looked = max(PIECE_BYTES, len(rest) - _LONGEST_PLACE_BYTES)
                 break
             end, begin = found.span(found.lastindex or 0)
@@ -69,25 +70,25 @@ def pieces(chunks: Iterable[bytes], places: re.Pattern[bytes]) -> Iterator[bytes
 
 
 def places_of(spec: dict[str, Any]) -> re.Pattern[bytes]:
-    """Where texts may be cut for the tokenizer of a `tokenizer.json`."""
+    """The places where texts may be cut for the tokenizer of a `tokenizer.json`."""
     normalizers = _flat(spec.get("normalizer"), "normalizers")
     steps = _flat(spec.get("pre_tokenizer"), "pretokenizers")
     marked = any(map(_marks_a_blank, normalizers))
     prefixed = marked and normalizers[0] == {"type": "Prepend", "prepend": "▁"}  # a dummy prefix, as in Llama 2
-    if marked:  # no blank is left, so looking for one finds none (Gemma)
+    if marked:  # no blank is left then, so a step that looks for one finds none (Gemma)
         steps = [step for step in steps if step.get("pattern") != {"String": " "}]
     kinds = _added(spec.get("added_tokens") or [], prefixed)
     for step in normalizers[1:] if prefixed else normalizers:
         kinds &= _BLANK if _marks_a_blank(step) else _NORMALIZERS.get(step["type"], _NONE)
     for step in steps:
         kinds &= _pre_tokenizer(step)
-    # These two put other characters in the place of blanks: what comes later does not see where blanks were.
+    # These two replace blanks by other characters, so a later step does not see where blanks were.
     if any(step["type"] in ("ByteLevel", "Metaspace") for step in steps[:-1]) or (
         marked and any(step["type"] != "Metaspace" for step in steps)
     ):
         return NOWHERE
     if not any(map(_splits, steps)):
-        # The model is given the text as one word: it must know no token that reaches across a place.
+        # The model gets the text as one word, so it must have no token that reaches across a place.
         marked = marked or any(step["type"] == "Metaspace" for step in steps)
         kinds &= _BLANK if marked and _joins_no_words(spec["model"]) else _NONE
     patterns = [_AT_BLANK if prefixed else _BEFORE_BLANK] * ("blank" in kinds) + [_AFTER_LINE] * ("line" in kinds)
@@ -105,7 +106,7 @@ def _marks_a_blank(step: dict[str, Any]) -> bool:
 
 
 def _pre_tokenizer(step: dict[str, Any]) -> Kinds:
-    """Where one step does the same with a text and with its pieces, if it is given both with the blanks they have."""
+    """The kinds of places where this step splits the pieces of a text as it splits the whole, blanks kept in both."""
     kind = step["type"]
     if kind == "ByteLevel":
         return _BLANK if step["add_prefix_space"] else _BOTH
@@ -131,17 +132,17 @@ def _splits(step: dict[str, Any]) -> bool:
 
 
 def _is_known(pattern: str) -> bool:
-    """Whether a pattern consists of known alternatives, and takes what blanks they leave."""
+    """Whether a pattern consists of known alternatives, and also matches the blanks that they leave."""
     alternatives = re.split(r"\|(?![^(]*\))", pattern)
     return alternatives[-1] == r"\s+" and _ALTERNATIVES.issuperset(alternatives[:-1])
 
 
 def _added(tokens: list[dict[str, Any]], prefixed: bool) -> Kinds:
-    """Added tokens are found in the text before it is split: none may be found across a place."""
+    """The kinds of places that no added token reaches across. Added tokens are found before the text is split."""
     kinds = _BOTH
     for token in tokens:
         content = token["content"].replace("▁", " ")
-        reaches = not token["special"]  # special ones are never found in a document, so they take no blanks either
+        reaches = not token["special"]  # special tokens are never found in a document, so they take no blanks either
         if re.search(r"\S\s", content) or (reaches and token["rstrip"]):
             kinds -= _BLANK
         if re.search(r"\s\S", content) or (reaches and token["lstrip"]):
@@ -154,7 +155,7 @@ def _added(tokens: list[dict[str, Any]], prefixed: bool) -> Kinds:
 
 
 def _joins_no_words(model: dict[str, Any]) -> bool:
-    """Whether no token of a BPE has a blank behind another character, so that merges stay on their side of a place."""
+    """Whether no token of a BPE has a blank after another character. Then merges stay on their side of a place."""
     affixes = (model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"), model.get("ignore_merges"))
     vocabulary = model.get("vocab", {})
     if model["type"] != "BPE" or any(affixes) or "▁" not in vocabulary:

@@ -1,4 +1,4 @@
-"""Whether prepared data is enough for a config, and what to set when it is not: only what works in this very case."""
+"""Whether prepared data is enough for a config, and which settings would help: only advice that works in this case."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from configs.errors import UserError
 from trainer.data.open_tokens import tokens_of
 from trainer.data.prepared import Prepared, PreparedSource
 
-_HELD_OUT_DOCUMENTS = 20  # expected; chosen by hash, so fewer may well be none
-_HELD_OUT_SAMPLES = 4  # of documents of middling length
+_HELD_OUT_DOCUMENTS = 20  # expected; a hash chooses documents, so fewer may mean none
+_HELD_OUT_SAMPLES = 4  # of documents of medium length
 
 
 def check_enough(prepared: Prepared, config: Config) -> None:
-    """UserError when a source has no training sample, or validation is asked for and has none."""
+    """Raise UserError when a source has no training sample, or when validation is wanted and has no sample."""
     seq_len = config.seq_len
     for s in prepared.sources:
         train = tokens_of(s, "train")
@@ -53,7 +53,7 @@ def _without_validation(config: Config) -> list[str]:
 
 
 def _for_training(source: PreparedSource, config: Config) -> list[str]:
-    """What gives this source a training sample."""
+    """Settings that give this source a training sample."""
     ways, tokens = [], len(tokens_of(source, "train").tokens)
     rest = " ".join(["", *_without_validation(config)])
     if tokens + len(tokens_of(source, "validation").tokens) > config.seq_len:
@@ -65,7 +65,7 @@ def _for_training(source: PreparedSource, config: Config) -> list[str]:
 
 
 def _for_validation(prepared: Prepared, config: Config) -> list[str]:
-    """What gives a validation sample, while each source keeps training samples."""
+    """Settings that give a validation sample, while each source keeps training samples."""
     ways = []
     tokens = max(len(tokens_of(s, "validation").tokens) for s in prepared.sources)
     if tokens > 2:

@@ -23,8 +23,8 @@ _STALE_S = 24 * 3600.0
 
 
 class ArrayWriter:
-    """A .npy file of unknown length, written in chunks; `close` puts the length into its header. `item`: the shape of
-    what is counted, where that is no number."""
+    """A .npy file of unknown length, written in chunks; `close` writes the length into its header. `item`: the shape of
+    one counted item, where an item is more than one number."""
 
     def __init__(self, path: Path, dtype: np.dtype, item: tuple[int, ...] = ()) -> None:
         self.dtype = dtype.newbyteorder("<")
@@ -46,7 +46,7 @@ class ArrayWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        # A full disk fails this flush again: the file is going away, so nobody needs to hear of it.
+        # On a full disk this flush fails again. The file is removed anyway, so nobody needs the error.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -58,9 +58,9 @@ class ArrayWriter:
 
 
 def map_array(path: Path) -> np.ndarray:
-    """Memory-map a .npy file. An empty one cannot be mapped and is read."""
+    """Memory-map a .npy file. An empty file cannot be mapped, so it is read."""
     array = np.load(path, allow_pickle=False) if path.stat().st_size <= _HEADER_BYTES else np.load(path, mmap_mode="r")
-    return array.view(np.ndarray)  # slices of np.memmap cost several microseconds more each
+    return array.view(np.ndarray)  # slicing an np.memmap costs several microseconds more
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,16 +93,17 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(cache: Path) -> Iterator[Path]:
-    """A new folder in the cache, removed at the end unless `publish` renamed it. Locked while its maker lives.
+    """A new folder in the cache, removed at the end unless `publish` renamed it. It is locked while its maker lives.
 
-    No `HeldFolder` (`trainer/host/held.py`): that is private, and only its own user on its own node removes it.
+    This is no `HeldFolder` (`trainer/host/held.py`): that one is private, and only its own user on its own node removes
+    it.
     """
     folder = _temporary_name(cache)
     folder.mkdir()
-    # The lock takes its name only once it is held: nobody can find it free while its maker lives.
+    # The lock gets its name only once it is held: nobody can find it free while its maker lives.
     fd = os.open(folder / "new-lock", os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        with contextlib.suppress(OSError):  # a filesystem without locks: `remove_leftovers` goes by age there
+        with contextlib.suppress(OSError):  # without locks, `remove_leftovers` decides by age
             if lock(fd):
                 os.rename(folder / "new-lock", folder / _LOCK)
         yield folder
@@ -112,7 +113,7 @@ def temporary_folder(cache: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, final: Path) -> bool:
-    """Rename a finished temporary folder to its name. False if that name is taken, by an equal folder: it stays."""
+    """Rename a finished temporary folder to its name. False if an equal folder has that name: then that one stays."""
     for name in (_LOCK, "new-lock"):
         (folder / name).unlink(missing_ok=True)
     sync_folder(folder)
@@ -127,10 +128,11 @@ def publish(folder: Path, final: Path) -> bool:
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove temporary files and folders whose makers are dead: their lock is free, or they have none for a day."""
+    """Remove temporary files and folders of dead makers: their lock is free, or for a day they had none."""
     for path in cache.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            # A lock is believed alone: by its age a folder could be a year old because the clock was set.
+            # Where there is a lock, it alone decides. By age, a new folder could look a year old because the clock was
+            # set.
             if path.is_dir() and (_lock_is_free(path / _LOCK) if (path / _LOCK).exists() else _age_s(path) > _STALE_S):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_file() and _age_s(path) > _STALE_S:
@@ -141,7 +143,7 @@ def _lock_is_free(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError:
-        return False  # not taken yet, or not ours to open
+        return False  # removed meanwhile, or not ours to open
     try:
         return lock(fd)
     except OSError:
@@ -156,5 +158,5 @@ def _age_s(path: Path) -> float:
 
 
 def _temporary_name(folder: Path) -> Path:
-    """A name nobody else has. (tempfile makes private files; a cache is shared.)"""
+    """A name that nobody else has. (tempfile makes private files, but a cache is shared.)"""
     return folder / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"

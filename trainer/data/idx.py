@@ -1,4 +1,4 @@
-"""Images and labels as MNIST has them: two files, each with a small header; either may be compressed by gzip."""
+"""Images and labels in the files of MNIST: two files, each with a small header. Each may be compressed by gzip."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from trainer.data.listing import readable
 
 _UINT8 = 8
 _READ_BYTES = 1 << 20
-_IMAGE_BYTES = 64 << 20  # a header that says more is no header
+_IMAGE_BYTES = 64 << 20  # a header that gives more is no header
 _GZIP = b"\x1f\x8b"
 
 
 def labels_of(source: Source, found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """(name, path) of the files of labels, one for each file of images. UserError where one is missing."""
+    """(name, path) of the label files, one for each file of images. Raises UserError where one is missing."""
     if source.labels is not None and len(found) > 1:
         raise UserError(
             f"data source {source.name!r}: labels names one file, but there are {len(found)} of images\n"
@@ -56,7 +56,7 @@ def _labels_path(source: Source, path: Path) -> Path:
 
 
 def read_idx(source: Source, path: Path, poll: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(place, image (H, W) of uint8, label) one after the other. UserError for files that do not fit each other."""
+    """(place, image (H, W) of uint8, label) of each image. Raises UserError for files that do not fit each other."""
     ((_, labels_path),) = labels_of(source, [(path.name, path)])
     with _opened(path, "images", 3) as images, _opened(labels_path, "labels", 1) as labels:
         if images.count != labels.count:
@@ -79,7 +79,7 @@ def read_idx(source: Source, path: Path, poll: Callable[[int], None]) -> Iterato
 
 @dataclass
 class _Idx:
-    """An open file, after its header."""
+    """An open file, read up to the end of its header."""
 
     path: Path
     file: BinaryIO
@@ -125,7 +125,7 @@ def _opened(path: Path, what: str, dimensions: int) -> Iterator[_Idx]:
 
 
 def _read(path: Path, file: BinaryIO, size: int) -> bytes:
-    """This many bytes, fewer at the end of the file."""
+    """Read `size` bytes, or fewer at the end of the file."""
     try:
         return file.read(size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

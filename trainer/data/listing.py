@@ -1,4 +1,4 @@
-"""Which files a source consists of. What cannot be read is named before any work: nothing is left out in silence."""
+"""Which files a source consists of. Files that cannot be read are named before any work; none is left out silently."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from configs.schema.data import Source
 
 STDLIB = "python:stdlib"
 DIGITS, DIABETES = "python:digits", "python:diabetes"
-_IN_PACKAGES = {DIGITS: ("idx", "images"), DIABETES: ("csv", "a table")}  # data without files: kind, and what they are
+_IN_PACKAGES = {DIGITS: ("idx", "images"), DIABETES: ("csv", "a table")}  # data without files: kind, and a word for it
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
 class FileStat:
-    """What tells cheaply that a file may have changed."""
+    """Values that change when a file changes, cheap to read."""
 
     size_bytes: int
     mtime_ns: int
@@ -35,7 +35,7 @@ class FileStat:
 
 @contextmanager
 def readable(source: Source, path: Path) -> Iterator[None]:
-    """Turns failures to read a file into UserErrors. Around a generator's body it sees nothing of its consumer."""
+    """Turn failures to read a file into UserErrors. Inside a generator it sees no errors of its consumer."""
     try:
         yield
     except OSError as e:
@@ -43,12 +43,12 @@ def readable(source: Source, path: Path) -> Iterator[None]:
 
 
 def first_three(names: list[str]) -> str:
-    """As a message shows a list that may be long."""
+    """The first three names; `...` stands for the rest."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def refuse_unreadable(source: Source, wrong: dict[str, str], count: int) -> None:
-    """UserError when any file of a source cannot be read. wrong: reasons by name; count: of all its files."""
+    """Raise UserError when any file of a source cannot be read. wrong: name -> reason; count: of all its files."""
     if wrong:
         named = first_three([f"{name} ({reason})" for name, reason in wrong.items()])
         raise UserError(
@@ -58,7 +58,7 @@ def refuse_unreadable(source: Source, wrong: dict[str, str], count: int) -> None
 
 
 def stat_files(source: Source, found: list[tuple[str, Path]], poll: Callable[[], None]) -> dict[str, FileStat]:
-    """Size and time of each. UserError when one of them is gone, or may not be looked at."""
+    """Size and time of each file. Raises UserError when one of them is gone, or may not be read."""
     stats, gone = {}, {}
     for name, path in found:
         poll()
@@ -71,12 +71,12 @@ def stat_files(source: Source, found: list[tuple[str, Path]], poll: Callable[[],
 
 
 def is_in_package(source: Source) -> bool:
-    """Whether a Python package holds the data of this source: it has no files."""
+    """Whether a Python package holds the data of this source. Such a source has no files."""
     return source.path in _IN_PACKAGES
 
 
 def check_installed(source: Source) -> None:
-    """UserError when the package that reads this source is missing."""
+    """Raise UserError when the package that this source needs is missing."""
     if is_in_package(source):
         module, install = "sklearn", "pip install scikit-learn"
     elif source.kind == "parquet":
@@ -89,7 +89,7 @@ def check_installed(source: Source) -> None:
 
 
 def source_root(source: Source) -> Path:
-    """Absolute path of a source; what a package holds keeps its name. UserError when there is no file or folder."""
+    """Absolute path of a source; data of a package keeps its name. Raises UserError when there is no file or folder."""
     if is_in_package(source):
         kind, what = _IN_PACKAGES[source.path]
         if source.kind != kind:
@@ -115,10 +115,10 @@ def source_root(source: Source) -> Path:
 
 
 def list_files(source: Source, poll: Callable[[], None]) -> list[tuple[str, Path]]:
-    """(relative path, path) of every file, sorted by relative path. Hidden files and folders are left out.
+    """(relative path, path) of every file, sorted by relative path, without hidden files and folders. Empty for data of
+    a package.
 
-    UserError when there is none, or when what should be one is a dead link, a pipe or a device. Of what a package holds
-    there is none.
+    Raises UserError when there is no file, or when a dead link, a pipe or a device is among them.
     """
     check_installed(source)
     if is_in_package(source):
@@ -136,7 +136,7 @@ def list_files(source: Source, poll: Callable[[], None]) -> list[tuple[str, Path
 
 
 def check_source(source: Source) -> None:
-    """Raise UserError when there is nothing to read. Looks no further than to the first file."""
+    """Raise UserError when there is nothing to read. Stops at the first file."""
     check_installed(source)
     if is_in_package(source):
         source_root(source)
@@ -162,12 +162,12 @@ def _pattern(source: Source) -> str:
     if source.pattern != "**/*":
         return source.pattern
     if source.kind == "idx":
-        return "**/*images*"  # labels lie beside them
+        return "**/*images*"  # labels are beside the images
     return "**/*.py" if source.path == STDLIB else source.pattern
 
 
 def _wanted(source: Source, poll: Callable[[], None]) -> Iterator[tuple[str, Path, str | None]]:
-    """(relative path, path, why it is no file) of what the pattern asks for, folder by folder."""
+    """(relative path, path, why it is no file) of each entry that matches the pattern, folder by folder."""
     root, pattern = source_root(source), _pattern(source)
     if root.is_file():
         yield root.name, root, None
@@ -183,15 +183,15 @@ def _wanted(source: Source, poll: Callable[[], None]) -> Iterator[tuple[str, Pat
 
 @dataclass(frozen=True)
 class _NoFile:
-    """Why an entry of a folder is no file; `folder`: it may have been a folder, so its own name says nothing."""
+    """Why an entry of a folder is no file. `folder`: it may have been one, so its name need not match."""
 
     words: str
     folder: bool
 
 
 def _walk(source: Source, root: Path, poll: Callable[[], None]) -> Iterator[tuple[str, _NoFile | None]]:
-    """Relative paths of all entries that are no folders, links followed. (Path.glob skips linked and unreadable
-    folders without a word.)"""
+    """Relative paths of all entries that are no folders, links followed. (Path.glob silently skips linked and
+    unreadable folders.)"""
     left_out = _STDLIB_LEFT_OUT if source.path == STDLIB else set[str]()
     seen: set[tuple[int, int]] = set()
     waiting = [""]
@@ -210,7 +210,7 @@ def _walk(source: Source, root: Path, poll: Callable[[], None]) -> Iterator[tupl
             name = f"{folder}{entry.name}"
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link to itself, a folder that may not be entered: `_no_file` says which
+            except OSError:  # a link to itself, or a folder that may not be entered: `_no_file` tells which
                 is_folder = is_file = False
             if is_folder:
                 waiting.append(f"{name}/")
@@ -219,7 +219,7 @@ def _walk(source: Source, root: Path, poll: Callable[[], None]) -> Iterator[tupl
 
 
 def _no_file(entry: os.DirEntry[str]) -> _NoFile:
-    """What is no file and no folder. `os.scandir` calls a link to nothing neither."""
+    """Why an entry is neither file nor folder. `os.scandir` reports a link to nothing as neither."""
     try:
         os.stat(entry.path)
     except FileNotFoundError:
@@ -233,7 +233,7 @@ def _no_file(entry: os.DirEntry[str]) -> _NoFile:
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """A glob over relative paths: `*` and `?` stay within a name, `**/` is any number of folders."""
+    """A glob over relative paths as a pattern: `*` and `?` stay within a name, `**/` matches any number of folders."""
     special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^]/]+\])", pattern)
     return re.compile("".join(special.get(p) or _set_or_text(p) for p in parts), re.DOTALL)

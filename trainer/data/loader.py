@@ -1,8 +1,8 @@
 """Batches from the global order, made ahead by a thread.
 
-Of a global batch, rank r of W data-parallel ranks gets every W-th position. Every rank runs the same number of micro
-batches of the same size; places that are left over repeat a sample of the global batch with weight 0. So any world size
-and any global batch go, and the samples of a step never depend on the cut.
+Of a global batch, rank r of W data-parallel ranks gets every W-th position, from the r-th on. Every rank runs the same
+number of micro batches of the same size. Rows that are left over repeat a sample of the global batch with weight 0. So
+any world size and any global batch work, and the samples of a step never depend on the cut.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.data.samples import Samples
 
 @dataclass(frozen=True)
 class Cut:
-    """How a rank's share of a global batch is cut: the same on every rank."""
+    """How a rank's share of a global batch is cut into micro batches, the same on every rank."""
 
     batches: int  # micro batches of a step
     size: int  # rows of each
@@ -40,7 +40,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Place:
-    """A sample: of which source, under which number there, and in which pass over that source."""
+    """A sample: its source, its number in that source, and the pass over that source."""
 
     samples: Samples
     index: int
@@ -48,7 +48,7 @@ class Place:
 
 
 def assemble(task: Collates, seed: int, mine: Sequence[Place], cut: Cut, fill: Place) -> list[Batch]:
-    """Batches that hold these samples in this order. What is left over is filled up with `fill`, of weight 0."""
+    """Batches of these samples in this order. Rows that are left over hold the sample `fill`, of weight 0."""
     batches = []
     for begin in range(0, cut.batches * cut.size, cut.size):
         places = mine[begin : begin + cut.size]
@@ -60,16 +60,16 @@ def assemble(task: Collates, seed: int, mine: Sequence[Place], cut: Cut, fill: P
 
 
 def weigh(task: Collates, batches: Sequence[Batch]) -> tuple[float, ...]:
-    """The weights of a task, summed over batches on the host."""
+    """The task's weights, summed over batches on the host."""
     each = [task.weigh(batch) for batch in batches]
     return tuple(float(sum(weights)) for weights in zip(*each, strict=True))
 
 
 class Loader:
-    """Iterates over the batches of steps `step + 1` ... `train.steps` of one rank; `close` it in the end.
+    """Iterates over the batches of steps `step + 1` ... `train.steps` of one rank. The owner must `close` it.
 
-    start: consumed samples so far; rank, world_size: data-parallel; pin: page-locked memory for copies to a GPU.
-    An error in the thread is raised by `next` with the thread's traceback, again and again.
+    start: consumed samples so far; rank, world_size: data-parallel; pin: page-locked memory for copies to a GPU. `next`
+    raises an error of the thread, with the thread's traceback, at every call.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Loader:
         self._error: BaseException | None = None
         self._done = False
         maker = _Maker(task, prepared, config, start, step, rank, world_size)
-        # The thread's current device is its own: without this, pinning would open a context on GPU 0 from every rank.
+        # A new thread has its own current device: without this, pinning would open a context on GPU 0 from every rank.
         device = torch.cuda.current_device() if pin else None
-        # The thread holds no reference to self, so a loader that was dropped without `close` still ends it.
+        # The thread holds no reference to self. So a loader that was dropped without `close` still ends its thread.
         self._thread = threading.Thread(
             target=_work, args=(maker, self._queue, self._stop, device), name="data-loader", daemon=True
         )
@@ -126,13 +126,13 @@ class Loader:
         return None
 
     def close(self) -> None:
-        """End the thread. Safe to call twice, from any thread, and while the thread waits for room."""
+        """End the thread. May be called twice, from any thread, and while the thread waits for room in the queue."""
         self._stop.set()
         self._thread.join(timeout=10.0)
 
 
 class _Maker:
-    """Builds batches one after the other; used by the loader's thread alone."""
+    """Builds batches one after the other. Only the loader's thread uses it."""
 
     def __init__(
         self, task: Collates, prepared: Prepared, config: Config, start: int, step: int, rank: int, world_size: int
@@ -166,7 +166,7 @@ class _Maker:
 
 
 def _work(maker: _Maker, out: queue.Queue, stop: threading.Event, device: int | None) -> None:
-    """The thread: makes batches until the last one, an error, or `stop`. Never blocks for long."""
+    """The thread: make batches until the last one, an error, or `stop`. It never blocks for long."""
     item: StepBatch | BaseException | None
     try:
         if device is not None:
@@ -179,7 +179,7 @@ def _work(maker: _Maker, out: queue.Queue, stop: threading.Event, device: int | 
             item = maker.next()
             if item is not None and device is not None:
                 item.batches = [batch.pinned() for batch in item.batches]
-        except BaseException as e:  # noqa: BLE001  # whatever it is, the consumer must hear of it
+        except BaseException as e:  # noqa: BLE001  # the consumer must get any error
             item = e
         _put(item, out, stop)
         if not isinstance(item, StepBatch):
@@ -196,9 +196,9 @@ def _put(item: StepBatch | BaseException | None, out: queue.Queue, stop: threadi
 
 
 class HeldOut:
-    """Held-out samples in batches of `train.global_batch`, each cut as a step is: this rank's batches.
+    """Held-out samples in batches of `train.global_batch`, each cut as a step is. Gives this rank's batches.
 
-    Iterating again gives the same. Every rank gets equally many batches.
+    Each iteration gives the same batches. Every rank gets the same number of batches.
     """
 
     def __init__(self, task: Collates, chosen: Sequence[Place], config: Config, rank: int, world_size: int) -> None:
@@ -217,10 +217,10 @@ class HeldOut:
 
 
 def held_out(prepared: Prepared, split: str, wanted: int | None = None) -> list[Place]:
-    """The first `wanted` samples of a split (default: all of it), round robin over the sources (weights do not count).
+    """The first `wanted` samples of a split (default: all), taken from the sources in turns (weights do not count).
 
-    Each source goes through its held-out samples in a fixed permutation: a spread over all documents that is the same
-    for every seed, so that runs compare.
+    Each source goes through its held-out samples in a fixed permutation. So the samples are spread over all documents,
+    and are the same for every seed: runs can be compared.
     """
     rounds: list[tuple[int, int, Place]] = []
     for s, source in enumerate(prepared.sources):

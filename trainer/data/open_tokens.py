@@ -1,4 +1,4 @@
-"""Prepared tokens, opened: what `prepare` made, as windows of a config's length."""
+"""Open prepared tokens: the folders of `prepare`, cut into windows of the config's length."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _windows(folder: Path, split: str, counts: dict[str, int], config: Config) -
 
 
 def tokens_of(source: PreparedSource, split: str) -> Split:
-    """The tokens that the samples of a split are cut from."""
+    """The tokens of a split, from which its samples are cut."""
     windows = source.splits[split]
     assert isinstance(windows, Windows)
     return windows.split

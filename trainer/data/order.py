@@ -1,8 +1,8 @@
-"""Which sample stands at which position: a pure function of (seed, sizes, weights), in constant memory.
+"""Which sample is at which position: a pure function of (seed, sizes, weights), in constant memory.
 
-Positions are cut into blocks of `BLOCK_DRAWS`. Every block holds each source exactly as often as its quota says, in
-an order of its own. The draws of one source run through its samples in a new permutation each epoch. Nothing is
-stored and nothing depends on the world size, so a position is one integer and any position can be asked for at once.
+Positions are cut into blocks of `BLOCK_DRAWS`. Every block holds each source exactly as often as its quota, in the
+block's own order. The draws of one source go through its samples, in a new permutation each epoch. Nothing is stored
+and nothing depends on the world size. So a position is one integer, and any position can be computed at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from configs.errors import UserError
 
-# Part of the order, so never to be changed: it would move every existing run to other samples. Large enough that a
-# source of weight 1/16384 still gets a draw, small enough that shares are exact over a few large batches.
+# Part of the order, so it must never change: another value would give every existing run other samples. Large enough
+# that a source of weight 1/16384 still gets a draw, small enough that shares are exact over a few large batches.
 BLOCK_DRAWS = 16_384
 
 _ROUNDS = 8
@@ -39,8 +39,8 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """Where each index of [0, size) goes, under the permutation that belongs to its key.
 
     index (N,) and key (N,) or (1,) uint64 -> (N,) uint64. An alternating Feistel network permutes the next power of
-    two; a result beyond `size` goes through it again until it falls inside (cycle walking, fewer than two passes on
-    average), which leaves a permutation of [0, size).
+    two. A result beyond `size` passes through the network again until it is inside (cycle walking, fewer than two
+    passes on average). The result is a permutation of [0, size).
     """
     bits = (size - 1).bit_length()
     out = _feistel(index, bits, key)
@@ -68,7 +68,7 @@ def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
 def quotas(weights: Sequence[float], names: Sequence[str] | None = None, block: int = BLOCK_DRAWS) -> list[int]:
     """Draws of each source in a block: largest remainder, in exact arithmetic, ties to the earlier source.
 
-    UserError when a source would get none; it names the source and a weight that is enough.
+    Raises UserError when a source would get none. It names the source and a weight that is enough.
     """
     shares = [Fraction(w) for w in weights]
     total = sum(shares)

@@ -7,9 +7,9 @@
     meta.json                   how it was prepared
     files.json                  of each file its size, time and hash; files-<path>.json: of a copy at another path
 
-The key covers how the source is read, the content part is the fingerprint of what was read. So a changed source gets a
-new folder, and a run that still maps the old one is left alone. `<cache>/run-<hash>.json` names the folders of one
-config: it is what `Prepared.open` reads on every rank.
+The key covers the settings by which the source is read. The content part is the fingerprint of the documents. So a
+changed source gets a new folder, and a run that still maps the old folder is not disturbed. `<cache>/run-<hash>.json`
+names the folders of one config, and `Prepared.open` reads it on every rank.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from trainer.data.preparing import Progress, cache_errors, key_of
 from trainer.data.sources import Document, FileReading, new_hash, read_file
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
-_BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is seen soon
-_LARGE_PIECE_BYTES = 1 << 20  # a piece of this much text is worth a line
+_BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is noticed soon
+_LARGE_PIECE_BYTES = 1 << 20  # a piece of this much text gets a progress line
 
 
 def prepare(
@@ -49,16 +49,17 @@ def prepare(
 ) -> Path:
     """Make every source of a config ready and return what `Prepared.open` takes. For one process, rank 0.
 
-    say: takes progress lines, at most one a second and source; should_stop: asked several times a second; began_with:
-    fingerprints that the run's checkpoint has: where they were prepared in an older way, that is used.
-    Raises UserError for whatever is wrong with the data, Interrupted when `should_stop` says so.
+    say: takes progress lines, at most one a second and source. should_stop: asked several times a second. began_with:
+    the fingerprints in the run's checkpoint. A source that was prepared for them in an older way is used unchanged.
+    Raises UserError when the data are wrong, Interrupted when `should_stop` is true.
     """
     tokenizer = load_tokenizer(config.data, config.words)
     quotas([s.weight for s in config.data.sources], [s.name for s in config.data.sources])  # refused before the work
     with cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(cache)
-        # Of all of them before the work on any: a dead link in the last source is said before the first is tokenised.
+        # List all sources before the work on any: a dead link in the last source is reported before the first is
+        # tokenised.
         listed = {s.name: list_files(s, Progress(s.name, say, should_stop).poll) for s in config.data.sources}
         folders = [
             _source_folder(
@@ -95,7 +96,7 @@ def _source_folder(
     progress: Progress,
     began_with: str | None,
 ) -> Path:
-    """The folder of a prepared source that holds what its files, those `found`, hold now; made if there is none."""
+    """The folder of a prepared source with the present content of its files `found`. Made if there is none."""
     progress.poll()
     settings = settings_of(config, source, tokenizer)
     name = f"{source.name}-{key_of(settings)}"
@@ -110,7 +111,7 @@ def _source_folder(
         fingerprint = _tokenise(config, source, settings, tokenizer, found, temporary, progress)
         final = cache / f"{name}-{fingerprint[:16]}"
         if not files.publish(temporary, final):
-            # Another start was faster, or the same documents came in other files: these are the files now.
+            # Another start was faster, or other files held the same documents: record the present files.
             for file in (FILES, META):
                 (temporary / file).replace(final / file)
     progress.say(f"prepared {progress.summary()}")
@@ -164,7 +165,7 @@ class _SourceWriter:
 
     def add(self, document: Document, poll: Callable[[], None]) -> None:
         self.fingerprint.update(document.digest)
-        # By content: copies of a document land on the same side, wherever they stand and whatever is added later.
+        # By content: copies of a document get the same side, wherever they are and whatever is added later.
         held_out = int.from_bytes(document.digest[:8], "little") < self._threshold
         split = self.validation if held_out else self.train
         self._waiting.append((split, b""))
@@ -197,7 +198,7 @@ class _SourceWriter:
             )
 
     def flush(self) -> None:
-        """Tokenise and write what waits. b"" begins a document, None ends it."""
+        """Tokenise and write the waiting texts. b"" begins a document, None ends it."""
         encoded = iter(self._tokenizer.encode([piece for _, piece in self._waiting if piece]))
         for split, piece in self._waiting:
             if piece is None:
@@ -227,13 +228,13 @@ def _tokenise(
     folder: Path,
     progress: Progress,
 ) -> str:
-    """Write all of a source into a folder; returns the fingerprint of its content."""
+    """Write a whole source into a folder; returns the fingerprint of its content."""
     writer = _SourceWriter(folder, settings, tokenizer, progress.say)
     known: dict[str, list[Any]] = {}
     reading = FileReading(poll=progress.poll)
     try:
         for name, path in found:
-            # Before reading: a change after this moment shows at the next start.
+            # Before reading, so that a later change of the file is found at the next start.
             with readable(source, path):
                 stat = FileStat.of(path)
             for document in read_file(source, path, tokenizer.end_token, config.words, reading):

@@ -1,9 +1,11 @@
 """Make samples of records once, into the cache, or find that this was done before; the counterpart of `prepare.py`.
 
 `<cache>/<source>-<key>-<content>/` holds one source: the files of `columns.py` and, as for documents, `meta.json` and
-`files.json`. The key covers how sources are read, the content part is the fingerprint of what this one holds.
-Vocabularies and scales (facts) come of the training records of all sources together. So records are read twice: to find
-the facts, and to make samples by them. `<cache>/run-<hash>.json` names the folders of one config, and has the facts.
+`files.json`. The key covers how sources are read, and the content part is the fingerprint of this source.
+
+The facts (vocabularies and scales) come from the training records of all sources together. So records are read twice:
+to find the facts, and to make samples with them. `<cache>/run-<hash>.json` names the folders of one config, and has the
+facts.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ Facts = dict[str, Any]
 
 
 class Encoder(Protocol):
-    """What a task says of its records."""
+    """What a task tells about its records."""
 
     def about(self) -> dict[str, Any]:
-        """What of the task's config decides the samples, as plain data: other values get another place in the cache."""
+        """The values that decide the samples, as plain data. Other values get another place in the cache."""
 
     def survey(self, records: Iterator[Record]) -> Facts:
-        """What the training records of all sources tell, as JSON has it: vocabularies, means. Raises UserError."""
+        """The facts that the training records of all sources give, as JSON: vocabularies, means. Raises UserError."""
 
     def encode(self, record: Record, facts: Facts) -> Mapping[str, np.ndarray]:
         """The columns of a sample. Raises UserError that begins with `record.place`."""
@@ -51,15 +53,15 @@ class Encoder(Protocol):
 
 @dataclass
 class _Work:
-    """One source, while it is prepared."""
+    """One source while it is prepared."""
 
     source: Source
     settings: dict[str, Any]
     parts: list[Path]  # files that are read one by one
-    found: list[tuple[str, Path]]  # all its files: also labels, which are read along
+    found: list[tuple[str, Path]]  # all its files, with the files of labels that are read along
     stats: dict[str, FileStat]
     records: int = 0
-    digest: str = ""  # over its records
+    digest: str = ""  # hash over its records
     hashes: dict[str, str] = field(default_factory=dict)  # of its files
 
     def read(self, poll: Callable[[int], None]) -> Iterator[Record]:
@@ -72,8 +74,8 @@ def prepare_records(
 ) -> Path:
     """Make every source of a config ready and return what `Prepared.open` takes. For one process, rank 0.
 
-    say: takes progress lines, at most one a second and source; should_stop: asked several times a second.
-    Raises UserError for whatever is wrong with the data, Interrupted when `should_stop` says so.
+    say: takes progress lines, at most one a second and source; should_stop: asked several times a second. Raises
+    UserError when the data are wrong, Interrupted when `should_stop` is true.
     """
     sources = config.data.sources
     trained = [source for source in sources if source.split in (None, "train")]
@@ -108,10 +110,10 @@ _ProgressOf = Callable[[Source, str], Progress]
 
 
 def _works(config: Config, task: Encoder, progress: _ProgressOf) -> list[_Work]:
-    """All sources, listed before the work on any. The facts depend on all of them, so each one's settings name all."""
+    """All sources, listed before the work on any. The facts depend on all sources, so the settings of each name all."""
     listed = [(source, list_files(source, progress(source, "records").poll)) for source in config.data.sources]
     about = [_described(source) for source in config.data.sources]
-    surveyed = [{**one, "path": "", "pattern": ""} for one in about]  # wherever they lie
+    surveyed = [{**one, "path": "", "pattern": ""} for one in about]  # wherever the sources are
     works = []
     for (source, parts), one in zip(listed, about, strict=True):
         settings = {
@@ -137,8 +139,8 @@ def _described(source: Source) -> dict[str, Any]:
 
 
 def _find(cache: Path, works: list[_Work], progress: _ProgressOf) -> list[Path] | None:
-    """The folders that hold what all files hold now, made together: one that was made beside other records has other
-    facts."""
+    """The folders with the present content of all files that were prepared together. A folder that was prepared with
+    other records has other facts."""
     choices = []
     for work in works:
         own: dict[str, tuple[Path, dict[str, Any]]] = {}
@@ -172,7 +174,7 @@ def _make(config: Config, task: Encoder, cache: Path, works: list[_Work], progre
         final = cache / f"{work.source.name}-{key_of(work.settings)}-{fingerprint[:16]}"
         folders.append(final)
         if final.is_dir():
-            # The same records came in other files, or an earlier start was stopped after this source.
+            # Other files held the same records, or an earlier start was stopped after this source.
             with as_far_as_writable():
                 files.write_json(final / FILES, known)
                 files.write_json(final / META, {**files.read_json(final / META), **work.settings, **told})
@@ -181,7 +183,7 @@ def _make(config: Config, task: Encoder, cache: Path, works: list[_Work], progre
             meta = {**work.settings, **told, "splits": _encode(config.data, task, work, facts, temporary, progress)}
             files.write_json(temporary / FILES, known)
             files.write_json(temporary / META, meta)
-            if not files.publish(temporary, final):  # another start was faster: these are the files now
+            if not files.publish(temporary, final):  # another start was faster: record the present files
                 for file in (FILES, META):
                     (temporary / file).replace(final / file)
     return folders
@@ -194,7 +196,7 @@ def _fingerprint(digest: str, split_by: Any, facts: Facts, about: Any) -> str:
 
 
 def split_of(record: Record, source: Source, data: DataSection) -> str:
-    """By content: a record stays on its side whatever is added, and copies stand on the same."""
+    """The split of a record, by its content. So it keeps its split whatever is added, and copies get the same split."""
     if source.split is not None:
         return source.split
     place = int.from_bytes(record.digest[:8], "little")
@@ -204,7 +206,7 @@ def split_of(record: Record, source: Source, data: DataSection) -> str:
 
 
 def _survey(data: DataSection, task: Encoder, works: list[_Work], progress: _ProgressOf) -> Facts:
-    """The facts. Reads everything, and notes what the sources hold."""
+    """The facts. Reads all records, and notes their number and hash for each source."""
 
     def training() -> Iterator[Record]:
         for work in works:
@@ -229,8 +231,8 @@ def _survey(data: DataSection, task: Encoder, works: list[_Work], progress: _Pro
             f"data.sources hold no record to train with, of {sum(work.records for work in works):,}\n"
             "add records, lower data.validation_fraction and data.test_fraction, or change `split` of a source"
         )
-    facts = json.loads(json.dumps(task.survey(_chained(first, records))))  # as they are read again
-    for _ in records:  # what the task had no need to see
+    facts = json.loads(json.dumps(task.survey(_chained(first, records))))  # in the form that a later start reads
+    for _ in records:  # the records that the task did not read
         pass
     return dict(facts)
 
@@ -265,7 +267,7 @@ def _encode(
 
 
 def _check_held_out(config: Config, metas: list[dict[str, Any]]) -> None:
-    """UserError when validation is asked for and there is nothing to validate with."""
+    """Raise UserError when validation is wanted and no sample is held out."""
     if config.train.validate_every_steps and not any(m["splits"]["validation"]["samples"] for m in metas):
         count = sum(m["records"] for m in metas)
         raise UserError(

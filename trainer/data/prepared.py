@@ -1,4 +1,4 @@
-"""Prepared data, memory-mapped: what every rank opens."""
+"""Prepared data, memory-mapped, as every rank opens it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class PreparedSource:
 
 
 class Prepared:
-    """All sources of a config, in its order. Opening maps the files; nothing is read before it is needed."""
+    """All sources of a config, in its order. Opening maps the files; no content is read before it is needed."""
 
     def __init__(self, sources: list[PreparedSource], facts: dict[str, Any]) -> None:
-        """`facts`: what was found out of all sources together, as the task's preparation wrote it down."""
+        """`facts`: what the task's preparation found in all sources together, and wrote down."""
         self.sources, self.facts = sources, facts
-        self.training = [s for s in sources if len(s.train)]  # a source of records may be all held out
+        self.training = [s for s in sources if len(s.train)]  # all records of a source may be held out
         names, weights = [s.name for s in self.training], [s.weight for s in self.training]
         self.effective_weights = {s.name: 0.0 for s in sources} | {
             name: quota / BLOCK_DRAWS for name, quota in zip(names, quotas(weights, names), strict=True)
@@ -52,7 +52,7 @@ class Prepared:
 
     @staticmethod
     def open(path: Path, open_splits: OpenSplits, patience_s: float = 30.0) -> Prepared:
-        """Open what was prepared. A file another node has just written may need a while to be seen here."""
+        """Open prepared data. A file that another node has just written may take a while to be visible here."""
         index = _patiently(lambda: files.read_json(path), patience_s)
         sources = [
             _patiently(functools.partial(_open_source, path.parent / entry["folder"], entry, open_splits), patience_s)
@@ -62,16 +62,16 @@ class Prepared:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What each source holds; two runs with equal ones see the same samples."""
+        """Source -> fingerprint of its content. Two runs with equal fingerprints see the same samples."""
         return {s.name: s.fingerprint for s in self.sources}
 
     def order(self, seed: int) -> Order:
-        """The global order of the training samples, over the sources `training`."""
+        """The global order of the training samples over the sources `training`."""
         sizes, weights = [len(s.train) for s in self.training], [s.weight for s in self.training]
         return Order(sizes, weights, seed, [s.name for s in self.training])
 
     def shares(self, draws: int) -> list[str]:
-        """Of each source, in words: its samples, its share of these draws, and what is held out."""
+        """For each source, in words: its samples, its share of these draws, and what is held out."""
         lines = []
         for s in self.sources:
             share = self.effective_weights[s.name]
@@ -81,9 +81,9 @@ class Prepared:
 
 
 def check_unchanged(expected: dict[str, str], prepared: Prepared) -> None:
-    """Refuse, by name, sources that differ from those a run began with.
+    """Raise UserError, with names, for sources that differ from those a run began with.
 
-    expected: `Prepared.fingerprints` of then. UserError says what changed, where the old folder still tells.
+    expected: `Prepared.fingerprints` at that time. The error tells what changed, where the old folder still shows it.
     """
     now = {s.name: s for s in prepared.sources}
     for name in expected.keys() | now.keys():
@@ -136,7 +136,7 @@ def _open_source(folder: Path, entry: dict[str, Any], open_splits: OpenSplits) -
 
 
 def _patiently(read: Callable[[], T], patience_s: float) -> T:
-    """Shared filesystems cache: what another node has just written may be missing, or short, for a while."""
+    """Repeat `read` for a while. On a shared filesystem another node's new file may be missing or short."""
     deadline_s = time.monotonic() + patience_s
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What preparing documents and records have in common: progress, stopping, and a cache that cannot be written."""
+"""What preparing documents and preparing records share: progress, stopping, and a cache that cannot be written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 
 
 class Interrupted(Exception):
-    """A stop was asked for while data was prepared. Finished sources stay; the next start goes on after them."""
+    """A stop was requested while data was prepared. Finished sources stay, and the next start goes on after them."""
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def key_of(value: Any) -> str:
 
 
 class Progress:
-    """Says how far a source is and asks whether to stop; cheap enough to be called for every document or record."""
+    """Reports how far a source is and asks whether to stop. Cheap enough for a call per document or record."""
 
     def __init__(
         self, source: str, say: Callable[[str], None], should_stop: Callable[[], bool], what: str = "documents"

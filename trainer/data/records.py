@@ -20,8 +20,8 @@ Value = str | float | int | np.ndarray | None  # a bool is an int
 
 @dataclass
 class Record:
-    """`digest`: a hash of the content alone, so that copies belong to the same split. `place`: file and line or row,
-    for messages."""
+    """`digest`: a hash of the content alone, so that copies get the same split. `place`: file and line or row, for
+    messages."""
 
     digest: bytes
     place: str
@@ -31,7 +31,7 @@ class Record:
 def read_records(source: Source, path: Path, poll: Callable[[int], None]) -> Iterator[Record]:
     """The records of one file, or of the data set that `source.path` names. poll: called often with the bytes read.
 
-    UserError for whatever is wrong inside, with the place.
+    Raises UserError, with the place, for any fault in the file.
     """
     with readable(source, path):
         for place, values in _read(source, path, poll):
@@ -51,8 +51,8 @@ def _read(source: Source, path: Path, poll: Callable[[int], None]) -> Iterator[t
 
 
 def digest_of(values: Mapping[str, Value]) -> bytes:
-    """16 bytes. The order of columns does not matter, nor whether a table was CSV: 3, 3.5 and null are what CSV says of
-    them, "3", "3.5" and ""."""
+    """A hash of 16 bytes. The order of columns does not count. A table gives the same hash as its CSV: 3, 3.5 and null
+    count as "3", "3.5" and ""."""
     texts: list[tuple[str, ...]] = []
     arrays: list[np.ndarray] = []
     for name in sorted(values):

@@ -1,4 +1,4 @@
-"""What a prepared sample is: named columns, read by number."""
+"""A prepared sample: named columns, read by number."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Columns = Mapping[str, np.ndarray]
 
 
 class Samples(Protocol):
-    """One split of a source. Map style, so that the position of a run in its data stays one integer."""
+    """One split of a source. Samples are read by index, so that the position of a run in its data stays one integer."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Columns:
-        """The columns of a sample. Their first dimension may differ from sample to sample: the task collates."""
+        """The columns of a sample. Their first dimension may differ between samples; the task collates them."""
 
     def cost(self, index: int) -> int:
-        """How large a sample is, in tokens, or 1 where a task has none: for tokens/s, FLOPs and buckets."""
+        """The size of a sample in tokens, or 1 where a task has none. Used for tokens/s, FLOPs and buckets."""

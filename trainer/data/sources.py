@@ -1,7 +1,7 @@
 """The documents of a source, one after the other, in bounded memory.
 
-`read_file` yields the documents of one of a source's files. Both kinds of content, text (bytes) and token ids (integer
-arrays), come as `Document`s that are read in chunks.
+`read_file` yields the documents of one file of a source. Text (bytes) and token ids (integer arrays) both come as
+`Document`s that are read in chunks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from trainer.data.content import NUMPY
 from trainer.data.listing import readable
 
 _READ_BYTES = 128 << 10
-_LINE_BYTES = 256 << 20  # a longer line of JSON is refused: it would be held in memory several times
+_LINE_BYTES = 256 << 20  # a longer line of JSON is refused: memory would hold it several times
 _WHOLE_BYTES = 16 << 20  # a text file up to this is read once; a larger one is hashed first, then read again
 _CHUNK_TOKENS = 1 << 20
 
 
 @dataclass
 class Document:
-    """`digest` is a hash of the whole content. `chunks` can be iterated once: bytes of text, cut anywhere, or arrays of
+    """`digest`: a hash of the whole content. `chunks` can be iterated once: bytes of text, cut anywhere, or arrays of
     ids."""
 
     digest: bytes
@@ -40,13 +40,13 @@ class Document:
 
 @dataclass
 class FileReading:
-    """What is known about a file after its documents were read: filled in by `read_file`."""
+    """What is known about a file after its documents were read. `read_file` fills it in."""
 
     digest: str = ""
     empty_documents: int = 0  # and empty files
-    replaced_documents: int = 0  # not valid UTF-8, or half a character escaped in JSON
+    replaced_documents: int = 0  # no valid UTF-8, or with half a character escaped in JSON
     end_tokens: int = 0  # found in token files
-    largest_id: int = 0  # likewise
+    largest_id: int = 0  # found in token files
     poll: Callable[[int], None] = field(
         default=lambda _bytes: None, repr=False
     )  # called often with the bytes just read
@@ -57,7 +57,7 @@ def new_hash() -> Any:
 
 
 def read_file(source: Source, path: Path, end_token: int, vocab_size: int, reading: FileReading) -> Iterator[Document]:
-    """The documents of one file. UserError for whatever is wrong inside, with the place. Fills `reading` at the end."""
+    """The documents of one file. Raises UserError, with the place, for any fault in it. Fills `reading` at the end."""
     with readable(source, path):
         if source.kind == "text":
             yield from _read_text(source, path, reading)
@@ -136,7 +136,7 @@ def _read_jsonl(source: Source, path: Path, reading: FileReading) -> Iterator[Do
             if not content:
                 reading.empty_documents += 1
                 continue
-            # JSON may escape half a character ("\ud800"): it is no text, and "?" stands in its place.
+            # JSON may escape half a character ("\ud800"). It is no text, so "?" replaces it.
             reading.replaced_documents += any("\ud800" <= c <= "\udfff" for c in text) if b"?" in content else 0
             own = new_hash()
             own.update(content)
@@ -146,7 +146,7 @@ def _read_jsonl(source: Source, path: Path, reading: FileReading) -> Iterator[Do
 
 
 def _field(source: Source, place: str, line: bytes) -> str:
-    """The document in a JSONL line; UserErrors begin with file and line."""
+    """The document in a JSONL line. UserErrors begin with file and line."""
     try:
         record = json.loads(
             line.decode("utf-8-sig"), object_pairs_hook=tuple
@@ -174,7 +174,7 @@ def _field(source: Source, place: str, line: bytes) -> str:
 
 
 def _kind(value: Any) -> str:
-    """The type of what `_field` has read, in JSON's words."""
+    """The type of a value that `_field` read, in JSON's words."""
     names = {tuple: "an object", list: "a list", bool: "true or false", type(None): "null", str: "a string"}
     return names.get(type(value), "a number")
 
@@ -203,7 +203,7 @@ def _read_tokens(
 
 
 def _map_tokens(source: Source, path: Path) -> np.ndarray:
-    """The array of a file, mapped. What numpy says of a bad one is about numpy's ways, so it is said in our words."""
+    """The mapped array of a file. numpy's messages about a bad file are about numpy itself, so ours replace them."""
     place = f"data source {source.name!r}: {path}"
     with open_regular(path) as file:
         if file.read(len(NUMPY)) != NUMPY:
@@ -238,6 +238,6 @@ def _token_document(ids: np.ndarray) -> Document:
 
     digest = new_hash()
     for chunk in chunks():
-        # One width for all: the same document in uint16 and in int64 is the same document.
+        # One width for all, so that a document has the same digest in uint16 and in int64.
         digest.update(np.ascontiguousarray(chunk, dtype="<u4"))
     return Document(digest.digest(), ids.nbytes, chunks())

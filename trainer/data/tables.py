@@ -15,23 +15,23 @@ from trainer.data.content import ARRAY, EMPTY, JSON, TEXT, content_of
 from trainer.data.listing import check_installed
 
 _HEAD_BYTES = 64 << 10
-_LINE_BYTES = 16 << 20  # a longer line is refused: it is held in memory
+_LINE_BYTES = 16 << 20  # a longer line is refused, since memory must hold it
 _BATCH_ROWS = 1024
-_READABLE = {TEXT, EMPTY, JSON, ARRAY, "not UTF-8", "binary"}  # of the last two, the line is named
+_READABLE = {TEXT, EMPTY, JSON, ARRAY, "not UTF-8", "binary"}  # for the last two, the error names the line
 _ADVICE = {"Parquet": "set kind: parquet", "UTF-16 or UTF-32": "convert it to UTF-8, as iconv does"}
 
-Row = tuple[str, dict[str, Any]]  # its place for messages, its cells by column
-Poll = Callable[[int], None]  # called often with the bytes just read
+Row = tuple[str, dict[str, Any]]  # place for messages, cells by column
+Poll = Callable[[int], None]  # called often with the number of bytes just read
 
 
 def read_csv(source: Source, path: Path, poll: Poll) -> Iterator[Row]:
-    """Every cell is text. UserError, with the line, for whatever is no CSV with a header in UTF-8."""
+    """Rows of a CSV file; every cell is text. Raises UserError, with the line, unless it has a header and is UTF-8."""
     with open_regular(path) as file:
         _refuse_other_files(source, path, file.read(_HEAD_BYTES))
         file.seek(0)
         reader = csv.reader(_lines(path, file, poll), strict=True)
         header = _next_row(path, reader)
-        while header == []:  # blank lines
+        while header == []:  # skips blank lines
             header = _next_row(path, reader)
         if header is None:
             raise UserError(
@@ -66,7 +66,7 @@ def _refuse_other_files(source: Source, path: Path, head: bytes) -> None:
 
 
 def _lines(path: Path, file: BinaryIO, poll: Poll) -> Iterator[str]:
-    """Lines as they stand, with their ends: line breaks inside cells are kept."""
+    """Lines as they are, with their ends, so that line breaks inside cells are kept."""
     number = 0
     while line := file.readline(_LINE_BYTES + 1):
         number += 1
@@ -95,7 +95,7 @@ def _next_row(path: Path, reader: Any) -> list[str] | None:
 
 
 def _fault(error: csv.Error, begin: int, end: int) -> str:
-    """What Python's reader says, in words for people."""
+    """The message of Python's reader, in words for people."""
     said = str(error)
     if "unexpected end of data" in said:
         return "a double quote is opened in this row and never closed\nclose it; a quote inside a cell is doubled"
@@ -119,7 +119,7 @@ def _check_header(path: Path, line: int, header: list[str]) -> None:
 
 
 def _check_names(place: str, names: list[str]) -> None:
-    """Columns are told apart by name."""
+    """Raise UserError for columns with equal or empty names: names distinguish columns."""
     empty = next((number for number, name in enumerate(names, start=1) if not name.strip()), None)
     if empty is not None:
         raise UserError(
@@ -131,7 +131,7 @@ def _check_names(place: str, names: list[str]) -> None:
 
 
 def read_parquet(source: Source, path: Path, poll: Poll) -> Iterator[Row]:
-    """Numbers, strings, truth values and nulls. UserError for columns of other types, and for what is no Parquet."""
+    """Rows of a Parquet file: numbers, strings, truth values, nulls. Raises UserError for other types and files."""
     check_installed(source)
     import pyarrow
     import pyarrow.parquet
@@ -159,7 +159,7 @@ def read_parquet(source: Source, path: Path, poll: Poll) -> Iterator[Row]:
 
 @contextmanager
 def _damage(source: Source, path: Path, pyarrow: Any) -> Iterator[None]:
-    """Turns what pyarrow says of a file into a UserError."""
+    """Turn pyarrow's error about a file into a UserError."""
     try:
         yield
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
@@ -173,7 +173,7 @@ def _damage(source: Source, path: Path, pyarrow: Any) -> Iterator[None]:
 
 
 def _cast(path: Path, field: Any, pyarrow: Any) -> Any:
-    """The type that a column is read as. UserError for one that is no number, string or truth value."""
+    """The type that a column is read as. Raises UserError unless it is a number, string or truth value."""
     types, kind = pyarrow.types, field.type
     if types.is_dictionary(kind):  # categories of pandas
         kind = kind.value_type

@@ -19,8 +19,8 @@ USUAL_END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the data code needs. `size` is the largest id plus one; `end_token` ends every document;
-    `places` says where a long text may be cut (`cuts.py`)."""
+    """What the rest of the data code needs. `size`: the largest id plus one. `end_token` ends every document. `places`:
+    where a long text may be cut (`cuts.py`)."""
 
     size: int
     end_token: int
@@ -28,14 +28,14 @@ class Tokenizer(Protocol):
     places: re.Pattern[bytes]
 
     def encode(self, texts: list[bytes]) -> list[np.ndarray]:
-        """One 1-D integer array of ids for each piece of text; never contains a special token."""
+        """One 1-D integer array of ids for each piece of text, without any special token."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids as a person reads it; special tokens are left out, broken UTF-8 is replaced."""
+        """The text of ids for a person: without special tokens, with broken UTF-8 replaced."""
 
 
 class ByteTokenizer:
-    """Token = byte; 256 ends a document. Any bytes go, valid UTF-8 or not."""
+    """Each byte is a token; 256 ends a document. Any bytes are accepted, valid UTF-8 or not."""
 
     size = 257
     end_token = 256
@@ -50,7 +50,7 @@ class ByteTokenizer:
 
 
 class NoTokenizer:
-    """For sources that hold ids already: all that it knows is which of them ends a document."""
+    """For sources that hold ids already. It knows only the id that ends a document."""
 
     fingerprint = "ids"
     places = ANYWHERE
@@ -69,10 +69,10 @@ class NoTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`. Strings in a document that look like special tokens stay ordinary text."""
+    """A `tokenizer.json`. Strings in a document that look like special tokens remain ordinary text."""
 
     def __init__(self, path: Path, end_token: str | None) -> None:
-        # Late: the library takes a while to import and most commands never tokenise.
+        # Imported late: the library takes a while to import, and most commands never tokenise.
         import tokenizers
 
         content = _read(path)
@@ -81,7 +81,7 @@ class JsonTokenizer:
             self._inner: Any = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as e:  # the library raises bare Exception for any mistake in the file
             raise UserError(f"data.tokenizer: {path} is not a tokenizer.json: {e}") from e
-        # A file may ask for truncation or padding (many published ones do): both would silently spoil documents.
+        # A file may ask for truncation or padding (many published ones do). Both would silently spoil documents.
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
@@ -111,11 +111,11 @@ class JsonTokenizer:
         return str(self._inner.decode(ids, skip_special_tokens=True))
 
     def _encode_cut(self, text: str) -> np.ndarray:
-        """Encode a text whose special-looking strings are also ordinary vocabulary, by cutting inside those strings.
+        """Encode a text that holds strings like special tokens, by cutting inside those strings.
 
-        `encode_special_tokens` covers the added-token matcher only: a Unigram or word-level model holds `</s>` in its
-        own vocabulary too, and an added token that is not marked special is matched all the same. Only strings that
-        gave such a token are cut: what one place of a text holds changes no id at another.
+        `encode_special_tokens` only stops the matcher of added tokens. A Unigram or word-level model has `</s>` in its
+        own vocabulary too. An added token that is not marked special is matched all the same. Only strings that gave a
+        special token are cut, so that a string at one place changes no id at another place.
         """
         whole = self._inner.encode(text, add_special_tokens=False)
         special = np.zeros(len(text) + 1, dtype=bool)
@@ -126,12 +126,14 @@ class JsonTokenizer:
         parts = [text[a:b] for a, b in itertools.pairwise(cuts) if b > a]
         ids = [np.array(e.ids, dtype=np.int64) for e in self._inner.encode_batch_fast(parts, add_special_tokens=False)]
         joined = np.concatenate([np.empty(0, np.int64), *ids])
-        # What is left (a one-character special token, an unknown token marked special) is no document boundary.
+        # Special ids that remain (a one-character special token, an unknown token marked special) are no document
+        # boundary.
         return joined[joined != self.end_token]
 
 
 def load_tokenizer(data: DataSection, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a config. UserError when it is missing, has no end token, or is larger than the model's."""
+    """The tokenizer of a config. Raises UserError when it is missing, lacks an end token, or has ids beyond the
+    model."""
     if data.tokenizer == "bytes":
         if data.end_token is not None:
             raise UserError("data.end_token has no meaning with data.tokenizer=bytes (256 ends a document); remove it")
@@ -161,7 +163,7 @@ def _read(path: Path) -> bytes:
 
 
 def _end_token(path: Path, vocabulary: dict[str, int], wanted: str | None) -> str:
-    """The token that ends a document: the wanted one, else the first usual one that the vocabulary has."""
+    """The token that ends a document: the wanted one, else the first usual one in the vocabulary."""
     if wanted is not None:
         if wanted not in vocabulary:
             raise UserError(f"data.end_token: {wanted!r} is not in the vocabulary of {path}")

@@ -9,7 +9,7 @@ from trainer.data.samples import Columns
 
 
 class Split:
-    """The tokens of one side of a source. Sample i begins at token i * seq_len; its targets are one token later."""
+    """The tokens of one split of a source. Sample i begins at token i * seq_len; its targets are one token later."""
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         self.tokens = tokens
@@ -19,17 +19,17 @@ class Split:
         return max(len(self.tokens) - 1, 0) // seq_len
 
     def write_sample(self, index: int, tokens: np.ndarray, targets: np.ndarray, documents: np.ndarray | None) -> None:
-        """Fill one row of a batch: each (seq_len,).
+        """Fill one row of a batch; each array is (seq_len,).
 
-        documents counts from 0 at the sample's first token. A target that is another document's first token is
-        IGNORE; where documents begin is known from their starts, never guessed from token values.
+        documents counts from 0 at the sample's first token. A target is IGNORE where it is the first token of another
+        document. Documents are known from `starts`, never guessed from token values.
         """
         seq_len = len(tokens)
         begin = index * seq_len
         window = self.tokens[begin : begin + seq_len + 1]
         tokens[:] = window[:-1]
         targets[:] = window[1:]
-        # Documents that begin inside (begin, begin + seq_len]; the last of these places is only a target.
+        # Documents that begin inside (begin, begin + seq_len]. The last of these places is only a target.
         first, last = np.searchsorted(self.starts, (begin, begin + seq_len), side="right")
         begins = self.starts[first:last] - begin
         targets[begins - 1] = IGNORE
@@ -49,7 +49,8 @@ class Windows:
         return self.split.sample_count(self._seq_len)
 
     def read(self, index: int) -> Columns:
-        """`tokens` and `targets` int64, `documents` int32 where tokens see only their own: each (seq_len,)."""
+        """`tokens`, `targets` int64 and, where tokens see only their own document, `documents` int32: each
+        (seq_len,)."""
         found = {name: np.empty(self._seq_len, np.int64) for name in ("tokens", "targets")}
         documents = np.empty(self._seq_len, np.int32) if self._document_mask else None
         self.split.write_sample(index, found["tokens"], found["targets"], documents)

@@ -1,1 +1,1 @@
-"""The machine and this process, as far as a run needs to know them: clock, processors, locks, terminal. No torch."""
+"""What a run needs to know of the machine and this process: clock, processors, locks, terminal. No torch."""

@@ -1,4 +1,4 @@
-"""The words of a command line: `[CONFIG] [key=value ...]` between options, and what is wrong with them. No torch."""
+"""The words of a command line: `[CONFIG] [key=value ...]` between options, and the mistakes in them. No torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _as_muster = False
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake as every other one is told: raised, one or two lines, exit code 2."""
+    """Raises a person's mistake as UserError, as everywhere: one or two lines, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; to see what can be written: {self.prog} --help")
 
 
 def be_muster() -> None:
-    """`muster` was typed: help and advice are written so from here on."""
+    """`muster` was typed: from now on help and advice show commands of that form."""
     global _as_muster
     _as_muster = True
 
 
 def typed(words: str, *names: object) -> str:
-    """How a person types `slurm stop` and `names`: after `python -m`, or after `muster` if they did so."""
+    """How a person types `slurm stop` and `names`: after `python -m`, or after `muster` if they typed that."""
     room, _, verb = words.partition(" ")
     verb = "train" if room == "trainer" else verb
     start = ["muster", verb] if _as_muster or room == "muster" else ["python -m", words]
@@ -43,7 +43,7 @@ def config_parser(words: str, description: str | None) -> Parser:
 
 
 def take(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Parsed words; `config` is None when the first word is an override already. Raises UserError."""
+    """The parsed words. `config` is None when the first word is an override. Raises UserError."""
     _refuse_dashes(arguments)
     found = parser.parse_intermixed_args(arguments)
     if found.config is not None and "=" in found.config:
@@ -53,7 +53,7 @@ def take(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Name
 
 
 def _refuse_dashes(arguments: list[str]) -> None:
-    """Raise UserError for `--train.steps 10` and `--config x.yaml`, as other programs have them."""
+    """Raise UserError for `--train.steps 10` and `--config x.yaml`, as other programs take them."""
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = word.removeprefix("--").partition("=")
         value = value if equals else following
@@ -66,6 +66,6 @@ def _refuse_dashes(arguments: list[str]) -> None:
 
 
 def _is_key(word: str) -> bool:
-    from configs.explain import all_keys  # here, as the schema takes a while: a shell that completes words does without
+    from configs.explain import all_keys  # late, as the schema imports slowly: shell completion does without
 
     return re.sub(r"\.\d+\.", ".*.", word) in all_keys()

@@ -1,4 +1,4 @@
-"""The control groups around this process, by which containers, Kubernetes and Slurm limit it. No torch."""
+"""The control groups around this process. Containers, Kubernetes and Slurm limit a process by them. No torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ ROOT = Path("/")
 
 
 def groups_above(controller: str) -> Iterator[Path]:
-    """The folders of this process's group and of those around it, by which `controller` (cpu, memory) may limit it.
+    """The folders of this process's group and of the groups around it, where `controller` (cpu, memory) may limit it.
 
-    A container often sees its own as the outermost.
+    A container often sees its own group as the outermost.
     """
     for line in lines_of("proc/self/cgroup"):
-        if line.count(":") < 2:  # the end of the file, or no line of the kernel's
+        if line.count(":") < 2:  # the end of the file, or a line that the kernel did not write
             continue
         _, controllers, inside = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -26,7 +26,7 @@ def groups_above(controller: str) -> Iterator[Path]:
 
 
 def lines_of(path: str) -> list[str]:
-    """The lines of a file of the kernel's; none when it is not there."""
+    """The lines of one of the kernel's files; empty when the file does not exist."""
     try:
         return (ROOT / path).read_text("utf-8", "surrogateescape").split("\n")  # a group may have any name
     except OSError:

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines, and on a terminal one live line below them. No torch."""
+"""The output for a person: plain lines, and on a terminal one live line below them. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.host.environment import TERM
 
 
 class Console:
-    """Rank 0 speaks on the terminal and in its log; the other ranks' whole output goes to their logs."""
+    """Rank 0 prints on the terminal and in its log. All output of the other ranks goes to their logs."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -21,12 +21,12 @@ class Console:
         self.log_path: Path | None = None
         self._terminal = sys.stdout.isatty() and TERM.read(os.environ) != "dumb"
         self._live = ""
-        self._lock = threading.Lock()  # saver threads report too
+        self._lock = threading.Lock()  # saver threads print too
 
     def open_log(self, path: Path) -> None:
-        """From here on also into `path`. Ranks other than 0 lose the terminal: even a crash in C ends in their log."""
+        """From now on print to `path` too. Ranks other than 0 lose the terminal: even a crash in C is in their log."""
         self.log_path = path
-        # Not a Python file: after a full disk it keeps what it could not write, and fails again when it is closed.
+        # Not a Python file: after a full disk it keeps the text it could not write, and fails again when it is closed.
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         if self.rank != 0:
             sys.stdout.flush()
@@ -35,14 +35,14 @@ class Console:
             os.dup2(self._log, 2)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.note(text)
         with self._lock:
             if self.rank == 0:
                 self._write(f"{self._wipe()}{printable(text)}\n{self._live}")
 
     def note(self, text: str) -> bool:
-        """A line for the log alone. Returns whether it can be read there now."""
+        """Write a line to the log alone. Returns whether the log now holds it."""
         stamp = time.strftime("%H:%M:%S")
         data = "".join(f"{stamp} {line}\n" for line in printable(text).splitlines()).encode(errors="replace")
         with self._lock:
@@ -50,12 +50,12 @@ class Console:
                 return False
             try:
                 written = os.write(self._log, data)
-            except OSError:  # full, read-only, a server that is gone: the run can go on without its log
+            except OSError:  # full, read-only, or the server is gone: the run can go on without its log
                 return False
             return written == len(data) and self.log_path.exists()
 
     def live(self, text: str) -> None:
-        """The line that moves: replaced by the next one on a terminal, a plain line elsewhere."""
+        """Print the live line. On a terminal the next one replaces it; elsewhere it is a plain line."""
         if not self._terminal:
             self.say(text)
             return
@@ -66,7 +66,7 @@ class Console:
             self._write(wipe + self._live)
 
     def end_live(self) -> None:
-        """Leave the live line where it is and go on below it."""
+        """Leave the live line as it is, and go on below it."""
         with self._lock:
             if self._live:
                 self._write("\n")
@@ -90,7 +90,7 @@ def si(number: float) -> str:
 
 
 def gib(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes for people."""
     if count < 2**10:
         return f"{count:.0f} bytes"
     if count < 2**20:

@@ -1,6 +1,6 @@
-"""Every environment variable that this project reads: what it is, and what may stand in it. No torch.
+"""Every environment variable that this project reads: its meaning, and its allowed values. No torch.
 
-Whoever reads one reads it here. What cannot be used is then refused in one line, in the same words for everybody.
+All code reads these variables here. So a value that cannot be used is always refused in the same words, in one line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from configs.errors import UserError
 
-LOOPBACK = "127.0.0.1"  # where the processes of one node meet
+LOOPBACK = "127.0.0.1"  # the address where the processes of one node meet
 
 T = TypeVar("T")
 Environ = Mapping[str, str]
@@ -22,14 +22,14 @@ Environ = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """A variable's name, what makes a value of its text (or raises ValueError), and what it is."""
+    """A variable: its name, the function from its text to a value (which may raise ValueError), and its meaning."""
 
     name: str
     kind: Callable[[str], T]
     what: str
 
     def read(self, environ: Environ) -> T | None:
-        """Its value; None when it is not set. Raises UserError when its text cannot be used."""
+        """The value; None when the variable is not set. Raises UserError when its text cannot be used."""
         text = environ.get(self.name)
         if text is None:
             return None
@@ -39,7 +39,7 @@ class Variable(Generic[T]):
             raise UserError(f"{self.name}={text!r} {error} ({self.what}): unset it, or set it right") from None
 
     def need(self, environ: Environ) -> T:
-        """Its value. Raises UserError when it is not set, too."""
+        """The value. Raises UserError when the variable is not set, or its text cannot be used."""
         if (value := self.read(environ)) is None:
             raise UserError(f"{self.name} is not set ({self.what})")
         return value
@@ -49,7 +49,7 @@ class Variable(Generic[T]):
 
 
 def text(value: str) -> str:
-    """Whatever stands there; perhaps nothing."""
+    """Any text, also empty."""
     return value
 
 
@@ -60,7 +60,7 @@ def word(value: str) -> str:
 
 
 def name(value: str) -> str:
-    """Part of a file's name; perhaps nothing."""
+    """Part of a file's name, also empty."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{0,200}", value):
         raise ValueError("is no name of a node")
     return value
@@ -80,7 +80,7 @@ def port(value: str) -> int:
 
 
 def seconds(value: str) -> float:
-    """A UNIX time, in plain digits as `number`. A clock may be set to before 1970, and a run's may have been."""
+    """A UNIX time, in plain digits as `number`. It may be negative: a clock may be set to before 1970."""
     if not re.fullmatch(r"-?[0-9]{1,10}(\.[0-9]{1,9})?", value):
         raise ValueError("is no time")
     return float(value)
@@ -93,8 +93,8 @@ def path(value: str) -> Path:
 
 
 def threads(value: str) -> int | None:
-    """OpenMP also takes a list, by level of nesting; the first one counts here. Nothing is as if it was not set: job
-    scripts hand on what Slurm perhaps has not told them."""
+    """OpenMP also takes a list, one number per nesting level; the first one counts here. An empty text counts as not
+    set: job scripts pass on values that Slurm may not have given them."""
     if not value.strip():
         return None
     counts = [number(part.strip(" \t")) for part in value.split(",")]
@@ -115,7 +115,7 @@ MASTER_PORT = Variable("MASTER_PORT", port, "the port at which the processes mee
 TORCHELASTIC_RUN_ID = Variable("TORCHELASTIC_RUN_ID", text, "set by torchrun")
 TORCHELASTIC_USE_AGENT_STORE = Variable("TORCHELASTIC_USE_AGENT_STORE", text, "whether torchrun has the store")
 
-# Set by `launch run` for the agent, the ranks and the monitor that it starts: see FromLauncher.
+# `launch run` sets these for the agent, the ranks and the monitor that it starts: see FromLauncher.
 MUSTER_LAUNCHED = Variable("MUSTER_LAUNCHED", seconds, "when the launcher began, UNIX time")
 MUSTER_CLOCK = Variable("MUSTER_CLOCK", seconds, "when this machine was booted, UNIX time by the run's clock")
 MUSTER_PARENT = Variable("MUSTER_PARENT", number, "pid of the launcher or agent that started this process")
@@ -125,7 +125,7 @@ MUSTER_USER_ERROR = Variable("MUSTER_USER_ERROR", path, "file that tells the lau
 MUSTER_FAILURES = Variable("MUSTER_FAILURES", path, "file that names the ranks that failed")
 MUSTER_HEARTBEATS = Variable("MUSTER_HEARTBEATS", path, "memory with where each rank is")
 
-# On a rehearsal cluster: how many GPUs a job got. Its ranks use the CPU.
+# On a rehearsal cluster: how many GPUs a job got. The ranks of the job use the CPU.
 MUSTER_PRETEND_GPUS = Variable("MUSTER_PRETEND_GPUS", number, "how many GPUs a rehearsal cluster pretends")
 
 SLURM_JOB_ID = Variable("SLURM_JOB_ID", number, "this process's Slurm job")
@@ -151,9 +151,9 @@ VARIABLES = {found.name: found for found in list(globals().values()) if isinstan
 
 
 def check(environ: Environ) -> None:
-    """Raise UserError for the first variable of the list whose text cannot be used. For the start of a command: what
-    is read later can then be read. But for torchrun's: a launcher never reads them, and Kubernetes sets MASTER_PORT
-    for a service of that name."""
+    """Raise UserError for the first variable whose text cannot be used. A command calls this when it starts, so that it
+    can read them all later. It skips torchrun's: a launcher never reads them, and Kubernetes sets MASTER_PORT for a
+    service of that name."""
     for variable in VARIABLES.values():
         if variable not in (*_RANKS, *_MEETING):
             variable.read(environ)
@@ -167,22 +167,23 @@ _MEETING = (MASTER_ADDR, MASTER_PORT)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of all processes this is, as torchrun or a person says; alone when nobody says anything."""
+    """Which of all processes this is, as torchrun or a person says. Alone when nobody says."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    meeting: tuple[str, int] | None = None  # address and port at which several processes meet
+    meeting: tuple[str, int] | None = None  # address and port where several processes meet
     by_torchrun: bool = False
-    counted: bool = True  # whether `local_size` was told; else this node has at least so many
+    counted: bool = True  # whether `local_size` was given; else this node has at least that many
 
     @classmethod
     def read(cls, environ: Environ) -> Ranks:
-        """Raises UserError when they contradict each other, or when only some of them are set: a left-over
-        WORLD_SIZE alone would make this process wait half an hour for others that do not exist.
+        """Raises UserError when the variables contradict each other, or when only some are set. A WORLD_SIZE left from
+        another program would make this process wait half an hour for others that do not exist.
 
-        LOCAL_... need not be told where the rest is: torch asks for no more, and wrappers of srun and mpirun set it.
+        LOCAL_... may be missing where the rest is set: torch does not need them, and wrappers of srun and mpirun set
+        only the rest.
         """
         values = {v.name: v.read(environ) for v in _RANKS}
         by_torchrun = TORCHELASTIC_RUN_ID.read(environ) is not None
@@ -216,7 +217,7 @@ class Ranks:
 
     @property
     def one_node(self) -> bool:
-        """Whether all processes are on this machine, as far as it was told: alike on all of them."""
+        """Whether all processes are known to be on this machine. The answer is the same on all of them."""
         return self.counted and self.local_size == self.size
 
 
@@ -237,13 +238,13 @@ def _contradict(environ: Environ, one: Variable[int], other: Variable[int], why:
 
 @dataclass(frozen=True)
 class FromLauncher:
-    """What `launch run` tells the processes that it starts. `environment` says it, `read` hears it."""
+    """What `launch run` tells the processes that it starts. `environment` writes it, `read` reads it."""
 
     launched: float  # when the launcher began, UNIX time
-    parent: int  # pid of who started this process: the launcher, or the agent
+    parent: int  # pid of the process that started this one: the launcher, or the agent
     lease: str  # the token of the launcher's lease of the run folder
-    stop_request: Path  # file in which it passes on the signals that it took
-    user_error: Path  # file through which a rank says that a person erred: nothing is to be started again
+    stop_request: Path  # file in which the launcher passes on the signals that it took
+    user_error: Path  # file in which a rank reports a person's mistake: then nothing is started again
     failures: Path  # file in which the agent names the ranks that failed
     heartbeats: Path  # the node's records, which its monitor reads
     clock: float  # when this machine was booted, UNIX time by the run's clock
@@ -254,7 +255,7 @@ class FromLauncher:
 
     @classmethod
     def read(cls, environ: Environ) -> FromLauncher | None:
-        """None without a launcher. Raises UserError when only some of it is set."""
+        """What the launcher told; None without a launcher. Raises UserError when only some of it is set."""
         names = [f"MUSTER_{name.upper()}" for name in cls.__dataclass_fields__]
         missing = [name for name in names if name not in environ]
         if len(missing) == len(names):
@@ -265,7 +266,7 @@ class FromLauncher:
         return cls(*values)
 
     def refuse_as_left_over(self) -> None:
-        """Raise UserError: this process is not a child of who says so."""
+        """Raise UserError: the process that the variables name did not start this one."""
         raise UserError(f"{_LEFT_OVER} (MUSTER_PARENT={self.parent}, but pid {os.getppid()} started this): {_UNSET}")
 
 
@@ -275,7 +276,7 @@ _UNSET = "unset " + " ".join(f"MUSTER_{name.upper()}" for name in FromLauncher._
 
 @dataclass(frozen=True)
 class Job:
-    """The Slurm job that this process is in; nothing of it outside of one."""
+    """The Slurm job that this process is in. All fields are defaults outside a job."""
 
     id: str | None = None
     life: str = "0"  # how often Slurm has started the job again

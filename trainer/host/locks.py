@@ -1,4 +1,4 @@
-"""Locks on open files, as far as the filesystem has them: Lustre without `-o flock` and some NFS servers have none."""
+"""Locks on open files. Some filesystems have none: Lustre without `-o flock`, and some NFS servers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _NONE_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 def lock(descriptor: int, wait: bool = False) -> bool:
-    """Take the exclusive lock of an open file, until it is closed. False where there are none. Raises BlockingIOError
-    when another process has it, unless this one is to wait."""
+    """Take the exclusive lock of an open file, which lasts until the file is closed. False where there are no locks.
+    Raises BlockingIOError when another process has it, unless `wait`."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run holds in this machine's memory at least, and what this machine has. No torch."""
+"""The least memory that a run needs on this machine, and the memory that this machine has. No torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from configs.schema.model import DecoderSection, ModelSection
 from configs.schema.own import OwnModel
 from trainer.host.cgroups import groups_above
 
-_SAMPLE_BYTES = 20  # of each token of a batch: itself, its target, its document
-_DRIVER = Path("/dev/nvidiactl")  # where it lies, the model is in GPUs
+_SAMPLE_BYTES = 20  # per token of a batch: the token, its target, its document
+_DRIVER = Path("/dev/nvidiactl")  # exists where the model is in GPUs
 
 
 def check_memory(config: Config, here: int, processes: int) -> None:
     """Raise UserError for what cannot fit into this machine, on which `here` of all `processes` run.
 
-    Only what every layout needs is counted. So no run is refused that would fit.
+    Only memory that every layout needs is counted, so no run is refused that would fit.
     """
     total = _machine_bytes()
     share = -(-config.train.global_batch // processes)
-    length = config.data.seq_len or 1  # of a row of a table nothing is known
+    length = config.data.seq_len or 1  # a row of a table has no known length
     batches = here * share * length * _SAMPLE_BYTES * (config.data.prefetch_steps + 1)
     if batches > total:
         raise UserError(
@@ -43,7 +43,7 @@ def check_memory(config: Config, here: int, processes: int) -> None:
 
 
 def _least_bytes(config: Config) -> int:
-    """Bytes of memory that each parameter needs, with its optimizer state where all parameters train in memory."""
+    """Bytes that each parameter needs with its optimizer state, where all parameters train in memory."""
     if config.parallel.engine == "zero" and "nvme" in str(config.parallel.deepspeed):
         return 0
     width = 4 if config.precision.params == "fp32" else 2
@@ -53,9 +53,9 @@ def _least_bytes(config: Config) -> int:
 
 
 def parameters(model: ModelSection) -> int:
-    """How many numbers the model's matrices hold; norms and biases are left out, and sizes that only the data tell."""
+    """How many numbers the model's matrices hold, without norms, biases, and sizes that only the data give."""
     if isinstance(model, OwnModel):
-        return 0  # nobody knows but its own code
+        return 0  # only the model's own code knows
     if not isinstance(model, DecoderSection):
         return sum(a * b for a, b in pairwise((model.features or 1, *model.hidden, model.outputs or 1)))
     width = (model.head_dim or model.dim // model.heads) * (2 * model.heads + 2 * (model.kv_heads or model.heads))
@@ -66,21 +66,21 @@ def parameters(model: ModelSection) -> int:
 
 
 def _sizes(model: ModelSection) -> str:
-    """The keys that make it large."""
+    """The keys that make the model large, with their values."""
     if isinstance(model, DecoderSection):
         return f"model.layers {model.layers}, model.dim {model.dim}, model.vocab_size {model.vocab_size}"
-    assert not isinstance(model, OwnModel)  # it counts nothing, so it is never too large
+    assert not isinstance(model, OwnModel)  # it counts 0 parameters, so it is never too large
     return f"model.features {model.features}, model.hidden {model.hidden}, model.outputs {model.outputs}"
 
 
 def _machine_bytes() -> int:
-    """Memory and swap of this machine, or what the control groups of this process may have of it."""
+    """Memory and swap of this machine, or the part that the control groups of this process allow."""
     total = psutil.virtual_memory().total + psutil.swap_memory().total
     return min([total, *(limit for group in groups_above("memory") if (limit := _limit(group)) is not None)])
 
 
 def _limit(group: Path) -> int | None:
-    """Bytes that a group may have. None without a limit, which version 1 writes as a number beyond any machine."""
+    """Bytes that a group allows. None without a limit, which version 1 writes as a number beyond any machine."""
     for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, and 1
         try:
             text = (group / name).read_text().strip()

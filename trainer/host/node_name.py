@@ -1,4 +1,4 @@
-"""What things are called."""
+"""The name of this node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No process outlives the one that started it."""
+"""No process lives longer than the one that started it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> bool:
-    """Be killed when the process that started this one dies, however it dies (the kernel sees to it; Linux only).
+    """Make the kernel kill this process when the process that started it dies, for whatever reason (Linux only).
 
-    Whether `parent` is that process. If not, it died while this process was starting, or somebody else named it.
+    Returns whether `parent` is that process. If not, it died while this process was starting, or the number was wrong.
     """
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

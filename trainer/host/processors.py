@@ -1,4 +1,4 @@
-"""How many processors this process may use, and how many of them are idle: the allocation counts, not the machine."""
+"""How many processors this process may use, and how many are idle: of its allocation, not of the machine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from trainer.host.cgroups import groups_above, lines_of
 
 _LOOK_S = 0.2  # the kernel counts in hundredths of a second
-_TICKS = re.compile(r"cpu([0-9]{1,9})((?: +[0-9]{1,18}){5,8})")  # what follows is part of the first two
+_TICKS = re.compile(r"cpu([0-9]{1,9})((?: +[0-9]{1,18}){5,8})")  # the fields that follow are part of the first two
 _NEARLY = 0.3  # a core counts as idle while it is busy for less than this share
 
 
 def allowed() -> int:
-    """Whole processors that this process may use: by its affinity (taskset, Slurm, cpusets), and by what a quota of
-    its control groups (containers, Kubernetes) amounts to."""
+    """Whole processors that this process may use: by its affinity (taskset, Slurm, cpusets), and by the quotas of its
+    control groups (containers, Kubernetes)."""
     return max(1, min([len(os.sched_getaffinity(0)), *(int(quota) for quota in _quotas())]))
 
 
@@ -28,7 +28,7 @@ class Threads:
 
     each: int
     processors: int
-    idle: float | None  # None where it was not looked for
+    idle: float | None  # None where nobody looked
 
     def __str__(self) -> str:
         per = f"{self.each} CPU thread{'s' if self.each > 1 else ''} a process"
@@ -39,9 +39,9 @@ class Threads:
 def threads(processes: int, deterministic: bool = False) -> Threads:
     """How many threads each of `processes` on this node should use. Looks for a moment which processors are idle.
 
-    Threads of one process wait for each other at every operation. On a processor that others use, one of them is always
-    late: two threads then make a tenth of the steps that one makes. But their number decides in which order a sum is
-    made: a `deterministic` run gets as many whatever else runs.
+    Threads of one process wait for each other at every operation. On a processor that others use, one thread is always
+    late: two threads then make a tenth of the steps that one makes. The number of threads also decides the order of
+    sums: a `deterministic` run gets the same number whatever else runs.
     """
     if deterministic:
         usable = allowed()
@@ -51,7 +51,7 @@ def threads(processes: int, deterministic: bool = False) -> Threads:
 
 
 def _quotas() -> Iterator[float]:
-    """Processors that each control group above this process may use, where it is limited."""
+    """The processors that each control group above this process allows, where it has a limit."""
     return (quota for group in groups_above("cpu") if (quota := _quota(group)))
 
 
@@ -62,12 +62,12 @@ def _quota(group: Path) -> float | None:
         else:
             quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ArithmeticError):  # no such group, no limit ("max"), or nothing that can be divided
+    except (OSError, ValueError, ArithmeticError):  # no such group, no limit ("max"), or no numbers
         return None
 
 
 def _idle() -> float:
-    """How many of the processors of this process's affinity nobody used just now."""
+    """How many processors of this process's affinity nobody used just now."""
     before = _times()
     time.sleep(_LOOK_S)
     after = _times()
@@ -80,10 +80,10 @@ def _idle() -> float:
 
 
 def _times() -> dict[int, tuple[int, int]]:
-    """(All time, idle time) of each processor, in the kernel's ticks."""
+    """Processor -> (all time, idle time), in the kernel's ticks."""
     found = {}
     for line in lines_of("proc/stat"):
         if match := _TICKS.match(line):
             ticks = [int(count) for count in match[2].split()]
-            found[int(match[1])] = (sum(ticks), ticks[3] + ticks[4])  # idle, and waiting for a disk
+            found[int(match[1])] = (sum(ticks), ticks[3] + ticks[4])  # idle, and idle while waiting for a disk
     return found

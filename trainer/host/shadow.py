@@ -1,6 +1,7 @@
-"""Our packages have common names (`configs`, `models`, `launch`), and people work in folders that hold such names too.
+"""Keep our packages apart from files of the same names. They have common names (`configs`, `models`, `launch`), and
+people work in folders that hold such names too.
 
-So each program of ours begins with `stand_apart()`, before it imports anything else.
+So each program of ours calls `stand_apart()` before it imports anything else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__
 
 
 class _Ours:
-    """Finds our packages beside this one, whatever else on Python's path has their names."""
+    """Finds our packages beside this file, whatever else on Python's path has their names."""
 
     @classmethod
     def find_spec(
@@ -26,14 +27,14 @@ class _Ours:
 
 
 def stand_apart() -> None:
-    """Import our packages from where this file lies, and nothing at all from the current folder.
+    """Import our packages from the folder of this file, and import nothing from the current folder.
 
-    `python -m` looks there first: a `torch.py` or `yaml.py` of the user's would run in place of the library. What of
-    theirs is to be imported is asked for by name, with the folder added at the end of `sys.path`.
+    `python -m` looks in the current folder first: a user's `torch.py` or `yaml.py` would run in place of the library.
+    Where a user's module is wanted, it is imported by name, with the folder added at the end of `sys.path`.
     """
     sys.path[:] = [place for place in sys.path if not _is_here(place)]
     if _is_here(OURS):
-        sys.path.append(OURS)  # the libraries may lie beside us (pip install --target), and nothing else says where
+        sys.path.append(OURS)  # the libraries may lie beside us (pip install --target): nothing else names that folder
     sys.meta_path.insert(0, _Ours)
     try:
         import configs.errors  # noqa: F401
@@ -46,16 +47,16 @@ def stand_apart() -> None:
 
 
 def python() -> list[str]:
-    """How a module of ours is started: what lies in the current folder is not run in its place."""
-    return [sys.executable] if _is_here(OURS) else [sys.executable, "-P"]  # it may be all that says where ours lie
+    """The command that starts one of our modules, so that no file in the current folder runs in its place."""
+    return [sys.executable] if _is_here(OURS) else [sys.executable, "-P"]  # else ours may not be found
 
 
 def apart() -> dict[str, str]:
-    """The same as variables, for a program of another's that starts modules of ours (torchrun)."""
+    """The same as environment variables, for another program that starts modules of ours (torchrun)."""
     if _is_here(OURS):
         return {}
     from trainer.host.environment import (
-        PYTHONPATH,  # not at the top: until our packages stand apart it may not be found
+        PYTHONPATH,  # not at the top: before our packages stand apart it may not be found
     )
 
     given = (PYTHONPATH.read(os.environ) or "").split(os.pathsep)
@@ -65,5 +66,5 @@ def apart() -> dict[str, str]:
 def _is_here(place: str) -> bool:
     try:
         return os.path.realpath(place or ".") == os.getcwd()
-    except FileNotFoundError:  # the current folder was removed: nothing is imported from there
+    except FileNotFoundError:  # the current folder was removed, so nothing is imported from it
         return False

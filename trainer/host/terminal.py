@@ -1,7 +1,7 @@
-"""How every program of ours is heard, and how it ends. Imports no torch.
+"""How every program of ours prints, and how it ends. Imports no torch.
 
-Standard output may be closed, full, a pipe that nobody reads any more, or of an encoding without `ä`. A command then
-ends with one line at most, never with a traceback. A run goes on: a night is worth more than its lines.
+Standard output may be closed, full, a pipe without a reader, or of an encoding without `ä`. A command then ends with at
+most one line, never with a traceback. A run goes on, since a night of training is worth more than its output.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from configs.errors import printable
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
-READER_LEFT = 128 + signal.SIGPIPE  # what a shell says of a program that a closed pipe ended
-_LEFT = {errno.EPIPE, errno.EIO}  # the reader is gone, or its terminal
+READER_LEFT = 128 + signal.SIGPIPE  # a shell's exit code for a program that a closed pipe ended
+_LEFT = {errno.EPIPE, errno.EIO}  # the reader is gone, or its terminal is
 
 
 class OutputLost(Exception):
-    """Standard output takes nothing any more. No OSError: whoever suppresses those means files."""
+    """Standard output accepts nothing more. It is no OSError: code that suppresses OSErrors means files."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {_why(error)}")
@@ -32,16 +32,16 @@ class OutputLost(Exception):
 
 
 class _Stream(io.FileIO):
-    """Standard output or error. What it cannot take raises OutputLost, or is dropped where it may go `unheard`."""
+    """Standard output or error. A write that fails raises OutputLost, or is dropped where `output_unheard` allows."""
 
-    output_unheard = False  # whether standard output may
+    output_unheard = False  # whether output may be lost without an error
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self._lost = False
 
     def write(self, data: Any) -> int:
-        """Write all of `data`. One call may write only a part, after a signal or into a pipe with O_NONBLOCK."""
+        """Write all of `data`. One system call may write only a part, after a signal or into a pipe with O_NONBLOCK."""
         rest = memoryview(data).cast("B")
         while rest:
             try:
@@ -56,7 +56,7 @@ class _Stream(io.FileIO):
 
     def _lose(self, error: OSError) -> None:
         first, self._lost = not self._lost, True
-        if self.fileno() != 1 or not first:  # after the first time only the end is left, which must not raise again
+        if self.fileno() != 1 or not first:  # after the first time the program is ending, which must not raise again
             return
         if not self.output_unheard:
             raise OutputLost(error)
@@ -69,19 +69,19 @@ def _why(error: OSError) -> str:
 
 
 def go_on_unheard() -> None:
-    """From here on what nobody can hear is dropped: what this process does is worth more than what it says."""
+    """From now on drop output that cannot be written: the work of this process is worth more than its lines."""
     _Stream.output_unheard = True
 
 
 def say(text: str = "", to: TextIO | None = None) -> None:
-    """Print lines for a person. Control characters are shown, not obeyed: names and values come from files."""
+    """Print lines for a person. Control characters are escaped: names and values come from files."""
     stream = to or sys.stdout
     stream.write(printable(text) + "\n")
     stream.flush()
 
 
 def can_spell(text: str) -> bool:
-    """Whether standard output has a sign for each character."""
+    """Whether standard output can encode each character."""
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
@@ -90,7 +90,7 @@ def can_spell(text: str) -> bool:
 
 
 def say_exactly(text: str) -> None:
-    """Print what a file or a program may get: as it is, except on a terminal."""
+    """Print text that a file or a program may read: unchanged, except on a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -98,7 +98,7 @@ def say_exactly(text: str) -> None:
 def enter(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a program with the words of its command line, and end with its exit code.
 
-    Not by `sys.exit`: threads of the process group or of a data loader must not hold up the end.
+    This does not use `sys.exit`: threads of the process group or of a data loader would delay the end.
     """
     _open_streams()
     try:
@@ -125,12 +125,12 @@ def _code_of(main: Callable[[list[str]], int]) -> int:
 
 
 def _open_streams() -> None:
-    """Streams that show what their encoding has no sign for as `\\xe4`, and never raise for a reader that is gone."""
+    """Make streams that print characters their encoding lacks as `\\xe4`, and never raise for a reader that is gone."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Else the next file that is opened gets this number, and our prints. Read-only, so that writing fails.
+            # Else the next opened file would get this number, and our prints. Read-only, so that writing to it fails.
             os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115  (open as long as the process)
@@ -138,7 +138,7 @@ def _open_streams() -> None:
 
 
 def _text(descriptor: int, before: TextIO | None) -> TextIO:
-    """A stream that replaces Python's own (None where that was closed). It is flushed as often as that one was."""
+    """A stream in place of Python's own (None where that was closed), flushed as often as that one."""
     raw = _Stream(descriptor)
     encoding = before.encoding if before is not None else "utf-8"
     at_once, by_line = getattr(before, "write_through", False), getattr(before, "line_buffering", True)

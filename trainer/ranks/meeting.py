@@ -1,4 +1,4 @@
-"""Ranks meet at the start of a run: in a store at one address. Who is waited for is said, and a stop is heard."""
+"""Ranks meet at the start of a run, in a store at one address. They report whom they wait for, and obey a stop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from configs.errors import UserError
 from trainer.host.environment import LOOPBACK, Ranks
 from trainer.life.stop import Cause, StopRequested, StopWish
 
-# Until it is said who is waited for, and a stop ends the waiting. Ranks that meet before that stop in an attempt, which
-# has an end.json.
+# Seconds until the missing ranks are named, and a stop ends the waiting. Ranks that meet before that stop inside an
+# attempt, which has an end.json.
 _FIRST_S = 10.0
-_THEN_S = 60.0  # until it is said again
+_THEN_S = 60.0  # until the missing ranks are named again
 _POLL_S = 0.1
 _MOST_NAMED = 8
-_HEARD_S = 5 * _POLL_S  # until the ranks that are here have heard that rank 0 leaves
+_HEARD_S = 5 * _POLL_S  # until the waiting ranks have heard that rank 0 leaves
 
 Say = Callable[[str], None]
 
 
 def meet(ranks: Ranks, node: str, agents_store: bool, timeout_s: float, wish: StopWish, say: Say) -> Store:
-    """The store, once every rank is in it. `agents_store`: torchrun's agent has it, not rank 0.
+    """The store, once every rank is in it. `agents_store`: torchrun's agent holds it, not rank 0.
 
-    Raises StopRequested, UserError when started by hand, or TimeoutError after `timeout_s`.
+    Raises StopRequested. After `timeout_s` raises TimeoutError, or UserError when the ranks were started by hand.
     """
     assert ranks.meeting is not None
     address, port = where(ranks)
@@ -56,7 +56,7 @@ def meet(ranks: Ranks, node: str, agents_store: bool, timeout_s: float, wish: St
 
 
 def where(ranks: Ranks) -> tuple[str, int]:
-    """Where the ranks meet. On one node never at the name of its host, which perhaps nothing resolves."""
+    """Where the ranks meet. On one node never at the name of its host, which may not resolve."""
     assert ranks.meeting is not None
     address, port = ranks.meeting
     own = socket.gethostname()
@@ -66,7 +66,7 @@ def where(ranks: Ranks) -> tuple[str, int]:
 
 
 def _answers(address: str, port: int) -> bool:
-    """Whether something listens there. Not by TCPStore: while it waits, this process hears no signal."""
+    """Whether something listens there. Not asked by TCPStore: while it waits, this process handles no signal."""
     try:
         socket.create_connection((address, port), timeout=5).close()
     except OSError:
@@ -75,14 +75,14 @@ def _answers(address: str, port: int) -> bool:
 
 
 class _Waiting:
-    """Waits in small steps, and says for whom."""
+    """Waits in small steps, and reports for whom."""
 
     def __init__(self, ranks: Ranks, place: str, timeout_s: float, wish: StopWish, say: Say) -> None:
         self._ranks, self._place, self._timeout_s, self._say = ranks, place, timeout_s, say
         self._began = time.monotonic()
         self._next_s = _FIRST_S
         self._wish = wish
-        self.hears: Callable[[], Cause | None] = self._stopped  # why this rank is to leave
+        self.hears: Callable[[], Cause | None] = self._stopped  # why this rank must leave
 
     def until(self, done: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
         while not done():
@@ -101,14 +101,14 @@ class _Waiting:
 
     def _tell(self, missing: list[int], waited_s: float) -> None:
         ranks = self._ranks
-        # When ranks wait for rank 0, one rank of each node says so. Started by hand, each rank says so.
+        # When ranks wait for rank 0, one rank of each node reports that. Started by hand, each rank reports it.
         if missing and (ranks.rank == 0 or ranks.local_rank == 0 or not ranks.by_torchrun):
             self._say(f"rank {ranks.rank} waits for {_named(missing)} at {self._place} ({waited_s:.0f} s so far)")
 
     def _give_up(self, missing: list[int]) -> None:
         text = f"{_named(missing or [0])} did not come to {self._place} within {self._timeout_s:g} s"
         if self._ranks.by_torchrun:
-            raise TimeoutError(text)  # a failed start: it is started again
+            raise TimeoutError(text)  # a failed start, which is started again
         raise UserError(f"{text}: start every rank, or unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE to be alone")
 
 

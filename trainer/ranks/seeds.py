@@ -1,4 +1,4 @@
-"""Seeds as pure functions of what they are for. No random state is ever stored: it is derived again."""
+"""Seeds as pure functions of their purpose. No random state is ever stored, since it can be derived again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def derive(*parts: int | str) -> int:
 
 
 def generator(device: torch.device, *parts: int | str) -> torch.Generator:
-    """A generator of its own on `device`, seeded by `derive(*parts)`."""
+    """A new generator on `device`, seeded by `derive(*parts)`."""
     return torch.Generator(device=device).manual_seed(derive(*parts))
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Dropout's generator for one micro batch. Masks are equal at the same layout only.
+    """Seed dropout's generator for one micro batch. Masks are equal only in an equal layout.
 
-    Ranks of a tensor group draw differently too: each drops out of tokens and heads that the others do not hold.
+    Ranks of a tensor group get different seeds too: each holds tokens and heads that the others do not have.
     """
     torch.manual_seed(derive(seed, "dropout", step, micro_batch, rank))

@@ -29,10 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `kv` is the store that saver threads report through; None for one process.
+    """The place of this process among the ranks. `kv`: the store that saver threads report through; None for one
+    process.
 
-    `tensor` neighbouring ranks compute the same samples together; they count as one data rank. `heartbeat` tells the
-    node's monitor where this rank is.
+    `tensor` neighbouring ranks compute the same samples together, and count as one data rank. `heartbeat` tells the
+    node's monitor what this rank is doing.
     """
 
     rank: int
@@ -59,7 +60,7 @@ class World:
 
     @property
     def counts(self) -> bool:
-        """Whether this rank speaks for its data rank, wherever numbers about samples are added up or written down."""
+        """Whether this rank counts for its data rank, wherever numbers about samples are summed or recorded."""
         return self.rank % self.tensor == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,21 +70,21 @@ class World:
         return tensor
 
     def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the data ranks: what all ranks of a tensor group have alike is counted once. A collective."""
+        """Sum over the data ranks: values that all ranks of a tensor group share count once. A collective."""
         return self.sum(tensor if self.counts else torch.zeros_like(tensor))
 
     def barrier(self) -> None:
         """Wait for all ranks. A collective."""
-        float(self.sum(torch.zeros(1, device=self.device)))  # read: on a GPU the reduction alone would only be queued
+        float(self.sum(torch.zeros(1, device=self.device)))  # read: a GPU would only queue the reduction
 
     def from_first(self, function: Callable[[], T], patiently: str | None = None) -> T:
-        """What `function` gives on rank 0, on every rank; what it raises there, everywhere.
+        """The result of `function` on rank 0, given to every rank; an error there is raised everywhere.
 
-        `patiently` is a word, used once, under which the others wait in the store as long as it takes; without it they
+        With `patiently`, a word used only once, the others wait in the store for as long as it takes. Without it they
         wait in a collective, which has a timeout.
 
         A collective: every rank calls it. Rank 0 alone looks at shared folders and decides, since a shared filesystem
-        may show different ranks different things; an error it meets must reach the ranks that wait for it.
+        may show different ranks different content. Its error must reach the ranks that wait for it.
         """
         if self.size == 1:
             return function()
@@ -91,7 +92,7 @@ class World:
         if self.first:
             try:
                 outcome[0] = function()
-            except Exception as error:  # noqa: BLE001 - the ranks that wait must hear of whatever it is
+            except Exception as error:  # noqa: BLE001 - the waiting ranks must get any error
                 outcome[1] = _portable(error)
             if patiently is not None and self.kv is not None:
                 self.kv.set(patiently, "done")
@@ -106,7 +107,7 @@ class World:
         return outcome[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on every rank. A collective; for rare and small things."""
+        """Every rank's value, by rank, on every rank. A collective, for rare and small values."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -114,8 +115,8 @@ class World:
         return values
 
     def set_timeout(self, seconds: float) -> None:
-        """How long a rank waits for the others from now on: after the first step one that does not answer is lost, not
-        slow, as load and compile times are over."""
+        """Set how long a rank waits for the others. After the first step, load and compile times are over: a rank that
+        does not answer is lost, not slow."""
         if self.size > 1:
             from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -124,29 +125,29 @@ class World:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or its words where it cannot be sent to another process."""
+    """The error, or its text where the error cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever an unknown exception's pickling may raise
+    except Exception:  # noqa: BLE001 - an unknown exception's pickling may raise anything
         return RuntimeError(repr(error))
     return error
 
 
 def leave() -> None:
-    """End what `start` began. A rank that leaves while others still talk to it makes them fail: agree first."""
+    """End what `start` began. The other ranks fail if they still talk to a rank that leaves, so agree first."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def be_deterministic() -> None:
-    """Only algorithms that give the same bits each time. Called before a GPU is used: cuBLAS asks but once."""
+    """Use only algorithms that give the same bits each time. Call this before a GPU is used: cuBLAS reads it once."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def start(config: Config, heartbeat: Heartbeat | None = None, wish: StopWish | None = None) -> World:
-    """Join the ranks that torchrun started, or be alone. Raises StopRequested when `wish` says so meanwhile."""
+    """Join the ranks that torchrun started, or be alone. Raises StopRequested when `wish` asks for it meanwhile."""
     ranks = Ranks.read(os.environ)
     rank, size = ranks.rank, ranks.size
     if OMP_NUM_THREADS.read(os.environ) is None:  # neither a person nor a launcher has decided

@@ -1,1 +1,1 @@
-"""What a run shows of itself: metrics, series, summary, sample and profile."""
+"""What a run shows about itself: metrics, series, summary, sample and profile."""

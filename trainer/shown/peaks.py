@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# Dense bf16 tensor-core rates in TFLOP/s by the vendor's data sheets (without sparsity), by words of the device's name.
-# The first row whose words all occur decides, so the narrower names stand first.
+# Dense bf16 tensor-core rates in TFLOP/s by the vendors' data sheets (without sparsity), by words of the device's name.
+# The first row whose words all occur decides, so narrower names come first.
 BF16_TFLOPS: list[tuple[tuple[str, ...], float]] = [
     (("GB200",), 2500.0),
     (("B200",), 2250.0),

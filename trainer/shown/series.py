@@ -1,7 +1,7 @@
 """Where the rows of metrics.jsonl also go, to be drawn: TensorBoard, and Weights & Biases. Rank 0 only.
 
-Both get the numbers of the same row, and beside them what the monitors read of the GPUs. After a restart no step is
-there twice: TensorBoard cuts off what is made again, Weights & Biases keeps what it had.
+Both get the numbers of the same row, and the monitors' readings of the GPUs. After a restart no step appears twice.
+TensorBoard drops the old values of a repeated step, Weights & Biases keeps them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.life.rows import amount, facts_in, read_rows, text
 
 Row = dict[str, Any]
 _PATIENCE_S = 30  # for a server that does not answer, at the start and at the end
-_OWN_SECTIONS = {"monitor", "slurm"}  # may hold a command with a token in it: not for another's server
+_OWN_SECTIONS = {"monitor", "slurm"}  # may hold a command with a token in it, which another's server must not get
 
 
 class Series(Protocol):
@@ -38,21 +38,21 @@ class Series(Protocol):
 
 
 def check_series(run: RunSection) -> None:
-    """Raise UserError when a package is missing, before anything is touched."""
+    """Raise UserError when a package is missing, before any file is changed."""
     for wanted, package, name, without in (
         (run.tensorboard, "tensorboard", "tensorboard", "run.tensorboard=false"),
         (run.wandb is not None, "wandb", "muster[wandb]", "leave run.wandb out"),
     ):
         try:
             if wanted:
-                metadata.version(package)  # a folder `wandb` that lies about would be imported, too
+                metadata.version(package)  # an import would also find a stray folder `wandb`
         except metadata.PackageNotFoundError:
             how = f"install it: pip install '{name}', or {without}"
             raise UserError(f"run.{package} needs the package {package}, and there is none\n{how}") from None
 
 
 def open_series(config: Config, folder: RunFolder, first_step: int, say: Callable[[str], None]) -> list[Series]:
-    """What the config asks for. `first_step` is the first that this attempt makes. Raises UserError without a login."""
+    """The series that the config asks for. `first_step`: that of this attempt. Raises UserError without a login."""
     found: list[Series] = []
     if config.run.tensorboard:
         found.append(TensorBoard(folder.tensorboard, first_step))
@@ -62,7 +62,7 @@ def open_series(config: Config, folder: RunFolder, first_step: int, say: Callabl
 
 
 class TensorBoard:
-    """Scalars as an event file, through tensorboard's own writer (its torch front end takes seconds to import)."""
+    """Scalars in an event file, by tensorboard's own writer. (Its torch front end takes seconds to import.)"""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder = folder
@@ -77,7 +77,7 @@ class TensorBoard:
         with tolerate_unwritable():
             writer, self._writer = self._writer or self._open(step), None
             writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-            self._writer = writer  # one that failed once fails for ever: the next row begins a new file
+            self._writer = writer  # a writer that failed once fails for ever: the next row begins a new file
 
     def _open(self, step: int) -> Any:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -85,7 +85,7 @@ class TensorBoard:
 
         writer = EventFileWriter(str(self._folder))
         cut, self._first_step = self._first_step if self._first_step is not None else step, None
-        # Readers then forget what earlier files hold from this step on.
+        # Readers then drop the content of earlier files from this step on.
         writer.add_event(Event(wall_time=time.time(), step=cut, session_log=SessionLog(status=SessionLog.START)))
         return writer
 
@@ -96,10 +96,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of W&B for the whole run folder, whose id is kept in it. WANDB_MODE=offline writes files only.
+    """One run of W&B for the whole run folder, which holds its id. WANDB_MODE=offline writes files only.
 
-    Nothing but the numbers and the config goes there: no command line, git address, output or environment. When it
-    fails, that is said once, and the run goes on without.
+    It gets only the numbers and the config: no command line, git address, output or environment. Its first failure is
+    reported, and the run goes on without it.
     """
 
     def __init__(self, project: str, config: Config, folder: RunFolder, say: Callable[[str], None]) -> None:
@@ -108,7 +108,7 @@ class WeightsAndBiases:
         self._say, self._run = say, None
         known = text(facts_in(folder.wandb / "run.json"), "id")
         name = known or secrets.token_hex(4)
-        # It takes no number for an earlier step than its last.
+        # W&B refuses numbers for steps before its last.
         self._done = max((row.get("step") or 0 for row in read_rows(folder.metrics)), default=0) if known else 0
         quiet = dict.fromkeys(("silent", "disable_job_creation"), True) | {"finish_timeout_raises": False}
         private = ("disable_git", "disable_code", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
@@ -142,7 +142,7 @@ class WeightsAndBiases:
             yield
         except UsageError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever its client meets, the run goes on
+        except Exception as error:  # noqa: BLE001 - whatever its client raises, the run goes on
             self._run = None
             told = str(error).splitlines() or [""]
             self._say(f"run.wandb: given up, the run goes on without: {type(error).__name__}: {told[0]}")
@@ -150,7 +150,7 @@ class WeightsAndBiases:
 
 @contextmanager
 def _nobody_to_ask() -> Iterator[None]:
-    """W&B would ask for a key where standard input is a terminal, and nobody sits at a rank's."""
+    """Hide standard input: on a terminal W&B would ask for a key, and nobody sits at a rank's terminal."""
     with open(os.devnull, encoding="utf-8") as nothing:
         usual, sys.stdin = sys.stdin, nothing
         try:
@@ -160,7 +160,7 @@ def _nobody_to_ask() -> Iterator[None]:
 
 
 class Readings:
-    """What the monitors of all nodes read of their GPUs, by window, as the monitor of rank 0's node gathers it."""
+    """The monitors' readings of all nodes' GPUs, by window. The monitor of rank 0's node collects them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -173,7 +173,7 @@ class Readings:
             return None
 
     def new(self) -> dict[str, float]:
-        """Mean and lowest of each node since the last call, by name; nothing until a window has ended."""
+        """Name -> mean and lowest of each node since the last call; empty until a window has ended."""
         changed = self._changed()
         if changed == self._seen:
             return {}

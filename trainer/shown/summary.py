@@ -1,4 +1,4 @@
-"""What a run says about itself before its first step and after its last."""
+"""What a run prints about itself before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.ranks.world import World
 
 @dataclass(frozen=True)
 class Size:
-    """Of a sample: its cost in `unit` (tokens or samples), and the FLOPs of one unit, forward and backward."""
+    """The size of a sample: its cost in `unit` (tokens or samples), and the FLOPs per unit, forward and backward."""
 
     unit: str
     cost: int
@@ -32,8 +32,8 @@ def start_lines(
     data: Sequence[str],
     begins: str,
 ) -> list[str]:
-    """Model, parameters, layout, tokens per step, bytes per rank, data, and where it begins. `states`: how many tensors
-    the optimizer keeps for a parameter."""
+    """Model, parameters, layout, tokens per step, bytes per rank, data, and where the run begins. `states`: how many
+    tensors the optimizer keeps for a parameter."""
     infos, trainable = engine.parameters(), engine.trainable()
     counts = {name: _numel(info.shape) for name, info in infos.items()}
     total, trained = sum(counts.values()), sum(counts[n] for n in trainable)
@@ -102,7 +102,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def end_lines(config: Config, attempt: Attempt, end: End, seconds: float) -> list[str]:
-    """How it ended, where everything lies, what to type next."""
+    """How the run ended, where its files are, and what to type next."""
     folder = attempt.folder
     told = {
         "finished": f"finished at step {end.step}",

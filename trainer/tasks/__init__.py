@@ -1,4 +1,4 @@
-"""What is learned: one file per task. `TASKS` is the only place that knows which there are."""
+"""What is learned: one file per task. Only `TASKS` lists them all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.tasks.classify import Classification
 from trainer.tasks.lm import LanguageModelling
 from trainer.tasks.regress import Regression
 
-# Each takes its own section.
+# Each takes its own section of the config.
 TASKS: dict[str, Callable[[Any], Task]] = {
     "lm": LanguageModelling,
     "classify": Classification,

@@ -1,8 +1,8 @@
-"""What a task says: how records become samples, samples become batches, and a batch becomes sums.
+"""What a task defines: how records become samples, samples become batches, and a batch becomes sums.
 
-Every number of a task is a sum over rows. The step adds sums over micro batches and ranks, and divides by a weight that
-was summed in the same way. So a loss or metric does not depend on how samples fall on ranks, and an uneven last batch
-counts each sample once.
+Every number of a task is a sum over rows. The step adds the sums over micro batches and ranks, and divides by a weight
+that is summed in the same way. So a loss or metric does not depend on which rank has which sample, and an uneven last
+batch counts each sample once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = Callable[[Callable[[Callable[..., Any]], torch.Tensor]], torch.Tensor]  #
 
 @dataclass(frozen=True)
 class Column:
-    """One of a task's sums, and the weight that divides it."""
+    """One of a task's sums, and the name of the weight that divides it."""
 
     name: str
     per: str
@@ -34,14 +34,14 @@ Better = Literal["min", "max"]
 
 
 class Task(Collates, Protocol):
-    """`columns[0]` is the loss, and `columns[0].per` is `weights[0]`: the step divides the gradient by it."""
+    """`columns[0]` is the loss, and `columns[0].per` is `weights[0]`: the step divides the gradient by this weight."""
 
     columns: tuple[Column, ...]
     weights: tuple[str, ...]
-    # Every metric of a validation, and which direction is better. The first, the loss, decides which checkpoint is best
-    # and when to stop early, unless `train.best_metric` names another.
+    # Every metric of a validation, and which direction is better. The first one, the loss, decides which checkpoint is
+    # best and when to stop early, unless `train.best_metric` names another.
     better: Mapping[str, Better]
-    unit: Literal["tokens", "samples"]  # of `Samples.cost`, and of the speed that is shown
+    unit: Literal["tokens", "samples"]  # of `Samples.cost`, and of the printed speed
 
     def prepare(
         self,
@@ -51,50 +51,50 @@ class Task(Collates, Protocol):
         should_stop: Callable[[], bool],
         began_with: Mapping[str, str],
     ) -> Path:
-        """Make the samples once, on rank 0, and return what `open` takes. Raises UserError and Interrupted."""
+        """Make the samples once, on rank 0; return what `open` takes. Raises UserError and Interrupted."""
 
     def open(self, path: Path, config: Config) -> Prepared:
-        """The prepared samples, memory-mapped. On every rank."""
+        """The prepared samples, memory-mapped, on every rank."""
 
     def resolve(self, config: Config, prepared: Prepared) -> Config:
-        """The config with the sizes that the data decide. Raises UserError where the data do not fit it."""
+        """The config with the sizes that the data decide. Raises UserError where data and config do not fit."""
 
     def sums(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(0-d total to differentiate, fp64 [columns]) of one batch: sums over its rows, never means."""
+        """(0-d total to differentiate, fp64 [columns]) of one batch. Both are sums over its rows, never means."""
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Named numbers from sums over all ranks: columns and weights by name. The first is the loss."""
+        """Metric -> value, from the sums over all ranks (columns and weights by name). The first metric is the loss."""
 
     def example(self, config: Config) -> tuple[Batch, int]:
-        """A batch of one row as the largest sample gives it, on the meta device, and its cost: for FLOPs and plans."""
+        """A batch with one row as large as the largest sample, on the meta device; its cost. For FLOPs and plans."""
 
     def describe(self, prepared: Prepared, config: Config) -> list[str]:
         """A line per source for the start-up summary."""
 
     def show(self, call: Call, config: Config, device: torch.device, step: int) -> str | None:
-        """What a finished run prints of what it has learned. All ranks call it together."""
+        """The text that a finished run prints about what it learned. All ranks call this together."""
 
     def fault(self, batch: Batch) -> str | None:
         """What is wrong with a batch, for `--debug`."""
 
     def first_loss(self, config: Config) -> float | None:
-        """The loss of a model that knows nothing, where there is such a number; for `--debug`."""
+        """The loss of a model that has learned nothing, where that number is known; for `--debug`."""
 
 
 def mean_loss(task: Task, sums: Mapping[str, float]) -> dict[str, float]:
-    """The loss alone: what a row of training shows."""
+    """The loss alone, as a training row shows it."""
     loss = task.columns[0]
     return {loss.name: sums[loss.name] / sums[loss.per]}
 
 
 def named(task: Task, sums: Iterable[float], weights: Iterable[float]) -> dict[str, float]:
-    """Columns and weights by name."""
+    """Name -> value of columns and weights."""
     names = [column.name for column in task.columns]
     return dict(zip([*names, *task.weights], [*sums, *weights], strict=True))
 
 
 def best_metric(task: Task, config: Config) -> tuple[str, Better]:
-    """Which metric decides, and its better direction. UserError where the task has no such metric."""
+    """Which metric decides, and its better direction. Raises UserError where the task has no such metric."""
     name = config.train.best_metric or next(iter(task.better))
     if name not in task.better:
         raise UserError(

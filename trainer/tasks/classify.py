@@ -32,24 +32,24 @@ from trainer.tasks.records import (
     value_of,
 )
 
-MOST_LABELS = 1000  # every pair of two is a sum that all ranks add up in each step
+MOST_LABELS = 1000  # all ranks add one sum per pair of labels in each step
 
 
 class Classification(OfRecords):
-    """Sums: the cross-entropy, times a row's weight, and how many rows of each label got each prediction.
+    """Sums: the cross-entropy times a row's weight, and a count for each pair of label and prediction.
 
-    Numbers of tables go in with mean 0 and deviation 1 as the training records have them, images divided by the
-    largest value of the training images.
+    Numbers of tables are scaled to mean 0 and deviation 1 over the training records. Images are divided by the largest
+    value of the training images.
     """
 
     better: Mapping[str, Better] = {"loss": "min", **dict.fromkeys(RATES, "max")}
 
     def __init__(self, section: ClassifySection) -> None:
         self.section = section
-        self.labels: list[str] = []  # known from `resolve` on, as are the sums
+        self.labels: list[str] = []  # `resolve` sets the labels and the sums
         self.columns: tuple[Column, ...] = (Column("loss", per="weight"),)
         self._class_weights = torch.ones(0)
-        self._scale = 1.0  # of images; 1 where numbers come scaled
+        self._scale = 1.0  # of images; 1 where numbers are already scaled
 
     # ---- samples
 
@@ -58,7 +58,7 @@ class Classification(OfRecords):
         return {"task": "classify", "label": section.label, "features": section.features, "image": section.image}
 
     def survey(self, records: Iterator[Record]) -> Facts:
-        """`labels`, `counts` of each; of a table `features`, `mean`, `std`, of images `image`, `shape`, `scale`."""
+        """`labels`, and `counts` of each. Of a table `features`, `mean`, `std`; of images `image`, `shape`, `scale`."""
         first = next(records)
         image = self._image_of(first)
         columns = [] if image else feature_columns(self.section.features, self.section.label, first)
@@ -87,7 +87,7 @@ class Classification(OfRecords):
         return {**facts, "features": columns, "mean": moments.mean.tolist(), "std": moments.std.tolist()}
 
     def encode(self, record: Record, facts: Facts) -> dict[str, np.ndarray]:
-        """`features` (F,), fp32 of a table and in their own numbers of an image, and `label` () int64."""
+        """`features` (F,), fp32 from a table or unscaled from an image, and `label` () int64."""
         label, labels = label_of(record, self.section.label), facts["labels"]
         if label not in labels:
             raise UserError(
@@ -106,7 +106,7 @@ class Classification(OfRecords):
         return {"features": features, "label": np.array(labels.index(label), dtype=np.int64)}
 
     def _image_of(self, first: Record) -> str | None:
-        """The column with an image, if images go in."""
+        """The column with the image, where the input is an image."""
         name = self.section.image
         if name is None and not self.section.features and isinstance(first.values.get("image"), np.ndarray):
             return "image"
@@ -122,7 +122,7 @@ class Classification(OfRecords):
         classes = len(self.labels)
         pairs = [Column(f"count {i}.{j}", per="weight") for i in range(classes) for j in range(classes)]
         self.columns = (Column("loss", per="weight"), *pairs)
-        balanced = counts.sum() / (classes * counts)  # so that each label weighs the same in all training records
+        balanced = counts.sum() / (classes * counts)  # each label then weighs the same over all training records
         chosen = balanced if self.section.class_weights == "balanced" else np.ones(classes)
         self._class_weights = torch.from_numpy(chosen).float()
         self._scale = float(facts.get("scale", 1.0))
@@ -171,7 +171,7 @@ class Classification(OfRecords):
 
 
 def label_of(record: Record, column: str) -> str:
-    """A label as text, so that 3 of one file is the 3 of another. UserError where there is none."""
+    """A label as text, so that 3 in one file equals 3 in another. Raises UserError where there is none."""
     value = value_of(record, column)
     if isinstance(value, np.ndarray):
         raise UserError(f"{record.place}: column {column!r} holds an image, a label was expected")
@@ -181,7 +181,7 @@ def label_of(record: Record, column: str) -> str:
 
 
 def _order(labels: Mapping[str, int]) -> Callable[[str], Any]:
-    """Whole numbers by their value, anything else as text."""
+    """The order of labels: whole numbers by their value, all others as text."""
     try:
         numbers = {label: int(label) for label in labels}
     except ValueError:

@@ -1,7 +1,7 @@
-"""Metrics from sums alone: they add up over batches and ranks, and the last step is here. No torch.
+"""Metrics from sums alone: the sums add up over batches and ranks, and this is the last step. No torch.
 
-Where a number has no meaning (the precision of a label that nobody predicted) it is 0, as scikit-learn's
-`zero_division=0` has it.
+Where a number has no meaning (the precision of a label that was never predicted) it is 0, as with scikit-learn's
+`zero_division=0`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# What `classification` gives, of which more is better.
+# The metrics of `classification` where more is better.
 RATES = ("accuracy", "precision", "recall", "f1", "precision_macro", "recall_macro", "f1_macro", "f1_micro")
 
 
 def classification(confusion: np.ndarray) -> dict[str, float]:
-    """Metrics of counts (labels, predictions), K x K.
+    """Metrics of the counts of (labels, predictions), K x K.
 
-    `precision`, `recall` and `f1` are those of the second of two labels; of more labels they are the macro ones, means
-    over the labels that occur, as a label or a prediction. `majority` is the accuracy of always naming the most
-    frequent label.
+    For two labels, `precision`, `recall` and `f1` are those of the second label. For more labels they are the macro
+    values: means over the labels that occur as a label or a prediction. `majority` is the accuracy of always predicting
+    the most frequent label.
     """
     confusion = np.asarray(confusion, dtype=np.float64)
     hits, total = np.diagonal(confusion), confusion.sum()
@@ -40,13 +40,13 @@ def classification(confusion: np.ndarray) -> dict[str, float]:
         "precision_macro": _mean(precision[occurs]),
         "recall_macro": _mean(recall[occurs]),
         "f1_macro": _mean(f1[occurs]),
-        "f1_micro": accuracy,  # of one label per row: each wrong prediction is one label too much and one too few
+        "f1_micro": accuracy,  # with one label per row, a wrong prediction is one too many and one too few
         "majority": float(_ratio(of_label.max(), total)),
     }
 
 
 def per_label(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """`precision`, `recall`, `f1` (K,) of each label, and its count of rows, `support`."""
+    """`precision`, `recall`, `f1` (K,) of each label, and `support`, its count of rows."""
     confusion = np.asarray(confusion, dtype=np.float64)
     hits, support, predicted = np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     f1 = _ratio(2 * hits, support + predicted)
@@ -54,18 +54,19 @@ def per_label(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def regression(sums: Mapping[str, float], scale: float = 1.0) -> dict[str, float]:
-    """`mse`, `mae` and, of two rows or more, `r2` from sums over rows: `count`, `absolute` and `squared` errors,
+    """`mse`, `mae` and, for two rows or more, `r2`, from sums over rows: `count`, `absolute` and `squared` errors,
     `target`, `target_squared`.
 
-    Targets are less the mean of the training targets, in units of `scale`; around that mean the variance loses no
-    digits. The results are in the target's own units. r2 of targets that are all alike is 1 when they are hit, else 0.
+    Targets have the mean of the training targets subtracted, in units of `scale`, so that the variance loses no digits.
+    The results are in the target's own units. If all targets are equal, r2 is 1 when they are predicted exactly, else
+    0.
     """
     count, squared = sums["count"], sums["squared"]
     found = {"mse": squared / count * scale**2, "mae": sums["absolute"] / count * scale}
     if count < 2:
         return found
     spread = sums["target_squared"] - sums["target"] ** 2 / count
-    if spread <= 1e-13 * sums["target_squared"]:  # what rounding leaves of targets that are all alike
+    if spread <= 1e-13 * sums["target_squared"]:  # the rounding error where all targets are equal
         found["r2"] = 1.0 if squared == 0 else 0.0
     else:
         found["r2"] = 1.0 - squared / spread

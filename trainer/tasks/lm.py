@@ -22,7 +22,7 @@ from trainer.tasks.sample import write_sample
 
 
 class LanguageModelling:
-    """Windows of tokens, each with the token that follows it as its target; sums are over targets."""
+    """Windows of tokens. Each token's target is the next token; sums are over targets."""
 
     columns: tuple[Column, ...] = (Column("loss", per="targets"),)
     weights: tuple[str, ...] = ("targets",)
@@ -68,7 +68,7 @@ class LanguageModelling:
         return f"what the model writes now:\n{write_sample(call, config, device, step)}"
 
     def fault(self, batch: Batch) -> str | None:
-        """A batch has targets, and none of them belongs to another document than its input."""
+        """Why a batch is wrong: it has no targets, or a target belongs to another document than its input."""
         targets, documents = batch.tensors["targets"], batch.tensors.get("documents")
         if batch.rows and not (targets != IGNORE).any():
             return "a micro batch with samples has no target"

@@ -1,4 +1,4 @@
-"""What tasks of records have in common: numbers in columns, their means and deviations, errors that name a place."""
+"""What tasks of records share: numbers in columns, their means and deviations, errors that name a place."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Moments:
 
     @property
     def std(self) -> np.ndarray:
-        """Deviation of each column; 1 where all rows are alike, so that dividing by it does no harm."""
+        """Deviation of each column; 1 where all rows are equal, so that dividing by it does no harm."""
         std = np.sqrt(self._squares / max(self.count, 1))
         return np.where(std > 1e-12 * np.abs(self.mean), std, 1.0)
 
 
 def value_of(record: Record, column: str) -> Value:
-    """UserError where the record has no such column, or nothing in it."""
+    """The value in a column. Raises UserError where the record has no such column, or no value in it."""
     if column not in record.values:
         near = difflib.get_close_matches(column, record.values, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(record.values)}"
@@ -57,7 +57,7 @@ def value_of(record: Record, column: str) -> Value:
 
 
 def number_of(record: Record, column: str) -> float:
-    """UserError for what is no finite number."""
+    """The number in a column. Raises UserError for a value that is no finite number."""
     value = value_of(record, column)
     try:
         number = math.nan if isinstance(value, np.ndarray | None) else float(value)
@@ -70,12 +70,12 @@ def number_of(record: Record, column: str) -> float:
 
 
 def numbers_of(record: Record, columns: Sequence[str]) -> np.ndarray:
-    """(columns,) fp64."""
+    """The numbers in some columns: (columns,) fp64."""
     return np.array([number_of(record, column) for column in columns], dtype=np.float64)
 
 
 def feature_columns(wanted: Sequence[str], predicted: str, first: Record) -> list[str]:
-    """The columns that go in: those wanted, or all but the one that is predicted, in the order of the first record."""
+    """The input columns: those wanted, or all but the predicted one, in the order of the first record."""
     columns = list(wanted) or [name for name in first.values if name != predicted]
     if predicted in columns:
         raise UserError(f"task.features holds {predicted!r}, the column that is to be predicted")
@@ -85,12 +85,13 @@ def feature_columns(wanted: Sequence[str], predicted: str, first: Record) -> lis
 
 
 def facts_of(prepared: Prepared) -> Facts:
-    """What `survey` told."""
+    """The facts that `survey` found."""
     return dict(prepared.facts["facts"])
 
 
 def sized(config: Config, features: int, outputs: int, why: str) -> Config:
-    """The config with the model's sizes. UserError where it has others than the data; `why`: what the outputs are."""
+    """The config with the model's sizes. Raises UserError where it has others than the data. `why`: what outputs
+    are."""
     model = config.model
     section, given = ("model.options", model.options) if isinstance(model, OwnModel) else ("model", model.model_dump())
     if given.get("features") not in (None, features):
@@ -101,7 +102,7 @@ def sized(config: Config, features: int, outputs: int, why: str) -> Config:
 
 
 def features_of(config: Config) -> int:
-    """How many numbers go in; 1 where only the data tell and `sized` has not said it."""
+    """How many numbers are the input; 1 where only the data tell and `sized` has not set it."""
     model = config.model
     found = model.options.get("features") if isinstance(model, OwnModel) else getattr(model, "features", None)
     return int(found or 1)
@@ -115,7 +116,7 @@ class OfRecords(ABC):
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
-        """See `Encoder`, as for the next two."""
+        """See `Encoder`, also for the next two."""
 
     @abstractmethod
     def survey(self, records: Iterator[Record]) -> Facts: ...
@@ -151,7 +152,7 @@ class OfRecords(ABC):
         return None
 
     def first_loss(self, config: Config) -> float | None:
-        """None: a new model's scores are far enough from 0 to show in its loss."""
+        """None: a new model's scores differ enough from 0 to change its loss."""
         return None
 
 

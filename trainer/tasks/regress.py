@@ -29,14 +29,14 @@ from trainer.tasks.records import (
     sized,
 )
 
-_SUMS = ("absolute", "target", "target_squared")  # beside the loss, which is that of squared errors
+_SUMS = ("absolute", "target", "target_squared")  # beside the loss, which is the squared errors
 
 
 class Regression(OfRecords):
-    """Sums: squared errors in the units that are learned in, and what else MSE, MAE and R2 are made of.
+    """Sums: squared errors in the units of training, and the other sums that MSE, MAE and R2 need.
 
-    Targets in samples are always less the mean of the training targets: without `task.normalise` it is added again
-    where the loss is computed.
+    Targets in samples always have the mean of the training targets subtracted. Without `task.normalise` the mean is
+    added again where the loss is computed.
     """
 
     columns: tuple[Column, ...] = tuple(Column(n, per="weight") for n in ("loss", *_SUMS))
@@ -45,7 +45,7 @@ class Regression(OfRecords):
 
     def __init__(self, section: RegressSection) -> None:
         self.section = section
-        self._shift, self._scale = 0.0, 1.0  # a target is scale * (its number in samples) + mean; from `resolve` on
+        self._shift, self._scale = 0.0, 1.0  # a target is scale * (its number in samples) + mean; set by `resolve`
 
     # ---- samples
 
@@ -72,7 +72,7 @@ class Regression(OfRecords):
         return {**facts, "target_mean": mean[-1], "target_std": std[-1]}
 
     def encode(self, record: Record, facts: Facts) -> dict[str, np.ndarray]:
-        """`features` (F,) fp32 and `target` () fp64, both normalised by what the training records have."""
+        """`features` (F,) fp32 and `target` () fp64, both normalised by the values of the training records."""
         numbers = numbers_of(record, facts["features"])
         target = (number_of(record, self.section.target) - facts["target_mean"]) / facts["target_std"]
         features = ((numbers - facts["mean"]) / facts["std"]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What the model writes now: a look at the end of a run, without a cache of keys and values, so for small models."""
+"""A sample of the model's text at the end of a run. It has no cache of keys and values, so it is for small models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPERATURE = 0.7
 
 def write_sample(call: Call, config: Config, device: torch.device, step: int) -> str:
     """`task.sample_prompt` continued by `task.sample_tokens` tokens. A collective: each token is one forward of all
-    ranks, so the number of tokens is fixed and no rank ends early."""
+    ranks, so every rank makes the same number of tokens."""
     section = config.lm
     tokenizer = load_tokenizer(config.data, config.words)
     ids = [int(i) for i in tokenizer.encode([section.sample_prompt.encode()])[0]] or [tokenizer.end_token]

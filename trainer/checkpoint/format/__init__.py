@@ -1,1 +1,1 @@
-"""Format 1: what lies in a checkpoint, and how its files are written and read back."""
+"""Format 1: the content of a checkpoint, and how its files are written and read back."""

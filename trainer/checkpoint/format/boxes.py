@@ -1,6 +1,6 @@
-"""Where the parts of a tensor are: boxes and flat ranges, and whether they make it whole. No torch.
+"""Where the parts of a tensor are: boxes and flat ranges, and whether together they make the tensor whole. No torch.
 
-A flat range is a handful of boxes (`boxes_of_range`), so everything that reads deals with boxes only.
+A flat range is equal to a few boxes (`boxes_of_range`), so all code that reads uses boxes only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Group = Literal["model", "frozen", "optim"]
 GROUPS: tuple[Group, ...] = ("model", "frozen", "optim")
 
-# Bytes of a number in each format, by its name in safetensors.
+# Bytes per number of each format, by its name in safetensors.
 WIDTHS = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -32,7 +32,7 @@ COMPARISONS_LIMIT = 200_000_000  # of numbers, when pieces are checked for overl
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a tensor whose row-major content lies `start` elements into the stored piece."""
+    """A box of a tensor. Its row-major content begins `start` elements into the stored piece."""
 
     offsets: Ints
     sizes: Ints
@@ -45,8 +45,8 @@ class Box:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A box of tensor `key` and the tensor that takes it: prod(sizes) elements, on any device. Another dtype than the
-    stored one is refused unless `cast`."""
+    """A box of tensor `key`, and the tensor that receives it: prod(sizes) elements, on any device. A dtype other than
+    the stored one is refused unless `cast`."""
 
     key: str
     out: torch.Tensor
@@ -66,7 +66,7 @@ def range_label(key: str, start: int) -> str:
 
 
 def boxes_of_range(shape: Ints, start: int, length: int) -> list[Box]:
-    """The flat range [start, start + length) of a tensor's row-major order as at most 2 x dims - 1 boxes, in order."""
+    """The flat range [start, start + length) of a tensor's row-major order, as at most 2 x dims - 1 boxes, in order."""
     if length == 0:
         return []
     if not shape:
@@ -88,7 +88,7 @@ def boxes_of_range(shape: Ints, start: int, length: int) -> list[Box]:
 
 
 def intersect(a: Box, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[Ints, Ints] | None:
-    """(offsets, sizes) of the part that a box shares with another, or None."""
+    """(offsets, sizes) of the part that a box shares with another; None without such a part."""
     low = tuple(max(x, y) for x, y in zip(a.offsets, offsets, strict=True))
     high = tuple(min(x + n, y + m) for x, n, y, m in zip(a.offsets, a.sizes, offsets, sizes, strict=True))
     if any(end <= begin for begin, end in zip(low, high, strict=True)):
@@ -97,7 +97,7 @@ def intersect(a: Box, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[Int
 
 
 def tiling_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
-    """Why boxes do not cover a tensor of `shape` exactly once, or None when they do."""
+    """Why boxes do not cover a tensor of `shape` exactly once; None when they do."""
     for box in boxes:
         inside = all(o >= 0 and n > 0 and o + n <= s for o, n, s in zip(box.offsets, box.sizes, shape, strict=True))
         if not inside:
@@ -109,7 +109,7 @@ def tiling_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
 
 
 def ranges_fault(total: int, ranges: Iterable[tuple[int, int]]) -> str | None:
-    """Why flat ranges (start, length) do not cover `total` elements exactly once, or None when they do."""
+    """Why flat ranges (start, length) do not cover `total` elements exactly once; None when they do."""
     position = 0
     for start, length in sorted(ranges):
         if length <= 0 or start != position:
@@ -119,8 +119,8 @@ def ranges_fault(total: int, ranges: Iterable[tuple[int, int]]) -> str | None:
 
 
 def _overlap_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
-    """What is wrong when two boxes share an element. Only boxes that overlap in one dimension are compared: in the
-    dimension where the fewest do, so that cuts along any dimension cost little."""
+    """The fault when two boxes share an element, else None. Only boxes that overlap in one dimension are compared. It
+    is the dimension with the fewest overlaps, so that cuts along any dimension cost little."""
     if not shape:
         return "two pieces of one element" if len(boxes) > 1 else None
     low = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), len(shape))
@@ -129,7 +129,7 @@ def _overlap_fault(shape: Ints, boxes: Sequence[Box]) -> str | None:
     best: tuple[int, Any, Any] | None = None
     for dim in range(len(shape)):
         order = np.argsort(low[:, dim], kind="stable")
-        # the first box that begins after this one ends
+        # the first box that begins after the end of this one
         last = np.searchsorted(low[order, dim], high[order, dim], side="left")
         count = int((last - next_one).sum())
         if best is None or count < best[0]:

@@ -1,4 +1,4 @@
-"""Python's garbage collector, out of the way where millions of objects are made that all stay."""
+"""Switch Python's garbage collector off where millions of objects are made that all stay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Nothing is collected meanwhile; for what takes seconds. The manifest of a thousand ranks is millions of small
-    objects without cycles, and the collector would look at all of them again and again: more than half of the time."""
+    """Collect no garbage in this block, for work of seconds. The manifest of a thousand ranks is millions of small
+    objects without cycles. The collector would look at all of them repeatedly, for more than half of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
-"""Every operation by which a save changes the disk goes through here, so that tests count, kill and record each one.
+"""Every operation by which a save changes the disk, so that tests can count, kill and record each one.
 
-One function is one system call, with `fsync_dir` (open, fsync, close) as the only exception.
+One function is one system call. Only `fsync_dir` is three (open, fsync, close).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation about to happen. `name`: mkdir, create, write, fsync, rename, link, unlink, rmdir or fsync_dir."""
+    """An operation about to happen. `name`: mkdir, create, write, fsync, rename, link, unlink, rmdir or fsync_dir."""
 
     name: str
     path: str
@@ -24,14 +24,14 @@ class Operation:
     data: memoryview | None = None
 
 
-# Called with each operation; the operation runs inside the context manager it returns. For tests only. While there is
-# one, operations of all threads go one at a time, so that the order in which it sees them is the real one.
+# Called with each operation, which then runs inside the context manager returned. For tests only. While an observer is
+# set, the operations of all threads run one at a time, so that it sees them in their real order.
 observer: Callable[[Operation], AbstractContextManager[None]] | None = None
 _one_at_a_time = threading.RLock()
 
 
-# Bytes of a file after which the disk is asked to begin with them, so that it works while the rest is being copied and
-# fsync has little left to wait for. A hint, which promises and changes nothing; where it is unknown it is left out.
+# After this many bytes of a file the disk is asked to write them. It then works while the rest is copied, and fsync
+# waits less. This is a hint, which promises and changes nothing. It is skipped where the system does not know it.
 WRITE_BACK_BYTES = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -53,7 +53,7 @@ def _alone(seen_by: Callable[[Operation], AbstractContextManager[None]], operati
 
 
 class NewFile:
-    """A file that did not exist before, written front to back."""
+    """A file that did not exist before, written from front to back."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class NewFile:
             self._handed_over = self.size
 
     def fsync(self) -> None:
-        """Return only when the file's bytes survive a power loss (its name needs `fsync_dir`)."""
+        """Return once the file's bytes survive a power loss (its name needs `fsync_dir`)."""
         with _observed("fsync", self.path):
             os.fsync(self._fd)
 
@@ -109,7 +109,7 @@ def rmdir(path: str) -> None:
 
 
 def fsync_dir(path: str) -> None:
-    """Return only when the names in this folder survive a power loss."""
+    """Return once the names in this folder survive a power loss."""
     with _observed("fsync_dir", path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -119,8 +119,8 @@ def fsync_dir(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Unlink a folder with all its files, in a fixed order. A part that is already gone is no error. No link is
-    followed, it is unlinked: what it leads to is not ours."""
+    """Unlink a folder with all its files, in a fixed order. A part that is already gone is no error. A link is
+    unlinked, not followed: its target is not ours."""
     if os.path.islink(path):
         _tolerate_missing(unlink, path)
         return

@@ -1,4 +1,4 @@
-"""What can go wrong with a checkpoint, by name."""
+"""The errors of checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class BadCheckpoint(Exception):
-    """A checkpoint that must not be loaded. Says which file, where in it, and why."""
+    """A checkpoint that must not be loaded. The message tells which file, where in it, and why."""
 
     def __init__(self, path: str | Path, reason: str, bytes_range: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
@@ -17,8 +17,8 @@ class BadCheckpoint(Exception):
 
 
 class Superseded(Exception):
-    """A newer attempt owns the run folder; this one must end without writing anything more."""
+    """A newer attempt owns the run folder. This attempt must end and write nothing more."""
 
 
 class SaveError(Exception):
-    """A save that did not happen: another rank failed or did not answer, or the pieces do not make whole tensors."""
+    """A save that failed: another rank failed or did not answer, or the pieces do not make whole tensors."""

@@ -1,7 +1,7 @@
-"""What a manifest says of the run that saved it: the types of what is read back, and what must agree. No torch.
+"""What a manifest tells about the run that saved it: the types of the fields, and which of them must agree. No torch.
 
-These fields are the trainer's own; keys of `loop`, `config` and `model` that nothing reads are plain JSON. A right
-digest says who wrote a file last, not that it is true, so each relation that a reader relies on is checked here.
+These fields are the trainer's own. Keys of `loop`, `config` and `model` that nothing reads are plain JSON. A right
+digest tells who wrote a file last, not that its content is true. So each relation that a reader needs is checked here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 Size = Annotated[int, Field(ge=0, lt=1 << 62)]
-Time = Annotated[float, Field(ge=0, lt=1e11)]  # seconds since 1970; what comes after the year 5000 has no date
+Time = Annotated[float, Field(ge=0, lt=1e11)]  # seconds since 1970, up to about the year 5000: later times have no date
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=128)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=64)]
 
@@ -23,7 +23,7 @@ _AND_OTHERS = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 class _Position(TypedDict, total=False):
-    """Where in the data the run is."""
+    """The run's position in the data."""
 
     __pydantic_config__ = _ONLY_THESE  # type: ignore[misc]
 
@@ -44,7 +44,7 @@ class _Loop(TypedDict, total=False):
 
 
 class _Converted(TypedDict, total=False):
-    """Where a checkpoint of another kind came from, and what it held beside tensors."""
+    """Where a checkpoint of another kind came from, and its values beside tensors."""
 
     __pydantic_config__ = _ONLY_THESE  # type: ignore[misc]
 
@@ -66,7 +66,7 @@ LOOP = tuple(_Loop.__annotations__)
 
 
 def _writable(value: Any) -> Any:
-    """What JSON cannot hold (NaN, a number of thousands of digits) could be read, but not written again."""
+    """Refuse what JSON can read but not write again: NaN, or a number of thousands of digits."""
     json.dumps(value, allow_nan=False)
     return value
 
@@ -84,8 +84,8 @@ def contradiction(
     loop: Mapping[str, Any],
     layout: Mapping[str, Any],
 ) -> str | None:
-    """What cannot be true together; None when all can."""
-    if "engine" in layout:  # then a run wrote this, and a run goes on from all of it
+    """Two values that contradict each other, in words; None when all agree."""
+    if "engine" in layout:  # then a run wrote this, and a run needs all of it to go on
         missing = [f"loop.{key}" for key in LOOP if key not in loop]
         missing += [f"position.{key}" for key in _Position.__annotations__ if key not in position]
         if missing:

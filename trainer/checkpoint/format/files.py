@@ -1,7 +1,7 @@
-"""The files of a checkpoint: ordinary safetensors, streamed out and read back block by block.
+"""The files of a checkpoint: ordinary safetensors, written as a stream and read back block by block.
 
-A file is cut into blocks of 4 MiB from its first byte, header included; each block has an xxh3-64. Writing hashes as it
-goes; reading checks every block that it touches and takes only the bytes that were asked for.
+A file is cut into blocks of 4 MiB from its first byte, header included. Each block has an xxh3-64. Writing computes the
+hashes on the way. Reading checks every block that it touches, and takes only the requested bytes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from trainer.checkpoint.format.errors import BadCheckpoint
 from trainer.checkpoint.format.strict import parse
 
 BLOCK_BYTES = 4 << 20
-STEP_BYTES = 1 << 20  # read, then hashed, at a time: within a core's cache, and not so little that threads queue
+STEP_BYTES = 1 << 20  # read, then hashed, at a time: fits a core's cache, and is enough that threads do not queue
 HASH_DIGITS = 16
-HEADER_LIMIT_BYTES = 32 << 20  # of some 300,000 tensors in one file
+HEADER_LIMIT_BYTES = 32 << 20  # for some 300,000 tensors in one file
 
 
 def blocks_in(size: int) -> int:
@@ -33,7 +33,7 @@ def blocks_in(size: int) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a safetensors header; `start` and `end` count from the beginning of the file."""
+    """A tensor in a safetensors header. `start` and `end` count from the beginning of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,9 +42,9 @@ class Entry:
 
 
 def parse_header(path: str, raw: bytes, file_bytes: int) -> dict[str, Entry]:
-    """The entries of a safetensors file from its first bytes (8 + header). Raises BadCheckpoint for anything odd.
+    """The entries of a safetensors file from its first bytes (8 + header). Raises BadCheckpoint for any irregularity.
 
-    Names, dtypes, sizes, bounds, gaps and overlaps are checked; no allocation depends on a number that is read.
+    Names, dtypes, sizes, bounds, gaps and overlaps are checked. No allocation depends on a number from the file.
     """
 
     def bad(reason: str) -> BadCheckpoint:
@@ -77,7 +77,7 @@ def parse_header(path: str, raw: bytes, file_bytes: int) -> dict[str, Entry]:
 
 
 def header_length(path: str, first: bytes, file_bytes: int) -> int:
-    """The header's length from a file's first 8 bytes, believed only when the file can hold it."""
+    """The header's length from a file's first 8 bytes, accepted only if the file is long enough."""
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length < 2 or length > min(HEADER_LIMIT_BYTES, file_bytes - 8):
         raise BadCheckpoint(path, f"safetensors header: impossible length {length} in a file of {file_bytes} bytes")
@@ -104,7 +104,7 @@ def _is_size(number: Any) -> bool:
 
 @dataclass
 class FileReader:
-    """Reads blocks of one file, each checked. Any number of threads may."""
+    """Reads blocks of one file, and checks each. Any number of threads may read."""
 
     path: str
     size: int
@@ -121,19 +121,20 @@ class FileReader:
         return blocks_in(self.size)
 
     def block_range(self, index: int) -> tuple[int, int]:
-        """The bytes [low, high) of the file that are block `index`."""
+        """The bytes [low, high) of the file that form block `index`."""
         return index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, self.size)
 
     def announce(self, first: int, last: int) -> None:
         """Let the system begin to fetch these blocks: a disk is fastest when it has much to do at once."""
         low, high = self.block_range(first)[0], self.block_range(last)[1]
-        with suppress(OSError):  # not every filesystem takes hints; what is wrong with a file is said by reading it
+        with suppress(OSError):  # some filesystems take no hints; reading reports real faults
             os.posix_fadvise(self._open(), low, high - low, os.POSIX_FADV_WILLNEED)
 
     def read_block(self, index: int, parts: Iterable[memoryview]) -> None:
-        """Fill `parts`, together just as long as the block, with it. Raises BadCheckpoint when it is bad.
+        """Read a block into `parts`, which together are as long as the block. Raises BadCheckpoint when the block is
+        bad.
 
-        Hashed step by step, while what was read is still in the cache of the core that hashes."""
+        It is hashed step by step, while the bytes read are still in the cache of the hashing core."""
         low, high = self.block_range(index)
         found, position = xxhash.xxh3_64(), low
         for part in parts:
@@ -148,7 +149,7 @@ class FileReader:
             raise BadCheckpoint(self.path, "the block's checksum is wrong", (low, high))
 
     def read(self, start: int, out: memoryview) -> None:
-        """Fill `out` (flat bytes) from the byte `start` on. Raises BadCheckpoint, naming the block, when one is bad."""
+        """Fill `out` (flat bytes) from the byte `start` on. Raises BadCheckpoint, which names the bad block."""
         end = start + len(out)
         if start < 0 or end > self.size:
             raise BadCheckpoint(self.path, f"read beyond the file's {self.size} bytes", (start, end))
@@ -160,7 +161,7 @@ class FileReader:
             out[begin - start : stop - start] = block[begin - low : stop - low]
 
     def header(self) -> dict[str, Entry]:
-        """The safetensors header, parsed strictly."""
+        """The safetensors header, checked strictly."""
         first = bytearray(min(8, self.size))
         self.read(0, memoryview(first))
         raw = bytearray(8 + header_length(self.path, bytes(first), self.size))
@@ -189,7 +190,7 @@ class FileReader:
         return self._fd
 
     def close(self) -> None:
-        """Give the file back. Reading opens it again."""
+        """Close the file. Reading opens it again."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1

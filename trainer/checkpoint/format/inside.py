@@ -1,6 +1,6 @@
-"""What a manifest names is a regular file inside the checkpoint's own folder, or the checkpoint is bad.
+"""A file that a manifest names must be a regular file inside the checkpoint's own folder, else the checkpoint is bad.
 
-No link is followed on the way, so nothing outside the folder is read; no pipe or device is opened, so nothing hangs.
+No link is followed, so nothing outside the folder is read. No pipe or device is opened, so nothing hangs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from trainer.checkpoint.format.errors import BadCheckpoint
 
 
 def check_files(files: Iterable[tuple[Path, int]]) -> None:
-    """Raise BadCheckpoint unless each (path, size) is a file of that size in a real folder, UserError when one may not
-    be read."""
+    """Raise BadCheckpoint unless each (path, size) is a file of that size in a real folder. Raise UserError when one
+    may not be read."""
     checked: set[Path] = set()
     for path, size in files:
         if path.parent not in checked:
@@ -36,7 +36,7 @@ def check_file(path: Path, size: int) -> None:
 
 
 def read_small(path: Path, limit_bytes: int) -> bytes:
-    """A whole file. Raises BadCheckpoint when it is missing, too large or no regular file."""
+    """The bytes of a whole file. Raises BadCheckpoint when it is missing, too large or no regular file."""
     _regular(path)
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:

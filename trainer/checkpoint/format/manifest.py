@@ -1,7 +1,7 @@
 """manifest.json: everything that a checkpoint is, except the numbers in its tensors.
 
-It is enough to load without the run's code or config. It is checked whole before anything is believed. It carries the
-digest of `checksums.json` and of itself, so every byte of a checkpoint is under a checksum. Format 1:
+It suffices to load without the run's code or config. All of it is checked before any of it is used. It has the digest
+of `checksums.json` and of itself, so a checksum covers every byte of a checkpoint. Format 1:
 
     format, step, attempt, saved_s, metric              which checkpoint this is
     position, loop, config, fingerprint, model, layout, data    the trainer's own, see facts.py
@@ -11,8 +11,8 @@ digest of `checksums.json` and of itself, so every byte of a checkpoint is under
     tensors {key: {group, dtype, partition, bytes, trained_step}}
     checksums, digest
 
-A partition is how a shape is cut over files; tensors of one shape and group usually share one, so that the manifest
-stays small at a thousand ranks. `bytes` says where each piece begins in its file, one number when all pieces agree.
+A partition tells how a shape is cut over files. Tensors of one shape and group usually share a partition, so that the
+manifest stays small at a thousand ranks. `bytes`: where each piece begins in its file, one number if all agree.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from trainer.checkpoint.format.strict import parse
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
-MANIFEST_LIMIT_BYTES = 256 << 20  # of checksums.json too: enough for 64 TB
+MANIFEST_LIMIT_BYTES = 256 << 20  # also of checksums.json: enough for 64 TB
 PIECES_LIMIT = 1 << 24  # of all tensors together: 4,096 ranks of the largest model
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 M = TypeVar("M", bound=BaseModel)
 _DIGEST_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"}\n\Z')
-_LATER_FIELDS = ("buffers", "stateless", "sources")  # not written when empty: the bytes are then those of before
+_LATER_FIELDS = ("buffers", "stateless", "sources")  # left out when empty: the bytes are then those of older versions
 _BLANK_TAIL = b',"digest":""}\n'
 
 
@@ -62,7 +62,7 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """Another checkpoint in which files of this one lie: its folder, its step, and the digest of its manifest."""
+    """Another checkpoint that holds files of this one: its folder, its step, and the digest of its manifest."""
 
     path: str = Field(pattern=r"^/[^\x00]*$")
     step: Size
@@ -70,7 +70,7 @@ class Source(_Part):
 
 
 class StoredFile(_Part):
-    """One safetensors file. Its path stays inside the checkpoint's folder, or that of the named source."""
+    """One safetensors file. Its path stays inside the checkpoint's folder, or inside that of the named source."""
 
     path: str = Field(pattern=r"^(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")
     size: Size
@@ -83,7 +83,7 @@ class StoredFile(_Part):
         return self.path if self.source is None else f"source-{self.source}/{self.path}"
 
     def may_hold(self, group: Group) -> bool:
-        """Whether tensors of this group may lie here. What is frozen here may have been trained in the source."""
+        """Whether this file may hold tensors of the group. A tensor frozen here may have been trained in the source."""
         return self.source is not None or self.path.startswith(f"{group}/")
 
 
@@ -116,7 +116,7 @@ class FlatPiece(_Part):
 
 
 class Partition(_Part):
-    """A shape and the pieces that make it whole: every element exactly once, no empty piece."""
+    """A shape and the pieces that cover it: every element exactly once, no empty piece."""
 
     shape: list[Size] = Field(max_length=64)
     pieces: list[BoxPiece | FlatPiece]
@@ -138,13 +138,13 @@ class Partition(_Part):
 
     @cached_property
     def _edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """First indices and ends of all boxes, a row each."""
+        """First indices and ends of all boxes, one row per box."""
         boxes = [box for _, box in self.flat_boxes]
         low = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), len(self.shape))
         return low, low + np.array([box.sizes for box in boxes], dtype=np.int64).reshape(low.shape)
 
     def touching(self, offsets: Ints, sizes: Ints) -> list[tuple[int, Box]]:
-        """The boxes, with the number of their piece, that share elements with a box that is not empty."""
+        """The boxes that share elements with a non-empty box, each with the number of its piece."""
         low, high = self._edges
         begin = np.array(offsets, dtype=np.int64)
         found = ((low < begin + np.array(sizes, dtype=np.int64)) & (high > begin)).all(axis=1)
@@ -174,7 +174,7 @@ class Partition(_Part):
 
 
 class StoredTensor(_Part):
-    """One tensor. `trained_step` is the step at which it last changed; None for optimizer state."""
+    """One tensor. `trained_step`: the step at which it last changed; None for optimizer state."""
 
     group: Group
     dtype: str
@@ -236,7 +236,7 @@ class Manifest(_Part):
             for file, start, end in self.ranges(key):
                 used[file].append((start, end, key))
         for stored, ranges in zip(self.files, used, strict=True):
-            position, shared = stored.data, stored.source is not None  # a source holds more than is taken from it
+            position, shared = stored.data, stored.source is not None  # a source also holds other tensors
             for start, end, key in sorted(ranges):
                 if start != position and not (shared and start > position):
                     raise ValueError(f"{stored.path}: {key} begins at byte {start}, not at {position}")
@@ -250,7 +250,7 @@ class Manifest(_Part):
         return self
 
     def _check_tensors(self) -> None:
-        """That each tensor's partition is listed, suits its group and has a place for each piece."""
+        """Check that each tensor's partition is listed, fits its group and has a place for each piece."""
         suits: set[tuple[int, Group]] = set()
         count = 0
         for key, tensor in self.tensors.items():
@@ -276,7 +276,7 @@ class Manifest(_Part):
                 raise ValueError(f"{key} of group {tensor.group}: trained_step {tensor.trained_step} of {self.step}")
 
     def _check_names(self) -> None:
-        """That what is said of tensors by name is said of parameters or buffers that are here."""
+        """Check that every name in a field about parameters or buffers is one of this checkpoint's."""
         here = {key for key, tensor in self.tensors.items() if tensor.group != "optim"}
         for alias, name in self.aliases.items():
             if alias in self.tensors or name not in here:
@@ -307,8 +307,8 @@ class Manifest(_Part):
         return self.tensors[self.name_of(key)].dtype
 
     def places(self, key: str, offsets: Ints | None = None, sizes: Ints | None = None) -> list[Place]:
-        """Where a tensor's content lies: boxes that cover it exactly once, or those that share elements with a box of
-        it that is not empty."""
+        """Where a tensor's content is: boxes that cover it exactly once, or those that share elements with the given
+        non-empty box."""
         tensor = self.tensors[self.name_of(key)]
         partition, width = self.partitions[tensor.partition], WIDTHS[tensor.dtype]
         starts = _spread(tensor.bytes, len(partition.pieces))
@@ -321,7 +321,7 @@ class Manifest(_Part):
         return sum(file.size for file in self.files)
 
     def encode(self) -> bytes:
-        """The text of manifest.json, its digest in the last field."""
+        """The text of manifest.json, with its digest in the last field."""
         absent: dict[str, Any] = {name: True for name in _LATER_FIELDS if not getattr(self, name)}
         if not self.sources:
             absent["files"] = {"__all__": {"source"}}
@@ -341,14 +341,14 @@ def digest(content: bytes) -> str:
 
 
 def digest_in(content: bytes) -> str:
-    """The digest that stands at the end of a manifest's text."""
+    """The digest at the end of a manifest's text."""
     tail = _DIGEST_TAIL.search(content[-64:])
     return tail.group(1).decode() if tail else ""
 
 
 @no_collection()
 def decode(path: str | Path, content: bytes) -> Manifest:
-    """The manifest in `content`. Raises BadCheckpoint, naming `path`, unless every field of it can be believed."""
+    """The manifest in `content`. Raises BadCheckpoint, which names `path`, unless every field can be trusted."""
     tail = _DIGEST_TAIL.search(content[-64:])
     if tail is None:
         raise BadCheckpoint(path, "does not end with its digest: cut short or not a manifest")
@@ -359,7 +359,7 @@ def decode(path: str | Path, content: bytes) -> Manifest:
 
 
 def _parsed(kind: type[M], path: str | Path, text: bytes) -> M:
-    """JSON as a strict model. Raises BadCheckpoint; pydantic alone would take the last of two equal keys."""
+    """JSON as a strict model. Raises BadCheckpoint, also for two equal keys, where pydantic would take the last one."""
     try:
         found = kind.model_validate_json(text)
         parse(text)
@@ -373,24 +373,24 @@ def _parsed(kind: type[M], path: str | Path, text: bytes) -> M:
 
 
 def encode_checksums(files: dict[str, str], block_bytes: int) -> bytes:
-    """The text of checksums.json: per file its block hashes, 16 hex digits each, in one string."""
+    """The text of checksums.json: for each file its block hashes in one string, 16 hex digits each."""
     return json.dumps({"block_bytes": block_bytes, "xxh3_64": files}, separators=(",", ":")).encode() + b"\n"
 
 
 class Checksums(_Part):
-    """checksums.json."""
+    """The content of checksums.json."""
 
     block_bytes: Size
     xxh3_64: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]]
 
 
 def parse_checksums(path: str | Path, content: bytes) -> Checksums:
-    """Raises BadCheckpoint unless it has the form of checksums.json; `decode_checksums` asks whose it is."""
+    """Raises BadCheckpoint unless the form is right. `decode_checksums` checks that it belongs to the manifest."""
     return _parsed(Checksums, path, content)
 
 
 def decode_checksums(path: str | Path, content: bytes, manifest: Manifest, block_bytes: int) -> dict[str, str]:
-    """Block hashes by file name. Raises BadCheckpoint unless it is the file that the manifest means."""
+    """File name -> block hashes. Raises BadCheckpoint unless this is the file that the manifest means."""
     if digest(content) != manifest.checksums:
         raise BadCheckpoint(path, "not the file that manifest.json means: its digest is another")
     checksums = parse_checksums(path, content)

@@ -1,4 +1,4 @@
-"""Pieces: parts of global tensors, addressed by parameter name and place, never by rank.
+"""Pieces: parts of global tensors, identified by parameter name and place, never by rank.
 
 A piece is a box (offsets and sizes per dimension) or a flat range (start and length in row-major order) of a tensor.
 """
@@ -38,10 +38,12 @@ class Piece:
     """What one rank holds of one tensor.
 
     `key` is "<parameter>" or "<parameter>.<state>". `tensor` is live, on any device. Its row-major content is the box
-    (`offsets`, `sizes`) of the global tensor of `shape`. When `start` is given it is the flat range of that tensor's
-    row-major order that begins there; offsets and sizes are then empty. A 0-d tensor has empty tuples. `replicas` ranks
-    hold the same piece and this is number `replica` of them; exactly one of them writes it. One that is not `original`
-    is a copy of lower precision: it is never written, and the store must carry the original over.
+    (`offsets`, `sizes`) of the global tensor of `shape`. With a `start`, it is the flat range of that tensor's
+    row-major order that begins there; offsets and sizes are then empty. A 0-d tensor has empty tuples.
+
+    `replicas` ranks hold the same piece, and this is number `replica` of them. Exactly one of them writes the piece. A
+    piece that is not `original` is a copy of lower precision: it is never written, and the store must carry the
+    original over.
     """
 
     key: str
@@ -57,7 +59,7 @@ class Piece:
 
     @property
     def label(self) -> str:
-        """The name in the file."""
+        """The piece's name in the file."""
         return box_label(self.key, self.offsets) if self.start is None else range_label(self.key, self.start)
 
     @property
@@ -65,11 +67,11 @@ class Piece:
         return self.tensor.numel() * self.tensor.element_size()
 
     def is_mine(self) -> bool:
-        """Whether this replica writes. By a hash of the place, so that replicas share the work evenly."""
+        """Whether this replica writes the piece. A hash of the place decides: replicas share the work evenly."""
         return xxhash.xxh3_64_intdigest(self.label.encode()) % self.replicas == self.replica
 
     def check(self) -> None:
-        """Raise ValueError when the piece contradicts itself: an engine's mistake."""
+        """Raise ValueError when the piece contradicts itself, which is an engine's bug."""
         numel = self.tensor.numel()
         if self.tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{self.key}: dtype {self.tensor.dtype} has no name in safetensors")

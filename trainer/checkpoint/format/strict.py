@@ -1,4 +1,4 @@
-"""JSON as every file of a checkpoint holds it: an object never has the same key twice. No torch."""
+"""JSON in every file of a checkpoint: an object never has the same key twice. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse(text: bytes) -> Any:
-    """Raises ValueError for what is not JSON, or has a key twice: readers would disagree which of the two holds."""
+    """Raise ValueError for text that is no JSON, or has a key twice: readers would disagree which value counts."""
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Work on files by a few threads: reading, hashing, writing and copying all leave the interpreter to others."""
+"""Work on files in a few threads. Reading, hashing, writing and copying release Python's global lock."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ R = TypeVar("R")
 
 
 def in_threads(work: Callable[[T], R], tasks: Sequence[T], threads: int) -> Generator[R, None, None]:
-    """The results of all tasks, in their order, a few being worked on at a time; in the calling thread where one is
-    enough. Raises the first task's error, once none runs any more. (Whoever may leave the loop early closes it.)"""
+    """The results of all tasks, in their order, with a few tasks at work at a time. With one thread or task, the
+    calling thread works. Raises the first task's error after all running tasks have ended. (A caller that may leave the
+    loop early must close it.)"""
     threads = min(threads, len(tasks))
     if threads <= 1:
         yield from map(work, tasks)

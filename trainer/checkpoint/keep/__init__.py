@@ -1,1 +1,1 @@
-"""Which checkpoints stay, and how a damaged one is mended."""
+"""Which checkpoints stay, and how a damaged one is repaired."""

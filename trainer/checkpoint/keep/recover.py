@@ -1,8 +1,8 @@
-"""A bad or missing file of a checkpoint made whole again, block by block, from other copies of the same bytes.
+"""Make a bad or missing file of a checkpoint whole again, block by block, from other copies of the same bytes.
 
-Copies are what other checkpoints of the run (those set aside too) and the checkpoints in `manifest.sources` hold.
-What a block must be is said by the checkpoint's own checksums.json; where it is taken from does not matter then. Rank 0
-alone does this, for checkpoints of its own run.
+Other checkpoints of the run hold copies (those set aside too), and the checkpoints in `manifest.sources`. The
+checkpoint's own checksums.json decides whether a block is right, so its origin does not matter. Only rank 0 does this,
+for checkpoints of its own run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from trainer.life.entries import Kind, entries
 
 _FILE = re.compile(r"(model|frozen|optim)/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 _BAD_BLOCK = "a block's checksum is wrong"
-UNFINISHED = re.compile(r"^\..*\.mending$")  # the temporary name of a file that is being made whole
+UNFINISHED = re.compile(r"^\..*\.mending$")  # the temporary name of a file under repair
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a file must be."""
+    """What a file must be: its path, size and block hashes."""
 
     path: Path
     size: int
@@ -50,7 +50,7 @@ class Expected:
 
 @dataclass
 class _File:
-    """A file to take blocks from, opened when first asked. What cannot be read has no good block."""
+    """A file to take blocks from, opened at the first use. A file that cannot be read has no good block."""
 
     path: Path
     _fd: int | None = field(default=None, repr=False)
@@ -60,7 +60,7 @@ class _File:
         return (found.st_dev, found.st_ino) if found else None
 
     def block(self, expected: Expected, index: int) -> bytes | None:
-        """The block of this number, or None unless it is what is expected."""
+        """The block of this number, or None unless its hash is the expected one."""
         if not self._opened() or self._fd is None:
             return None
         try:
@@ -84,12 +84,12 @@ class _File:
 
 
 def recover(folder: Path, root: Path, found_bad: Collection[Path], say: Callable[[str], None]) -> list[str]:
-    """Make the files of the checkpoint `folder` whole that are missing, have a wrong size, or were `found_bad` when
-    they were read; returns their names, each said in one line.
+    """Repair the files of the checkpoint `folder` that are missing, have a wrong size, or were `found_bad` when they
+    were read. Returns their names, and reports each in one line.
 
     `root` is the folder of the run's checkpoints. Nothing outside it is changed. Raises BadCheckpoint when a file
-    cannot be made whole, or when the manifest or the checksums are themselves bad, and UserError when a good copy is
-    there but cannot be written.
+    cannot be repaired, or when the manifest or the checksums are bad. Raises UserError when a good copy exists but
+    cannot be written.
     """
     manifest, _, hashes = read_manifest(folder)
     mended = []
@@ -102,7 +102,7 @@ def recover(folder: Path, root: Path, found_bad: Collection[Path], say: Callable
 
 
 def _suspicion(expected: Expected, found_bad: Collection[Path]) -> str | None:
-    """Why a file should be looked at, or None."""
+    """Why a file must be checked, or None."""
     try:
         check_file(expected.path, expected.size)
     except BadCheckpoint as error:
@@ -111,7 +111,7 @@ def _suspicion(expected: Expected, found_bad: Collection[Path]) -> str | None:
 
 
 def _real(path: Path) -> Path:
-    """The file by whatever way to its folder; what the name itself is does not matter."""
+    """The path with links in its folder resolved, but not a link at the file's own name."""
     return Path(os.path.realpath(path.parent)) / path.name
 
 
@@ -123,7 +123,7 @@ def _folders(folder: Path, root: Path, manifest: Manifest) -> list[Path]:
 
 
 def _mend(expected: Expected, reason: str, folders: Sequence[Path], root: Path, say: Callable[[str], None]) -> bool:
-    """Write the file anew from its good blocks and those of copies. False when all of it turns out to be good."""
+    """Write the file anew from its good blocks and those of copies. False when all its blocks turn out to be good."""
     own = _File(expected.path)
     try:
         bad = [index for index in range(blocks_in(expected.size)) if own.block(expected, index) is None]
@@ -152,7 +152,7 @@ def _of(path: Path) -> str:
 
 
 def _find(expected: Expected, bad: Sequence[int], own: _File, folders: Sequence[Path]) -> dict[int, _File]:
-    """For each bad block a file that has it good. Raises BadCheckpoint when one has none."""
+    """Number of a bad block -> a file that has the block good. Raises BadCheckpoint when no file has it."""
     found: dict[int, _File] = {}
     for path in _copies(expected, bad, folders):
         other = _File(path)
@@ -174,14 +174,14 @@ def _find(expected: Expected, bad: Sequence[int], own: _File, folders: Sequence[
 
 
 def _copies(expected: Expected, bad: Sequence[int], folders: Sequence[Path]) -> Iterator[Path]:
-    """Files that may hold a bad block: by the checksums of their folder, or, when these cannot be read, by size."""
+    """Files that may hold a bad block: by the checksums of their folder, or by size when these cannot be read."""
     for folder in folders:
         try:
             table = folder / CHECKSUMS
             known = parse_checksums(table, read_small(table, MANIFEST_LIMIT_BYTES)).xxh3_64
         except (BadCheckpoint, UserError):
-            # Only where files of a checkpoint lie: a link may lead to a folder with a whole disk below it.
-            places = (folder / group for group in GROUPS)  # one that is closed to us: pathlib's glob would raise
+            # Look only into a checkpoint's own folders: a link may lead to a folder with a whole disk below it.
+            places = (folder / group for group in GROUPS)  # pathlib's glob would raise for an unreadable one
             files = (place / name for place in places for name in glob("*.safetensors", root_dir=place))
             yield from sorted(path for path in files if _size_of(path) == expected.size)
             continue
@@ -201,7 +201,7 @@ def _size_of(path: Path) -> int:
 
 
 def _rewrite(expected: Expected, blocks: Sequence[_File]) -> None:
-    """The file under a temporary name, each block from where it is good, then renamed over what is there."""
+    """Write the file under a temporary name, each block from a file that has it good. Then rename it over the old."""
     path = expected.path
     temporary = str(path.with_name(f".{path.name}.mending"))
     try:

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: what is there, what is good, and what goes. Rank 0 alone uses it."""
+"""The folder of checkpoints: which there are, which are good, and which are deleted. Only rank 0 uses it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from trainer.life.entries import (
     refuse_to_pass_over,
 )
 
-KEEP = "KEEP"  # a file in a checkpoint's folder; while it is there the checkpoint is not pruned
+KEEP = "KEEP"  # a file in a checkpoint's folder; while it exists, the checkpoint is not pruned
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What pruning needs to know of a checkpoint. `fault`: why it does not open; None when it opens well."""
+    """What pruning needs to know of a checkpoint. `fault`: why it does not open; None when it does."""
 
     fault: str | None
     metric: float | None = None
@@ -59,11 +59,11 @@ class Shelf:
         return self.root / checkpoint_name(step)
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending. Whether they are good is not asked here."""
+        """Committed steps, ascending, good or not."""
         return committed_steps(self.root)
 
     def linked(self) -> list[int]:
-        """Committed steps whose folder lies elsewhere, behind a link: read like the others, never deleted or mended."""
+        """Committed steps whose folder is elsewhere, behind a link. They are read, never deleted or repaired."""
         return [e.step for e in entries(self.root) if e.kind is Kind.COMMITTED and e.is_link and e.step is not None]
 
     def clean(self) -> list[str]:
@@ -80,12 +80,12 @@ class Shelf:
         return sorted(path.name for path in left)
 
     def newest_good(self) -> Checkpoint | None:
-        """The newest checkpoint whose manifest and files are sound, or None when there is none at all.
+        """The newest checkpoint whose manifest and files are sound, or None when there is no checkpoint at all.
 
-        A file that is missing or has a wrong size is recovered from another copy, where there is one. Bad ones that are
-        newer are set aside as `step-....bad-<k>`, loudly. When all are bad nothing is renamed and a UserError says so,
-        because going on would begin the run from nothing; likewise when only such are left, and when an entry that
-        cannot be used may be newer than the one found.
+        A file that is missing or has a wrong size is recovered from another copy, where there is one. Newer checkpoints
+        that are bad are reported, and set aside as `step-....bad-<k>`. Raises UserError, and renames nothing, when all
+        are bad or set aside: to go on would begin the run from nothing. Raises UserError, too, when an unusable entry
+        may be newer than the checkpoint found.
         """
         bad: list[tuple[int, BadCheckpoint]] = []
         for step in reversed(self.steps()):
@@ -123,8 +123,8 @@ class Shelf:
             return self._open(step)
 
     def mend(self, step: int, found_bad: Collection[Path]) -> bool:
-        """Recover files that were found bad when they were read. False when that cannot be, or was done before: a file
-        that is bad again is not a matter of its bytes."""
+        """Recover files that were found bad when they were read. False when that is impossible, or was done before: if
+        a recovered file is bad again, its bytes are not the cause."""
         if not found_bad or not self._mended.isdisjoint(found_bad):
             return False
         self._mended.update(found_bad)
@@ -136,11 +136,11 @@ class Shelf:
         return True
 
     def set_aside(self) -> list[str]:
-        """Names of the bad checkpoints."""
+        """Names of the bad checkpoints that were set aside."""
         return sorted(entry.path.name for entry in entries(self.root) if entry.kind is Kind.ASIDE)
 
     def reject(self, step: int, reason: str) -> Path:
-        """Set a bad checkpoint aside under another name, from which nothing continues. Returns the new path."""
+        """Rename a bad checkpoint, so that nothing continues from it. Returns the new path."""
         k = 0
         while (target := self.root / f"{checkpoint_name(step)}.bad-{k}").exists():
             k += 1
@@ -150,12 +150,12 @@ class Shelf:
         return target
 
     def forget(self, step: int) -> None:
-        """A checkpoint was just committed: what was known of that step is not so any more."""
+        """Drop what was known of a step, after a checkpoint of that step was committed."""
         self._facts.pop(step, None)
 
     def prune(self, tag: str) -> list[int]:
-        """Delete what `keep` does not hold; returns the steps. Each goes at once: it is renamed, durably, before the
-        first of its files is unlinked, so that nothing half deleted looks whole."""
+        """Delete the checkpoints that `keep` does not hold; returns their steps. Each is renamed, durably, before the
+        first of its files is unlinked, so that no half-deleted checkpoint looks whole."""
         going = self.going()
         names = [(str(self.path(step)), str(self.root / f"{checkpoint_name(step)}.deleting-{tag}")) for step in going]
         for name, doomed in names:
@@ -167,7 +167,8 @@ class Shelf:
         return going
 
     def going(self) -> list[int]:
-        """Which committed steps `prune` would delete now. None while the newest does not open, which is said."""
+        """The committed steps that `prune` would delete now. If the newest does not open, report that and return
+        none."""
         steps = self.steps()
         if len(steps) <= self._keep.last:
             return []
@@ -185,8 +186,8 @@ class Shelf:
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Which of the committed steps stay.
 
-        The `last` that open well, and whatever is newer than these. Those of `every_steps`, and the best one.
-        Links, and those with a file KEEP. What stands in `manifest.sources` of any that stays.
+        The newest `last` that open stay, and any newer ones. So do those of `every_steps`, the best one, links, and
+        those with a file KEEP. Those in `manifest.sources` of any that stays do, too.
         """
         kept: set[int] = set()
         well = 0
@@ -213,11 +214,11 @@ class Shelf:
         try:
             os.stat(self.path(step) / KEEP)
         except OSError as error:
-            return error.errno not in (errno.ENOENT, errno.ENOTDIR)  # in a folder that is closed to us may be one
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR)  # an unreadable folder may hold one
         return True
 
     def _known(self, step: int) -> _Facts:
-        """What is known of a checkpoint; it is opened once, not at every save."""
+        """The facts of a checkpoint. It is opened once, not at every save."""
         if step not in self._facts:
             try:
                 manifest = self._open(step).manifest
@@ -228,14 +229,14 @@ class Shelf:
         return self._facts[step]
 
     def opens(self, step: int) -> bool:
-        """Whether the checkpoint of this step opens, and holds the step that its name says."""
+        """Whether the checkpoint of this step opens, and holds the step in its name."""
         return self._known(step).fault is None
 
     def check_space(self, changing_bytes: int, frozen_bytes: int, saves_to_come: int) -> None:
-        """Raise UserError unless the filesystem has room for all that will lie there at once: the checkpoints that
-        `keep` holds, and the one that is being written. Fewer saves than that may be still to come. What
-        `keep.every_steps` holds is not counted, as it grows without end. Bytes are of one checkpoint, over all ranks;
-        frozen tensors count twice, as later saves link to them."""
+        """Raise UserError unless the filesystem has room for all checkpoints at once: those that `keep` holds, and the
+        one being written. If fewer saves are to come, only those count. Checkpoints of `keep.every_steps` are not
+        counted, as their number has no limit. Bytes are of one checkpoint, over all ranks. Frozen tensors count twice
+        at most, as later saves link to them."""
 
         def more(last: int) -> int:
             copies = last + 1 + (1 if self._keep.best else 0)

@@ -1,1 +1,1 @@
-"""Opening a checkpoint, and loading it into any layout."""
+"""Open a checkpoint, and load it into any layout."""

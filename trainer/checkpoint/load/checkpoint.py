@@ -1,4 +1,4 @@
-"""Reading a checkpoint: any box of any tensor, from whatever layout it was written in."""
+"""Read a checkpoint: any box of any tensor, whatever layout it was written in."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str, dict[str, str]]:
-    """The manifest of a checkpoint, its digest, and the block hashes of each file. Raises BadCheckpoint when one of the
-    two files that hold them is damaged, UserError when it may not be read."""
+    """The manifest of a checkpoint, its digest, and the block hashes of each file. Raises BadCheckpoint when
+    manifest.json or checksums.json is damaged, UserError when one may not be read."""
     text = read_small(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
     manifest = decode(folder / MANIFEST, text)
     fault = name_fault(folder, manifest.step)
@@ -41,15 +41,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, str, dict[str, str]]:
 
 
 def file_path(folder: Path, manifest: Manifest, file: StoredFile) -> Path:
-    """Where a file of the checkpoint `folder` lies: there, or in the source that it names."""
+    """Where a file of the checkpoint `folder` is: in it, or in the source that the file names."""
     return (folder if file.source is None else Path(manifest.sources[file.source].path)) / file.path
 
 
 class Checkpoint:
-    """An opened checkpoint. Opening checks the manifest, the checksum table, and that each file has its size."""
+    """An opened checkpoint. Opening checks the manifest, the checksum table, and the size of each file."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises BadCheckpoint when it is damaged, UserError when it may not be read."""
+        """Raises BadCheckpoint when the checkpoint is damaged, UserError when it may not be read."""
         self.path = Path(path)
         self.manifest, self.digest, self.hashes = read_manifest(self.path)
         files = [(file_path(self.path, self.manifest, file), file) for file in self.manifest.files]
@@ -61,10 +61,10 @@ class Checkpoint:
         return self.manifest.step
 
     def read_all(self, wanted: Sequence[Wanted]) -> None:
-        """Fill the tensors of all `wanted`, bit for bit, in the order of the files and by several threads.
+        """Fill the tensors of all `wanted`, bit for bit, in the order of the files and in several threads.
 
         Every touched block is read once and checked. Raises BadCheckpoint when one is bad."""
-        from trainer.checkpoint.load.read import read_spans, spans_for  # torch comes when a tensor is read, not before
+        from trainer.checkpoint.load.read import read_spans, spans_for  # torch is imported only when a tensor is read
 
         for one in wanted:
             self._check(one)
@@ -77,7 +77,7 @@ class Checkpoint:
         self.read_all([Wanted(key, out, tuple(offsets), tuple(sizes), cast)])
 
     def read_range_into(self, key: str, start: int, out: torch.Tensor, cast: bool = False) -> None:
-        """Fill `out` with the flat range of tensor `key` that begins at `start` of its row-major order."""
+        """Fill `out` with the flat range of tensor `key` that begins at `start` of the tensor's row-major order."""
         flat = out.view(-1)
         self.read_all(
             [
@@ -98,9 +98,9 @@ class Checkpoint:
         return out
 
     def verify(self, progress: Callable[[int], None] | None = None, threads: int | None = None) -> None:
-        """Check every block of every file, and that the headers say what the manifest says. Raises BadCheckpoint.
+        """Check every block of every file, and that headers and manifest agree. Raises BadCheckpoint.
 
-        `progress` is told, by the calling thread, how many bytes more were found good."""
+        `progress` gets, in the calling thread, how many more bytes were found good."""
         from trainer.checkpoint.load.read import READING_THREADS, verify_files
 
         self.verify_headers()
@@ -124,7 +124,7 @@ class Checkpoint:
                 wanted[index][piece.label(key)] = (tensor.dtype, tuple(piece.stored_shape), start, end)
         for file, reader, expected in zip(manifest.files, self._readers, wanted, strict=True):
             found = {name: (e.dtype, e.shape, e.start, e.end) for name, e in reader.header().items()}
-            if file.source is not None:  # it holds more than is taken from it
+            if file.source is not None:  # a source also holds other tensors
                 found = {name: entry for name, entry in found.items() if name in expected}
             if found != expected:
                 odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

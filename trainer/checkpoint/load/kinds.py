@@ -1,4 +1,4 @@
-"""Which kind of checkpoint lies somewhere, by what is there. No torch."""
+"""Which kind of checkpoint a path holds, judged by its files. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LATEST = "latest"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A Muster checkpoint. One of a later format is a user's error, not a damaged one."""
+    """Open a Muster checkpoint. A later format raises UserError, since the checkpoint is not damaged."""
     try:
         return Checkpoint(path)
     except BadCheckpoint as error:
@@ -35,7 +35,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_kind(path: Path, kind: Kind | None = None) -> tuple[Kind, Path]:
-    """What lies at `path`, and where exactly: of a run folder it is the newest checkpoint. Raises UserError."""
+    """The kind of checkpoint at `path`, and its exact path: of a run folder, its newest one. Raises UserError."""
     try:
         found = _look(path)
     except OSError as error:
@@ -71,7 +71,7 @@ def _look(path: Path) -> tuple[Kind, Path] | None:
 
 
 def find_other(path: Path) -> tuple[Kind, Path] | None:
-    """What other programs saved at `path`, and where exactly."""
+    """The kind of checkpoint that another program saved at `path`, and its exact path; None if none."""
     if not path.is_dir():
         with open_regular(path) as file:
             return ("torch", path) if file.read(4) == ZIP_MAGIC else None
@@ -83,7 +83,7 @@ def find_other(path: Path) -> tuple[Kind, Path] | None:
 
 
 def _find_deepspeed(path: Path, names: set[str]) -> Path | None:
-    """Where the checkpoint lies when a folder of these names is one of DeepSpeed's, or holds some: the latest."""
+    """Where the checkpoint is, if a folder with these names is DeepSpeed's or holds some: then the latest."""
     if deepspeed_states(names):
         return path
     if LATEST not in names or not (path / LATEST).is_file():
@@ -97,5 +97,5 @@ def _find_deepspeed(path: Path, names: set[str]) -> Path | None:
 
 
 def deepspeed_states(names: set[str]) -> list[str]:
-    """Which of these names are files that DeepSpeed saves."""
+    """The names that are files as DeepSpeed saves them."""
     return [name for name in names if name.endswith(("model_states.pt", "optim_states.pt"))]

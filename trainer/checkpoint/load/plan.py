@@ -1,7 +1,7 @@
-"""What would be loaded into what, decided and shown before a single tensor is touched.
+"""What would be loaded into what, decided and shown before any tensor is changed.
 
-Everything that a checkpoint holds ends in exactly one place: it is read into memory, or carried over from file to file
-(what is frozen now, with its optimizer state), or it is a difference, and differences are refused unless named.
+Everything in a checkpoint ends in exactly one place. It is read into memory, or carried over from file to file (what is
+frozen now, with its optimizer state), or it is a difference. Differences are refused unless the config admits them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from trainer.checkpoint.format.pieces import DTYPE_NAMES, DTYPES
 from trainer.checkpoint.load.rename import rename_all
 
 _NAMED_AT_MOST = 3
-Lines = dict[str, str]  # a tensor's name -> what there is to say about it
+Lines = dict[str, str]  # a tensor's name -> a remark about it
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a checkpoint sees it: its global shape and stored dtype."""
+    """A tensor in a checkpoint: its global shape and stored dtype."""
 
     shape: Ints
     dtype: torch.dtype
@@ -33,8 +33,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Target:
-    """What a run wants to fill. `tensors` are parameters and buffers, `state` the names of the optimizer's tensors for
-    each parameter that trains, `counted` the parameters of which the optimizer counts updates."""
+    """What a run wants to fill. `tensors`: parameters and buffers. `state`: for each parameter that trains, the names
+    of the optimizer's tensors. `counted`: the parameters whose updates the optimizer counts."""
 
     tensors: Mapping[str, TensorInfo]
     buffers: frozenset[str] = frozenset()
@@ -44,8 +44,9 @@ class Target:
 
 @dataclass
 class Plan:
-    """`read` and `carried` map keys here to keys there. Of a key in `partial` only the part that both shapes have is
-    read. Names in `fresh` get initial values first; those in `begins` have an optimizer that counts from 0."""
+    """`read` and `carried` map keys here to keys in the checkpoint. For a key in `partial` only the part within
+    both shapes is read. Names in `fresh` get initial values first. Names in `begins` have an optimizer that counts
+    from 0."""
 
     source: str
     step: int
@@ -60,7 +61,7 @@ class Plan:
     refused: dict[str, Lines] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """A short table for a person."""
+        """A short table of the plan for a person."""
         rows = [("read", f"{len(self.read)} tensors")]
         if self.carried:
             rows.append(("carried", f"{len(self.carried)} tensors stay in files: what is frozen, and its state"))
@@ -71,7 +72,7 @@ class Plan:
         return [f"loading   {self.source} (step {self.step}, {what})", *(f"  {a:<12}{b}" for a, b in rows)]
 
     def refuse(self) -> None:
-        """Raise UserError, naming some tensors of each kind, unless every difference was admitted."""
+        """Raise UserError, with some names for each kind of difference, unless every difference was admitted."""
         if self.refused:
             kinds = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in self.refused.items())
             keys = ", ".join(f"start.allow.{kind}" for kind in self.refused if kind in AllowSection.model_fields)
@@ -82,9 +83,11 @@ class Plan:
 def plan(
     manifest: Manifest, target: Target, everything: bool, start: StartSection | None = None, source: str | None = None
 ) -> Plan:
-    """Compare a checkpoint with what is wanted, by name. `start` holds the renames and the admitted differences; None
-    admits none. Without `everything` the optimizer's state is not asked for. Raises UserError for a pattern of `start`
-    that matches nothing; what does not fit is in the result, for `refuse`."""
+    """Compare a checkpoint with what is wanted, by name.
+
+    `start` holds the renames and the admitted differences; None admits none. Without `everything` no optimizer state is
+    loaded. Raises UserError for a pattern of `start` that matches nothing. Other differences go into the result, for
+    `refuse`."""
     return _Planner(manifest, target, everything, start or StartSection(), source).make()
 
 
@@ -97,7 +100,7 @@ class _Planner:
         self.used: dict[str, set[str]] = {kind: set() for kind in AllowSection.model_fields}
         weights = [key for key, tensor in manifest.tensors.items() if tensor.group != "optim"]
         self.here = rename_all(start.rename, [*weights, *manifest.aliases])  # name there -> name here
-        # a tied tensor answers to each of its names, but to its own first
+        # A tied tensor may have each of its names here; the name that it is stored under wins.
         self.there = {self.here[alias]: first for alias, first in manifest.aliases.items()}
         self.there |= {self.here[name]: name for name in weights}
         self.states: dict[str, list[str]] = {name: [] for name in weights}
@@ -147,7 +150,7 @@ class _Planner:
             self._check_dtype(name, name, stored, info.dtype)
             self._state(name, stored, info)
             return
-        # frozen: the original stays as it is, whatever the number format in memory
+        # A frozen tensor's original is carried over unchanged, whatever the number format in memory.
         self.plan.carried[name] = stored
         if self.plan.everything:
             for state in self.states[stored]:
@@ -170,7 +173,7 @@ class _Planner:
             self._note("left out", name, "optimizer state of a frozen parameter of another shape")
 
     def _state(self, name: str, stored: str, info: TensorInfo) -> None:
-        """The optimizer state of a parameter that trains here."""
+        """Plan the optimizer state of a parameter that trains here."""
         wanted = self.target.state.get(name, ())
         if not self.plan.everything or name not in self.target.state:
             return
@@ -200,7 +203,7 @@ class _Planner:
                 self._differs("missing", name, f"{name}.step", "the count of its updates")
 
     def _never_updated(self, stored: str) -> bool:
-        """Whether a parameter without state never had any, rather than lost it."""
+        """Whether a parameter without state never had any; else its state was lost."""
         nothing_at_all = not any(self.states.values())  # every update so far was skipped
         return nothing_at_all or stored in self.manifest.stateless or self.manifest.tensors[stored].group == "frozen"
 
@@ -211,7 +214,7 @@ class _Planner:
             self._note("trains now" if trains else "frozen now", name, "")
 
     def _check_dtype(self, name: str, key: str, stored: str, wanted: torch.dtype) -> None:
-        """A wider format holds every number of a narrower one; the other way numbers are rounded."""
+        """Compare number formats. A wider one holds every number of a narrower one; the other way rounds."""
         dtype = DTYPES[self.manifest.dtype_of(stored)]
         words = f"{DTYPE_NAMES[dtype]} there, {DTYPE_NAMES[wanted]} here"
         if dtype == wanted:
@@ -230,7 +233,7 @@ class _Planner:
         return bool(found)
 
     def _differs(self, kind: str, name: str, key: str, words: str) -> None:
-        """A difference of tensor `key`, which belongs to parameter `name`."""
+        """Record a difference of tensor `key`, which belongs to parameter `name`."""
         if self._admitted(kind, name):
             self._note(kind, key, words)
         else:
@@ -250,7 +253,7 @@ def _some(tensors: Mapping[str, str]) -> str:
 
 
 def frozen_in(manifest: Manifest) -> set[str]:
-    """Names of the parameters that were frozen when this was saved."""
+    """Names of the parameters that were frozen when the checkpoint was saved."""
     return {key for key, tensor in manifest.tensors.items() if tensor.group == "frozen"}
 
 

@@ -1,7 +1,7 @@
-"""Reading many boxes at once: by file and block, in file order, several blocks at a time.
+"""Read many boxes at once, by file and block: in file order, several blocks at a time.
 
-Every touched block is read once and checked whole. What lies as it is needed is read straight to where it goes. The
-rest of a block goes through a buffer, out of which each destination takes its part.
+Every touched block is read once and checked whole. Bytes that are needed as they are go straight to their destination.
+The rest of a block goes through a buffer, and each destination copies its part from there.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from trainer.checkpoint.format.threads import in_threads
 from trainer.checkpoint.format.writing import bytes_of
 
 READING_THREADS = 4  # on fewer cores too: a disk is fastest when it has much to do at once
-TASK_BLOCKS = 8  # that one thread takes at a time
-TASKS_AHEAD = 8  # that the system is asked to fetch meanwhile
+TASK_BLOCKS = 8  # blocks that one thread takes at a time
+TASKS_AHEAD = 8  # tasks that the system is asked to fetch meanwhile
 
-# Same-size integers: bits are copied, never interpreted.
+# Integers of the same size: bits are copied, never interpreted.
 _BITS = {
     1: (torch.uint8, np.uint8),
     2: (torch.int16, np.int16),
@@ -38,13 +38,13 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a box of a tensor goes: `out` has the box's sizes, on any device, in any strides."""
+    """Where a box of a tensor goes: `out` has the box's sizes, on any device, with any strides."""
 
     box: Box
     out: torch.Tensor
     dtype: torch.dtype
-    bits: np.ndarray | None  # `out` as integers, where it is in host memory and takes the stored dtype
-    direct: memoryview | None  # the row-major bytes of the box, where `out` is just that
+    bits: np.ndarray | None  # `out` as integers, if it is in host memory and has the stored dtype
+    direct: memoryview | None  # the row-major bytes of the box, if `out` has exactly these
 
     @classmethod
     def of(cls, box: Box, out: torch.Tensor, dtype: torch.dtype) -> Destination:
@@ -56,7 +56,7 @@ class Destination:
         return cls(box, out, dtype, bits, bytes_of(out) if plain and out.is_contiguous() else None)
 
     def put(self, part: Box, raw: np.ndarray) -> None:
-        """Take what is wanted of `part`, a box of the tensor, from its row-major bytes."""
+        """Copy the wanted numbers of `part`, a box of the tensor, from its row-major bytes."""
         shared = intersect(self.box, part.offsets, part.sizes)
         if shared is None:
             return
@@ -64,15 +64,15 @@ class Destination:
         there = tuple(slice(o - p, o - p + n) for o, p, n in zip(shared[0], part.offsets, shared[1], strict=True))
         source = raw.view(_BITS[self.dtype.itemsize][1]).reshape(part.sizes)[there]
         if self.bits is not None:
-            self.bits[here] = source  # by numpy, in this thread: torch would start more of them
+            self.bits[here] = source  # by numpy, in this thread: torch would start more threads
         else:
             self.out[here].copy_(torch.from_numpy(source).view(self.dtype))
 
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes [start, end) of a file, all or some of which are wanted at a destination. They are part of the stored
-    box `place`. `direct` is where they go when all are wanted and go side by side."""
+    """The bytes [start, end) of a file, all or some of which a destination wants. They are part of the stored box
+    `place`. `direct`: where they go, if the destination wants all of them contiguously."""
 
     start: int
     end: int
@@ -81,7 +81,7 @@ class Span:
     direct: memoryview | None
 
     def put(self, low: int, content: np.ndarray) -> None:
-        """Take what is wanted from the bytes of the file that begin at the byte `low`."""
+        """Copy the wanted numbers from bytes of the file that begin at the byte `low`."""
         begin, end = max(self.start, low), min(self.end, low + len(content))
         if begin >= end:
             return
@@ -97,7 +97,7 @@ _Task = tuple[FileReader, list[tuple[int, list[Span]]]]  # blocks of a file, and
 
 
 def spans_of(place: Place, destination: Destination) -> list[Span]:
-    """The parts of a stored box that a destination wants, blocks of which it wants nothing left out."""
+    """The parts of a stored box that a destination wants, without blocks of which it wants nothing."""
     shared = intersect(place.box, destination.box.offsets, destination.box.sizes)
     return [] if shared is None else _spans(place, destination, *shared)
 
@@ -120,7 +120,7 @@ def _spans(place: Place, destination: Destination, offsets: Ints, sizes: Ints) -
 
 
 def read_spans(readers: Sequence[FileReader], spans: Mapping[int, list[Span]]) -> None:
-    """Fill all destinations. `spans` by file. Raises BadCheckpoint for the first bad block."""
+    """Fill all destinations. `spans`: by file. Raises BadCheckpoint for the first bad block."""
     tasks: list[_Task] = []
     for file in sorted(spans):
         blocks: dict[int, list[Span]] = defaultdict(list)
@@ -134,7 +134,7 @@ def read_spans(readers: Sequence[FileReader], spans: Mapping[int, list[Span]]) -
 
 
 def verify_files(readers: Sequence[FileReader], threads: int) -> Generator[int, None, None]:
-    """Check every block of every file; gives how many bytes more were found good."""
+    """Check every block of every file; yields how many more bytes were found good."""
     tasks: list[_Task] = [
         (reader, [(index, []) for index in range(first, min(first + TASK_BLOCKS, reader.blocks))])
         for reader in readers
@@ -144,7 +144,7 @@ def verify_files(readers: Sequence[FileReader], threads: int) -> Generator[int, 
 
 
 def _read_tasks(tasks: Sequence[_Task], threads: int) -> Generator[int, None, None]:
-    """Read the blocks of all tasks; gives the bytes of each."""
+    """Read the blocks of all tasks; yields the bytes of each task."""
     for task in tasks[:TASKS_AHEAD]:
         _announce(task)
 
@@ -157,14 +157,14 @@ def _read_tasks(tasks: Sequence[_Task], threads: int) -> Generator[int, None, No
 
 
 def _announce(task: _Task) -> None:
-    """Blocks that lie far apart are left alone: what is between them is not wanted."""
+    """Announce a task's blocks, unless they are far apart: the bytes between them are not wanted."""
     reader, blocks = task
     if blocks[-1][0] - blocks[0][0] < 2 * len(blocks):
         reader.announce(blocks[0][0], blocks[-1][0])
 
 
 def _read_blocks(task: _Task) -> int:
-    """Read some blocks of a file, each for the spans that touch it. Returns their bytes."""
+    """Read some blocks of a file for the spans that touch each. Returns their bytes."""
     reader, blocks = task
     buffer = np.empty(BLOCK_BYTES, dtype=np.uint8)
     done = 0
@@ -176,8 +176,8 @@ def _read_blocks(task: _Task) -> int:
 
 
 def _parts(low: int, high: int, spans: Sequence[Span], buffer: np.ndarray) -> Iterator[memoryview]:
-    """What to read the block [low, high) into, part by part: where a span wants it, or the buffer, out of which the
-    spans take what they want before the next part is asked for."""
+    """The memory to read the block [low, high) into, part by part: a span's own, or the buffer. Before the next part,
+    the spans copy what they want from the buffer."""
     inside = [(max(span.start, low), min(span.end, high)) for span in spans]
     apart = all(begin >= end for (_, end), (begin, _) in pairwise(inside))
     direct = [
@@ -198,7 +198,7 @@ def _parts(low: int, high: int, spans: Sequence[Span], buffer: np.ndarray) -> It
 
 
 def _flat_index(at: Iterable[int], box: Box) -> int:
-    """The place of an element of the tensor in a box's row-major order."""
+    """The index of a tensor's element in a box's row-major order."""
     index = 0
     for position, offset, size in zip(at, box.offsets, box.sizes, strict=True):
         index = index * size + position - offset
@@ -206,8 +206,8 @@ def _flat_index(at: Iterable[int], box: Box) -> int:
 
 
 def _is_run(part: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether a part of these sizes is contiguous in the row-major order of the whole: single indices, then at most
-    one partial dimension, then full ones."""
+    """Whether a part of these sizes is contiguous in the row-major order of the whole. It has single indices first,
+    then at most one partial dimension, then full ones."""
     dims = len(whole)
     while dims and part[dims - 1] == whole[dims - 1]:
         dims -= 1
@@ -216,7 +216,7 @@ def _is_run(part: Sequence[int], whole: Sequence[int]) -> bool:
 
 @no_collection()
 def spans_for(manifest: Manifest, wanted: Iterable[Wanted]) -> dict[int, list[Span]]:
-    """By file, the parts of it that must be read to fill all `wanted`."""
+    """File -> the parts of it that must be read to fill all `wanted`."""
     spans: dict[int, list[Span]] = {}
     for one in wanted:
         if one.out.numel() == 0:

@@ -1,4 +1,4 @@
-"""Names in a checkpoint that go by other names here: `transformer.h.*: blocks.*`."""
+"""Names in a checkpoint that differ from the names here: `transformer.h.*: blocks.*`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from configs.errors import UserError
 
 
 def rename_all(rules: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Name there -> name here, for all names. The first rule that matches a name holds; each `*` of it stands for what
-    the same `*` of the new name becomes. Raises UserError for a rule that matches nothing or cannot be followed, and
-    when two tensors would go by one name."""
+    """Name there -> name here, for all names. The first rule that matches a name applies. Each `*` of the rule stands
+    for the same `*` in the new name. Raises UserError for a rule that matches nothing or cannot be applied, and when
+    two tensors would get one name."""
     compiled = [_Rule(old, new) for old, new in rules.items()]
     renamed: dict[str, str] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""A load plan carried out: what an engine asks for, found under its name in the checkpoint, and read all at once."""
+"""Carry out a load plan: an engine's requests, found under their names in the checkpoint, and read all at once."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from trainer.checkpoint.load.plan import Plan
 
 
 class Loading:
-    """Gathers what an engine wants, by the names it has here, and reads it. Raises BadCheckpoint from `read` alone."""
+    """Collects what an engine wants, by its names here, and reads it. Only `read` raises BadCheckpoint."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
         self._checkpoint, self._plan = checkpoint, plan
         self._wanted: list[Wanted] = []
 
     def has(self, key: str) -> bool:
-        """Whether the checkpoint gives this tensor, in whole or in part."""
+        """Whether the checkpoint has this tensor, in whole or in part."""
         return key in self._plan.read
 
     def count(self, name: str) -> int:
-        """Updates that a parameter's optimizer state has seen."""
+        """How many updates a parameter's optimizer state has seen."""
         return self._plan.counts[name]
 
     def want(self, key: str, offsets: Ints, sizes: Ints, out: torch.Tensor) -> None:
-        """Have the box (offsets, sizes) of tensor `key` read into `out`. What the checkpoint does not have of it stays
-        as it is."""
+        """Request the box (offsets, sizes) of tensor `key`, to be read into `out`. Elements that the checkpoint does
+        not have stay unchanged."""
         if key not in self._plan.read or not out.numel():
             return
         stored = self._plan.read[key]
@@ -41,11 +41,11 @@ class Loading:
         self._wanted.append(Wanted(stored, out, offsets, sizes, cast=True))
 
     def want_range(self, key: str, shape: Ints, start: int, out: torch.Tensor) -> None:
-        """Have the flat range of tensor `key` that begins at `start` read into `out`, of one dimension."""
+        """Request the flat range of tensor `key` that begins at `start`, to be read into `out` (one dimension)."""
         for box in boxes_of_range(shape, start, out.numel()):
             self.want(key, box.offsets, box.sizes, out[box.start : box.start + box.numel].view(box.sizes))
 
     def read(self) -> None:
-        """Fill everything that was wanted."""
+        """Fill everything that was requested."""
         self._checkpoint.read_all(self._wanted)
         self._wanted = []

@@ -1,4 +1,4 @@
-"""What `start.from` names: a checkpoint, or a run with its newest one. Anything else is refused. No torch."""
+"""What `start.from` names: a checkpoint, or a run, whose newest one counts. All else is refused. No torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _WANTED = "name a run folder or a checkpoint in it"
 
 
 def checkpoint_named(path: Path) -> Path:
-    """The folder of the checkpoint. Raises UserError that says what lies there instead, and what to name."""
+    """The folder of the checkpoint. Raises UserError, which tells what the path holds instead, and what to name."""
     try:
         if (path / MANIFEST).exists():
             return path
-        found = newest_checkpoint(RunFolder(path).checkpoints)  # refused where something there may be newer
+        found = newest_checkpoint(RunFolder(path).checkpoints)  # raises where another entry may be newer
         instead = _instead(path) if found is None else ""
-    except OSError as error:  # closed to us, or no file at all, such as a pipe
+    except OSError as error:  # may not be read, or is no file, such as a pipe
         raise UserError(f"start.from: {path} cannot be read: {error.strerror or error}; {_WANTED}") from error
     if found is None:
         raise UserError(f"start.from: {path} {instead}")
@@ -32,7 +32,7 @@ def _has_checkpoint(path: Path) -> bool:
 
 
 def _instead(path: Path) -> str:
-    """What it is, and what to name."""
+    """What the path holds, and what to name in its place."""
     from trainer.checkpoint.load.kinds import (  # late: it imports numpy, which most starts do not need
         KIND_WORDS,
         find_other,
