@@ -1,7 +1,7 @@
-"""Two tiers: what is marked `full` runs with `--full` alone (`make test-all`, and targets for parts of it).
+"""Two tiers: tests marked `full` run only with `--full` (`make test-all`, and targets for parts of it).
 
-Tests marked `alone` time something: while one runs, no other worker of pytest-xdist runs a test. `--record` writes
-down how long each file took; long ones start first.
+Tests marked `alone` measure time: while one runs, no other worker of pytest-xdist runs a test. `--record` writes down
+how long each file took, and long files start first.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.left_out import LEFT_OUT
 
 CLOCK = pytest.StashKey["Clock"]()
 
-# How long an example takes depends on what else runs here: that is no failure of what is tested.
+# Other processes of the machine decide how long an example takes, so a slow one is no failure.
 settings.register_profile("muster", deadline=None)
 settings.load_profile("muster")
 
 
 @pytest.fixture(params=["fsdp", "zero"])
 def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Changes of a config with which the same test runs under each engine."""
+    """Changes of a config, so that the same test runs under each engine."""
     return {} if request.param == "fsdp" else {"parallel__engine": "zero", "parallel__zero_stage": 3}
 
 
@@ -55,8 +55,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests, not by their time
     config.addinivalue_line("markers", "full: only with --full (make test-all)")
     config.addinivalue_line("markers", "alone: times something, so no other test runs beside it")
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles all of ours again
-    # Under nohup, or in the background of a script, some are ignored, and so would all be that tests start.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles ours again
+    # Under nohup, or in the background of a script, some signals are ignored, and every process of a test would inherit
+    # that.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)
@@ -71,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def longest_first(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What stays with one worker, in the order of the time that it took when that was recorded."""
+    """Order the scopes of workers by their recorded time, longest first."""
     known = recorded(tier_of(config))
     seconds: Counter[str] = Counter()
     for name in {item.nodeid.split("::")[0] for item in items}:
@@ -84,7 +85,7 @@ def tier_of(config: pytest.Config) -> str:
 
 
 def scope_of(nodeid: str) -> str:
-    """A file's tests stay with one worker; all of tests/slurm as well, for its one cluster."""
+    """All tests of a file run on one worker, and so do all of tests/slurm, which share one cluster."""
     return "tests/slurm" if nodeid.startswith("tests/slurm/") else nodeid.split("::")[0]
 
 
@@ -100,7 +101,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 class Clock:
-    """Adds up what each file took, over all workers."""
+    """Sums the time of each file over all workers."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -129,7 +130,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
-    """Some commands ignore signals. Run in this process, they must not leave that to the tests after them."""
+    """Restore the signal handlers. Some commands ignore signals, and would leave that to the next tests."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -139,8 +140,8 @@ def signals_as_before() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Tests share a room, which one that is `alone` has to itself. All go in by the same gate, which it keeps shut
-    while those inside leave: else there would always be one more."""
+    """Let an `alone` test run without others. Every test enters through one gate, and an `alone` test keeps the gate
+    shut until the running tests have ended. Otherwise new tests would always be running."""
     alone = item.get_closest_marker("alone") is not None
     locks = item.config.cache.mkdir("locks")
     with held(locks / "gate", fcntl.LOCK_EX) as gate, held(locks / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
@@ -150,11 +151,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @contextmanager
 def held(path: Path, how: int) -> Iterator[int]:
-    """A lock between all that run tests of this checkout."""
+    """Hold a lock shared by all processes that test this checkout."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, how)
         yield lock
     finally:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may still have it open
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may still have the file open
         os.close(lock)

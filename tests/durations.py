@@ -1,6 +1,6 @@
-"""How long each file of tests took when it was last recorded: long ones start first, so that none is the tail.
+"""The recorded time of each file of tests. Long files start first, so that none of them is the last to end.
 
-`make test ARGS=--record` writes the times of a run down; `--full --record` those of everything.
+`make test ARGS=--record` records the times of a run; `--full --record` records those of all tests.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ UNKNOWN_S = 5.0
 
 
 def recorded(tier: str) -> dict[str, float]:
-    """Seconds by file, for the tier `quick` or `full`."""
+    """File -> seconds, for the tier `quick` or `full`."""
     found: dict[str, dict[str, float]] = json.loads(FILE.read_text("utf-8"))
     return found.get(tier, {})
 
 
 def record(tier: str, seconds: dict[str, float]) -> None:
-    """Write down what these files took; others keep what is known of them."""
+    """Record the seconds of these files. Other files keep their recorded times."""
     found = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
     known = {name: s for name, s in found.get(tier, {}).items() if (FILE.parent.parent / name).exists()}
     found[tier] = dict(sorted({**known, **{name: round(s, 1) for name, s in seconds.items()}}.items()))

@@ -1,4 +1,4 @@
-"""Parameters for tests that run under both engines. What takes long is left to `--full`, which a `make` target runs."""
+"""Parameters for tests that run under both engines. Slow combinations run only with `--full`, by a `make` target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def rows(once: list[tuple[str, ...]], *columns: Iterable[Any]) -> list[Any]:
-    """Parameters for a test: every combination, of which those not named in `once` are only for `--full`."""
+    """Parameters for a test: every combination. Those that `once` does not name run only with `--full`."""
     found = []
     for row in product(*columns):
         names = tuple(str(getattr(value, "name", value)) for value in row)
@@ -20,5 +20,5 @@ def rows(once: list[tuple[str, ...]], *columns: Iterable[Any]) -> list[Any]:
 
 
 ENGINES = ["fsdp", "zero"]
-# For a test with the fixture `engine` whose run under ZeRO is left to `--full`.
+# For a test with the fixture `engine` whose run under ZeRO needs `--full`.
 under_both = pytest.mark.parametrize("engine", rows([("fsdp",)], ENGINES), indirect=True)

@@ -1,4 +1,4 @@
-"""What could not run on this machine: a line each, said at the end."""
+"""The tests that could not run on this machine, one line each, printed at the end."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Run folders as runs leave them."""
+"""Run folders in the state in which runs leave them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(path: Path, data: Any) -> None:
 def attempt(
     root: Path, number: int, end: End | None, job: str | None = None, start_step: int = 0, **facts: Any
 ) -> Path:
-    """A start of two hosts, and its end if it has one."""
+    """Write the start of an attempt on two hosts, and its end if it has one."""
     place = RunFolder(root).attempts / f"{number:03d}"
     place.mkdir(parents=True)
     environment = {"SLURM_JOB_ID": job} if job is not None else {}
@@ -34,12 +34,12 @@ def attempt(
 
 
 def ended(root: Path, number: int, end: End) -> None:
-    """The end of an attempt that was begun."""
+    """Write the end of an attempt that has begun."""
     write(RunFolder(root).attempts / f"{number:03d}" / "end.json", asdict(end) | {"time_s": time.time()})
 
 
 def rows(root: Path, steps: range, number: int = 0, age_s: float = 1.0, **facts: Any) -> None:
-    """Rows of metrics.jsonl, the last of them `age_s` old."""
+    """Write rows of metrics.jsonl. The last row is `age_s` old."""
     root.mkdir(parents=True, exist_ok=True)
     told = {"step_s": 2.0, "tokens_per_s": 81234.5, "lr": 1e-3, "grad_norm": 1.0, "mfu": None, **facts}
     with open(RunFolder(root).metrics, "a", encoding="utf-8") as file:
@@ -58,7 +58,7 @@ def checkpoint(root: Path, step: int, age_s: float = 60.0) -> None:
 
 
 def lease(root: Path, job: str | None = None, attempt: int = 0, **facts: Any) -> None:
-    """Of a launcher on another node."""
+    """Write the lease of a launcher on another node."""
     told = {"token": "t", "node": "node1", "pid": 7, "started_s": 1.0, "boot_id": "b", "pid_namespace": "p"}
     write(RunFolder(root).lease, told | {"job": job, "life": "0", "step": "0", "attempt": attempt} | facts)
 
@@ -71,7 +71,7 @@ def submitted(root: Path, job: str) -> None:
 def outcome(
     root: Path, job: str, life: int, reason: str, cause: str | None, age_s: float = 0.0, attempt: int | None = None
 ) -> None:
-    """What `slurm after` wrote about a life of a job. `attempt`: the newest then; the newest now."""
+    """Write what `slurm after` writes about a life of a job. `attempt`: the newest then; default: now."""
     place = root / f"slurm/lives/{job}-{life}"
     place.mkdir(parents=True)
     newest = max(numbers(RunFolder(root)), default=-1) if attempt is None else attempt
@@ -99,7 +99,7 @@ _GPU = {
 
 
 def second(node: int, gpus: int, age_s: float, **changes: Any) -> dict[str, Any]:
-    """A node's row of gpu/<node>.jsonl; its last GPU does as `changes` say."""
+    """A node's row of gpu/<node>.jsonl. Its last GPU has the changes."""
     devices = [{"uuid": f"GPU-{node}-{n}", "index": n, "sm_pct": 90.0, **_GPU, "throttled": []} for n in range(gpus)]
     devices[-1] |= changes
     ranks = [{"rank": gpus * node + n, "step": 40, "phase": "computing", "still_s": 0.1} for n in range(gpus)]

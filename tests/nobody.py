@@ -1,4 +1,4 @@
-"""Another user than root, to whom permissions mean something."""
+"""A user other than root, for whom permissions matter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Permissions mean nothing to root."""
+    """Run as another user, since root ignores permissions."""
     if os.geteuid() != 0:
         yield
         return

@@ -1,7 +1,7 @@
-"""A pool of ranks that stays up: one call after another on the same processes and process groups.
+"""A pool of ranks that stays up: calls run one after another on the same processes and process groups.
 
-For tests of many small cases, where a start of the ranks per case would be most of the time. After a call that failed
-or hung the ranks are ended and made anew, so that one bad case does not spoil those after it.
+For tests of many small cases, where starting the ranks for each case would take most of the time. After a call that
+fails or hangs, the ranks are replaced, so that one bad case does not spoil the next ones.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Pool:
         self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
-        """`function(*arguments)` on every rank; returns what each gave, by rank.
+        """Call `function(*arguments)` on every rank; return the results by rank.
 
-        Raises RanksFailed, naming the ranks, when one fails, dies, or does not answer in time.
+        Raises RanksFailed, which names the ranks, when one fails, dies, or does not answer in time.
         """
         if not self._processes:
             self._start()
@@ -47,7 +47,7 @@ class Pool:
             raise RanksFailed(f"pool of {self.size}: {failure}{ended}") from failure
 
     def close(self) -> None:
-        """End the ranks, whatever they do."""
+        """End the ranks, whatever they are doing."""
         for connection in self._ranks:
             connection.close()
         for process in self._processes:
@@ -80,10 +80,10 @@ def _serve(calls: Connection, env: dict[str, str]) -> None:
         try:
             call = calls.recv_bytes()
         except (EOFError, ConnectionResetError):
-            os._exit(0)  # the test is gone
+            os._exit(0)  # the test has ended
         try:
             function, arguments = pickle.loads(call)
             answer: tuple[bool, Any] = (True, function(*arguments))
-        except BaseException:  # noqa: BLE001 - the test must see whatever it was
+        except BaseException:  # noqa: BLE001 - the test must see any error
             answer = (False, traceback.format_exc())
         calls.send(answer)

@@ -1,4 +1,4 @@
-"""What the server of tests/distributed.py imports once, so that no rank has to: a rank is a fork of it."""
+"""What the server of tests/distributed.py imports once for all ranks: each rank is a fork of it."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ import trainer.run
 import trainer.start  # noqa: F401
 
 gc.collect()
-gc.freeze()  # else each collection of each rank would look at all of it again
+gc.freeze()  # else each garbage collection of each rank would look at all of it again

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read by the safetensors library and the json module: never by the code under test."""
+"""The content of a checkpoint, read by the safetensors library and the json module, never by the code under test."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Stored:
             named = self._labels(index)
             with safe_open(folder / file["path"], "pt") as opened:
                 labels = set(opened.keys())
-                # a file in another checkpoint may hold more, even tensors that lie here too by now
+                # A file in another checkpoint may hold more, even tensors that this checkpoint now holds in its own
+                # files.
                 assert labels == named if source is None else labels >= named, file["path"]
                 for label in named:
                     key, _, place = label.rpartition("@")
@@ -55,7 +56,7 @@ class Stored:
         return whole
 
     def _labels(self, index: int) -> set[str]:
-        """Names, in the file of this number, of the pieces that the manifest says lie in it."""
+        """The labels of the pieces that the manifest places in the file of this number."""
         return {
             f"{key}@{','.join(map(str, piece['offsets']))}" if "offsets" in piece else f"{key}@+{piece['start']}"
             for key, entry in self.manifest["tensors"].items()
@@ -64,7 +65,7 @@ class Stored:
         }
 
     def same(self, other: Stored, key: str) -> bool:
-        """Equal bits, number format and shape."""
+        """Whether bits, number format and shape are equal."""
         mine, theirs = self.tensors[key], other.tensors[key]
         return mine.dtype == theirs.dtype and mine.shape == theirs.shape and bits(mine) == bits(theirs)
 

@@ -1,4 +1,4 @@
-"""Where a run begins: continuing, from another run's weights or everything, with parts frozen, past bad checkpoints."""
+"""Where a run begins: continued, from another run's weights or everything, with frozen parts, after bad checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def manifest(run: Path, step: int) -> dict:
 
 
 def values(run: Path, step: int, groups: tuple[str, ...] = ("model", "frozen")) -> dict[str, bytes]:
-    """Whole tensors by name, whatever they were cut into."""
+    """Whole tensors by name, however they were cut."""
     checkpoint = Checkpoint(run / f"checkpoints/step-{step:08d}")
     tensors = checkpoint.manifest.tensors
     return {k: checkpoint.read(k).numpy().tobytes() for k, t in tensors.items() if t.group in groups}
@@ -65,7 +65,7 @@ def test_everything_goes_on_where_the_other_run_stood(engine: dict[str, Any], tm
     assert train(first) == [0]
     assert losses(second) == losses(first)[-3:]
     assert tensors(second["run"]["dir"], 9) == tensors(first["run"]["dir"], 9)
-    # the same command again continues: start.from is read only while there is no checkpoint
+    # The same command again continues: start.from is read only while there is no checkpoint.
     second["train"]["steps"] = 10
     assert train(second) == [0]
     assert [row["step"] for row in read_rows(tmp_path / "second/run/metrics.jsonl")] == [7, 8, 9, 10]
@@ -91,7 +91,7 @@ def test_falls_back_from_a_bad_checkpoint_on_all_ranks(size: int, engine: dict[s
 
 @under_both
 def test_early_stopping_and_the_best_checkpoint(engine: dict[str, Any], tmp_path: Path) -> None:
-    """A learning rate that changes nothing: the first validation stays the best, and its checkpoint is kept."""
+    """The learning rate changes nothing, so the first validation stays the best, and its checkpoint is kept."""
     config = tiny(
         tmp_path,
         train__steps=30,

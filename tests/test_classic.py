@@ -1,8 +1,8 @@
-"""Classification and regression: metrics are scikit-learn's at any number of ranks, and the presets learn."""
+"""Classification and regression: metrics equal scikit-learn's at any number of ranks, and the presets learn."""
 
 from __future__ import annotations
 
-# scikit-learn is imported by tests alone: ranks import this file as well, and do not need it.
+# Only tests import scikit-learn: ranks import this file too, and do not need it.
 import csv
 import json
 import random
@@ -24,7 +24,7 @@ SIZES = (1, GLOBAL_BATCH - 1, GLOBAL_BATCH + 1, 40)  # of the validation set
 
 
 def later(value: Any) -> Any:
-    """A parameter that is left to `--full`."""
+    """A parameter that runs only with `--full`."""
     return pytest.param(value, marks=pytest.mark.full)
 
 
@@ -32,7 +32,7 @@ RATES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro")
 
 
 def table(path: Path, labels: int) -> Path:
-    """Rows of three numbers; a label that is hard to tell, and a number that is not."""
+    """Write rows of three numbers, a label that is hard to predict, and a number that is easy to predict."""
     draw = random.Random(0)
     with path.open("w", newline="") as file:
         out = csv.writer(file)
@@ -53,7 +53,7 @@ def config(folder: Path, task: dict[str, Any], labels: int = 3, **changes: Any) 
 
 
 def measure(made: dict[str, Any]) -> list[tuple[dict[str, float], np.ndarray, np.ndarray]]:
-    """On each rank: a few steps, then for each size what we say and what the model gave, sample by sample."""
+    """On each rank: a few steps, then for each size our metrics and the model's outputs, sample by sample."""
     from trainer.agreement import Agreement
     from trainer.data.batch import Row
     from trainer.data.loader import HeldOut, held_out
@@ -129,7 +129,7 @@ def test_errors_are_those_of_scikit_learn(ranks: int, tmp_path: Path) -> None:
         values = {float(row["target"]) for row in csv.DictReader(file)}
     for found in run_ranks(ranks, measure, made, timeout_s=180):
         for ours, given, right in found:
-            # in the target's own units, as far as fp32 tells a normalised one
+            # In the target's own units, as far as fp32 resolves a normalised target.
             assert ours["mse"] >= 0
             scale2 = ours["mse"] / max(known.mean_squared_error(right, given), 1e-30)
             assert scale2 == pytest.approx(np.var(sorted(values)), rel=0.2)  # of the training rows alone
@@ -161,7 +161,7 @@ def test_the_curve_is_the_same_at_every_size(task: str, kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize("seed", [0, later(1), later(2)])
 def test_digits_are_learned(seed: int, tmp_path: Path) -> None:
-    """At least 97 % of test digits; the majority baseline stands beside it."""
+    """At least 97 % of test digits, compared with the majority baseline."""
     words = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/cache", f"run.seed={seed}", "run.tensorboard=false"]
     made = to_dict(load("digits-mlp", words))
     assert train(made, 2, timeout_s=240) == [0, 0]
@@ -172,7 +172,7 @@ def test_digits_are_learned(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_table_of_diabetes_is_learned(tmp_path: Path) -> None:
-    """Better than scikit-learn's linear regression knows, or nearly: r2 is about 0.4 to 0.5 for everybody."""
+    """At least nearly as good as scikit-learn's linear regression. r2 is about 0.4 to 0.5 for all methods."""
     words = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/cache", "run.tensorboard=false"]
     made = to_dict(load("regression-mlp", words))
     assert train(made, 2, timeout_s=240) == [0, 0]

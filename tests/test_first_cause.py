@@ -1,4 +1,4 @@
-"""The disk fills, or the run folder is moved away, while a run goes on: one line with the first cause."""
+"""The disk fills, or the run folder is moved, while a run goes on: one line with the first cause."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def move_away(run: Run) -> None:
 
 
 def fill_the_disk(run: Run) -> None:
-    """For all that a failure is recorded in. /dev/full answers every write as a full disk does."""
+    """Fill the disk for all that records a failure. /dev/full answers every write as a full disk does."""
     run.attempt.path.joinpath(f".end.json.{os.getpid()}").symlink_to("/dev/full")
     run.events.path.unlink(missing_ok=True)
     run.events.path.symlink_to("/dev/full")
@@ -47,7 +47,7 @@ def fail(run: Run) -> None:
 
 
 def stricken(config: dict[str, Any], strike: Callable[[Run], None], told: str) -> int:
-    """A run that meets something at step 3; what it prints goes to `told`."""
+    """A run that meets the fault at step 3. Its output goes to `told`."""
     for number in (1, 2):
         os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
@@ -73,7 +73,7 @@ def test_a_run_folder_that_is_moved_away(tmp_path: Path) -> None:
     told = struck(tmp_path, move_away)
     assert told[-1] == f"rank 0 failed: {tmp_path}/run is gone: it was moved or removed while this ran"
     assert "Traceback" not in "".join(told)
-    assert not (tmp_path / "run").exists()  # no second one is begun in its place
+    assert not (tmp_path / "run").exists()  # no second run folder is made in its place
 
 
 def test_a_full_disk_does_not_hide_the_first_cause(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_frozen_after_training_and_unfrozen_again(compute: str, sizes: tuple[int, int, int], tmp_path: Path) -> None:
-    """Three runs, each from everything of the one before, at other world sizes: all trains, the bottom is frozen, all
-    trains again. Nothing of the bottom is lost on the way, not a bit, and its optimizer counts on from where it was."""
+    """Three runs, each from everything of the one before, at other world sizes: all parameters train, then the bottom
+    is frozen, then all train again. No bit of the bottom is lost, and its optimizer continues its count."""
     first = config_of(tmp_path / "a", train__steps=3, precision__compute=compute)
     assert train(first, sizes[0]) == [0] * sizes[0]
     began = stored(tmp_path / "a/run", 3)
@@ -74,7 +74,7 @@ def test_frozen_after_training_and_unfrozen_again(compute: str, sizes: tuple[int
 
 
 def test_a_schedule_is_what_restarts_by_hand_would_do(tmp_path: Path) -> None:
-    """Freeze at 2, unfreeze at 4, in one run and in three: the same bits at every step."""
+    """Freeze at 2 and unfreeze at 4, in one run and in three: every step has the same bits."""
     schedule = [{"step": 2, "frozen": BOTTOM}, {"step": 4, "frozen": ["head.*"]}]
     one = config_of(tmp_path / "one", train__steps=6, checkpoint__every_steps=1, freeze__schedule=schedule)
     assert train(one, 2) == [0, 0]
@@ -95,7 +95,7 @@ def test_a_schedule_is_what_restarts_by_hand_would_do(tmp_path: Path) -> None:
             assert whole.manifest["step_counts"] == part_of.manifest["step_counts"]
     changes = [e for e in read_events(RunFolder(tmp_path / "one/run")) if e["event"] == "freeze_changed"]
     assert sorted({e["step"] for e in changes}) == [2, 4]
-    # and a restart in the middle, at another world size, finds its place in the schedule
+    # A restart in the middle, at another world size, finds its place in the schedule.
     again = config_of(tmp_path / "again", train__steps=3, checkpoint__every_steps=3, freeze__schedule=schedule)
     again["data"] = one["data"]
     assert train(again, 2) == [0, 0]
@@ -106,7 +106,7 @@ def test_a_schedule_is_what_restarts_by_hand_would_do(tmp_path: Path) -> None:
 
 
 def test_originals_keep_their_number_format(tmp_path: Path) -> None:
-    """fp32 originals under bf16 parameters: frozen they stay fp32 in every checkpoint, bit for bit."""
+    """fp32 originals under bf16 parameters: while frozen they stay fp32 in every checkpoint, bit for bit."""
     first = config_of(tmp_path / "a", train__steps=3)
     assert train(first, 2) == [0, 0]
     began = stored(tmp_path / "a/run", 3)
@@ -115,7 +115,7 @@ def test_originals_keep_their_number_format(tmp_path: Path) -> None:
     second["data"], second["freeze"] = first["data"], {"frozen": BOTTOM}
     second["start"] = {"from": str(tmp_path / "a/run")}
     with pytest.raises(RanksFailed, match=r"11 dtype: blocks.1.attn_norm.weight \(F32 there, BF16 here\)"):
-        train(second, 2)  # what trains would be rounded
+        train(second, 2)  # a trained tensor would be rounded
     second["start"]["allow"] = {"dtype": ["*"]}
     assert train(second, 2) == [0, 0]
     for step in (1, 4):
@@ -160,18 +160,18 @@ def test_reference_leaves_frozen_parameters_where_they_are(size: int, tmp_path: 
     assert [source["path"] for source in content["sources"]] == [str(tmp_path / "a/run/checkpoints/step-00000002")]
     second["train"]["steps"] = 6
     assert train(second, 3 - size) == [0] * (3 - size)
-    # unfrozen elsewhere, it is whole again
+    # After unfreezing elsewhere the checkpoint is whole again.
     third = config_of(tmp_path / "c", train__steps=7, checkpoint__every_steps=1)
     third["data"], third["start"] = first["data"], {"from": str(tmp_path / "b/run"), "take": "everything"}
     assert train(third, 2) == [0, 0]
     assert not read_json(tmp_path / "c/run/checkpoints/step-00000007/manifest.json").get("sources")
-    # the run that it belongs to does not prune it
+    # The run that owns the checkpoint does not prune it.
     source = tmp_path / "a/run/checkpoints/step-00000002"
     assert (source / "KEEP").read_text() == f"{tmp_path / 'b/run/checkpoints'} refers to files in here\n"
     first["train"]["steps"], first["checkpoint"] = 5, {"every_steps": 1, "keep": {"last": 1, "best": False}}
     assert train(first, 1) == [0]
     assert RunFolder(tmp_path / "a/run").committed_steps() == [2, 5]
-    # and a source that is gone is named
+    # A source that is gone is named.
     (source / "model").rename(tmp_path / "gone")
     second["train"]["steps"] = 8
     with pytest.raises(RanksFailed, match=r"step-00000002/model.*: the file is missing"):
@@ -179,8 +179,8 @@ def test_reference_leaves_frozen_parameters_where_they_are(size: int, tmp_path: 
 
 
 def held(folder: Path) -> tuple[dict[str, torch.dtype], str]:
-    """Build an engine that computes in bf16 with the bottom held elsewhere: number formats in memory, and what a store
-    that carries nothing says to its pieces."""
+    """Build an engine that computes in bf16, with the bottom's originals elsewhere. Returns the number formats in
+    memory, and the error of a store that carries nothing."""
     from configs.config import Config
     from trainer.checkpoint.save.assemble import RunState
     from trainer.checkpoint.save.store import CheckpointStore
@@ -200,7 +200,7 @@ def held(folder: Path) -> tuple[dict[str, torch.dtype], str]:
     except ValueError as error:
         said = str(error)
     formats = {piece.key: piece.tensor.dtype for piece in engine.pieces()}
-    world.barrier()  # rank 0 holds the store that the other's saver still connects to
+    world.barrier()  # rank 0 holds the store to which the other rank's saver still connects
     leave()
     return formats, said
 
@@ -212,4 +212,4 @@ def test_frozen_parameters_take_half_the_memory_once_a_file_holds_them(size: int
             n: torch.bfloat16 for n in formats if is_bottom(n)
         }
         assert {dtype for n, dtype in formats.items() if not is_bottom(n)} == {torch.float32}
-        assert "neither the original is here nor a checkpoint that holds it" in said  # and never saved in its stead
+        assert "neither the original is here nor a checkpoint that holds it" in said  # a copy is never saved

@@ -1,4 +1,4 @@
-"""`make gpu` gives numbers: its smallest row goes the whole way here, on a CPU."""
+"""`make gpu` gives numbers: its smallest row runs here completely, on a CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = ["--rows", "tiny@64", "--steps", "5"]
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `main` sets it: undone afterwards
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `main` sets it, and undone after the test
 
 
 def test_a_row_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,7 +32,7 @@ def test_a_row_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.Ca
     assert row["tokens/s"] > 0
     assert row["memory (GiB)"] > 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny |")]
-    assert len(printed) == 2  # as soon as it is measured, and in the table
+    assert len(printed) == 2  # when it is measured, and in the table
     assert f"{row['tokens/s']:.4g}" in printed[0]
 
 

@@ -1,4 +1,4 @@
-"""What a person can get wrong: one or two lines, exit code 2, nothing touched."""
+"""Mistakes that a person can make: one or two lines, exit code 2, no file changed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files_below(folder: Path) -> dict[str, int]:
 
 
 def refused(folder: Path, arguments: list[str], *words: str, size: int = 1) -> None:
-    """The command ends with 2 and lines that hold `words`, said once, and leaves the run folder as it was."""
+    """Check that the command ends with 2, prints `words` once, and leaves the run folder unchanged."""
     before = files_below(folder / "run")
     existed = (folder / "run").exists()
     results = run_ranks(size, entry, arguments, env={"TORCHELASTIC_RUN_ID": "x"} if size > 1 else None)
@@ -161,7 +161,7 @@ def test_named_checkpoint_that_is_bad(damage: Callable[[Path], None], word: str,
 def test_start_from_nothing(tmp_path: Path) -> None:
     path = write_config(tmp_path, start__from=str(tmp_path / "nowhere"))
     refused(tmp_path, [str(path)], "start.from", "nowhere", "does not exist", size=2)
-    assert not (tmp_path / "cache").exists()  # said before the corpus was read
+    assert not (tmp_path / "cache").exists()  # refused before the corpus was read
 
 
 def test_a_model_that_does_not_fit_the_checkpoint(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_source_that_changed(tmp_path: Path) -> None:
     (tmp_path / "corpus/003.txt").write_text("another text, of another length than before")
     switch = "run.accept_changes=[data.content]"
     refused(tmp_path, [path, "train.steps=8"], "'words' changed", "003.txt", switch)
-    # To admit other sources is not to admit other content: these are two switches.
+    # To admit other sources does not admit other content: these are two switches.
     refused(tmp_path, [path, "train.steps=8", "run.accept_changes=[data.sources]"], "'words' changed", "003.txt")
     assert run_ranks(1, entry, [path, "train.steps=8", switch])[0][0] == 0
     assert "'words' changed" in events(tmp_path)["data_changed"]["what"]
@@ -191,7 +191,7 @@ def events(tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_a_source_that_was_moved(tmp_path: Path) -> None:
-    """The same content at another place goes on without a word of admission; other content there does not."""
+    """The same content at another place needs no switch. Other content there does."""
     from configs.config import Config
     from trainer.begin import fingerprints_to_find
     from trainer.life.folder import RunFolder
@@ -201,7 +201,7 @@ def test_a_source_that_was_moved(tmp_path: Path) -> None:
     built, folder = Config.model_validate(config), RunFolder(tmp_path / "run")
     assert fingerprints_to_find(built, folder).keys() == {
         "words"
-    }  # what a cache of the older way is looked through for
+    }  # an older cache is searched for these
     path = str(
         write_config(tmp_path, data__sources=[{**config["data"]["sources"][0], "path": str(tmp_path / "moved")}])
     )
@@ -261,7 +261,7 @@ def test_preparation_may_take_longer_than_a_collective(tmp_path: Path) -> None:
 
 
 def _alone(config: dict[str, Any], arguments: list[str]) -> tuple[int, str]:
-    """Rank 1 alone meets what a person has to mend."""
+    """Rank 1 alone meets a mistake that a person must correct."""
     from configs.config import Config
     from configs.errors import UserError
     from trainer.tasks.lm import LanguageModelling
@@ -278,5 +278,5 @@ def _alone(config: dict[str, Any], arguments: list[str]) -> tuple[int, str]:
 def test_what_one_rank_alone_meets_is_said_by_that_rank(tmp_path: Path) -> None:
     path = str(write_config(tmp_path))
     (first, _), (second, text) = run_ranks(2, _alone, {}, [path])
-    assert (first, second) == (1, 2)  # the first only sees its peer go
+    assert (first, second) == (1, 2)  # the first rank only sees that its peer leaves
     assert "not readable on this node" in text

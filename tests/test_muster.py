@@ -1,4 +1,4 @@
-"""The `muster` command: in any folder, with what a shell offers at Tab."""
+"""The `muster` command in any folder, and what a shell offers at Tab."""
 
 from __future__ import annotations
 

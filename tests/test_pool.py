@@ -1,4 +1,4 @@
-"""The pool of ranks that other tests stand on: it stays up, names what went wrong, and is whole again afterwards."""
+"""The pool of ranks that other tests use: it stays up, names what went wrong, and works again afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of the repository as a whole: sizes, promises, no machine's paths. `make style` checks the rest."""
+"""Rules for the repository as a whole: sizes, promises, no machine's paths. `make style` checks the rest."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 PROMISES = ROOT / "docs" / "promises.md"
 
-# A path that exists on one machine only. Written so that it does not find itself.
+# A path that exists on one machine only. Written so that this line does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root)/")
 
 
 def listed_files() -> list[Path]:
-    """What git tracks or would track."""
+    """Every file that git tracks or would track."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -38,7 +38,7 @@ def python_files() -> list[Path]:
 
 
 def test_test_files_have_names_of_their_own() -> None:
-    """pytest imports them by name alone, so of two that share one only the first can be read."""
+    """pytest imports test files by name alone, so of two equal names it could read only the first."""
     names = Counter(path.name for path in python_files() if path.name.startswith("test_"))
     assert [name for name, count in names.items() if count > 1] == []
 
@@ -50,7 +50,7 @@ def test_files_are_short() -> None:
 
 
 def long_functions(source: str, limit: int) -> list[tuple[str, int]]:
-    """(name, lines) of every function longer than the limit; its decorators and docstring count."""
+    """(name, lines) of every function longer than the limit. Its decorators and docstring count."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -97,7 +97,7 @@ def test_machine_path_is_found() -> None:
 
 
 def test_models_hold_no_collectives() -> None:
-    """import-linter does not see inside torch, so this is checked here."""
+    """import-linter does not see inside torch, so this test checks it."""
     for path in (ROOT / "models").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute):
@@ -106,11 +106,11 @@ def test_models_hold_no_collectives() -> None:
                 ), path
 
 
-# ---- docs/promises.md: tables of a promise, the tests or commands that show it, in backticks, and when they run
+# ---- docs/promises.md: tables of promises, the tests or commands that show each, in backticks, and when these run
 
 
 def promises(text: str) -> list[tuple[str, list[str], str]]:
-    """(promise, proofs, tier) of every row of every table; a proof is `tests/x.py::test_y` or `make target`."""
+    """(promise, proofs, tier) of every row of every table. A proof is `tests/x.py::test_y` or `make target`."""
     rows: list[tuple[str, list[str], str]] = []
     for line in text.splitlines():
         if not line.startswith("|"):
@@ -127,7 +127,7 @@ TIERS = ("make test", "make test-all", "make gpu", "by hand")
 
 
 def tier_of(proof: str, root: Path) -> str:
-    """The first tier that runs a proof that exists."""
+    """The first tier that runs the proof."""
     if proof.startswith("make "):
         if proof == "make gpu":
             return "make gpu"
@@ -232,7 +232,7 @@ def test_the_tier_of_a_proof(tmp_path: Path) -> None:
 
 
 def modules_named(text: str) -> set[str]:
-    """Paths of the .py files in the table of rooms. A name alone lies in the folder of the row's first name."""
+    """Paths of the .py files in the table of rooms. A bare name is in the folder of the row's first name."""
     table = text.split("| room | holds |")[1].split("\n\n")[0]
     found = set()
     for row in table.splitlines():
@@ -249,7 +249,7 @@ def test_the_table_of_rooms_names_every_module_and_no_other() -> None:
     named = modules_named((ROOT / "docs" / "architecture.md").read_text("utf-8"))
     assert len(wanted) > 100
     assert wanted - named == set()
-    assert named - {str(path) for path in files} == set()  # it may name a test, too
+    assert named - {str(path) for path in files} == set()  # the table may name a test, too
 
 
 def test_modules_are_read_from_a_table_of_rooms() -> None:
@@ -284,7 +284,7 @@ def test_test_all_runs_every_file_of_tests() -> None:
 
 
 def engine_specific(source: str) -> list[str]:
-    """Tests that take the fixture `engine` and then do otherwise under one of them: they skip, or look which it is."""
+    """Tests with the fixture `engine` that treat one engine differently: they skip, or ask which engine it is."""
     found = []
     for node in ast.walk(ast.parse(source)):
         arguments = {a.arg for a in node.args.args} if isinstance(node, ast.FunctionDef) else set()

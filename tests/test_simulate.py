@@ -1,4 +1,4 @@
-"""The boxes that `benchmarks/simulate.py` computes for a thousand ranks are those of real FSDP2 and tensor groups."""
+"""The boxes that `benchmarks/simulate.py` computes for a thousand ranks equal those of real FSDP2 and tensor groups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = [
 
 
 def cut_by_torch(overrides: list[str]) -> dict[str, Any]:
-    """What this rank holds of each parameter: (offsets, sizes, number among those that hold the same, how many)."""
+    """For each parameter, this rank's (offsets, sizes, number among ranks with this box, how many such ranks)."""
     import torch
     from torch.distributed.fsdp import fully_shard
 

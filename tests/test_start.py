@@ -24,7 +24,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def second(folder: Path, first: dict[str, Any], lr: float = 1e-30, **changes: Any) -> dict[str, Any]:
-    """A run of one step from everything of the first; the learning rate changes nothing unless told."""
+    """A run of one step from everything of the first run. Its learning rate changes nothing unless a test sets it."""
     config = tiny(folder, train__steps=4, optim__schedule="constant", optim__lr=lr, **changes)
     config["optim"]["weight_decay"] = 0.0
     config["data"] = first["data"]
@@ -46,10 +46,10 @@ def test_a_grown_vocabulary_keeps_old_rows_and_their_moments(size: int, first: d
         assert bits(new[:260]) == bits(old)
         assert 0.01 < new[260:].std() < 0.03  # initial values, not zeros
         moment = after.tensors[f"{name}.exp_avg"]
-        # betas of almost 1: one update leaves the moments where they were, to rounding
+        # With betas of almost 1, one update leaves the moments unchanged, up to rounding.
         torch.testing.assert_close(moment[:260], before.tensors[f"{name}.exp_avg"], rtol=1e-5, atol=1e-8)
         assert moment[260:].abs().max() < 1e-6
-    # the new rows are those that a fresh model of this size would have
+    # The new rows equal those of a fresh model of this size.
     fresh = tiny(tmp_path / "fresh", train__steps=1, model__vocab_size=267, optim__lr=1e-30)
     fresh["optim"]["weight_decay"] = 0.0
     assert train(fresh) == [0]
@@ -70,7 +70,7 @@ def test_a_replaced_head_begins_anew_and_counts_from_0(first: dict[str, Any], tm
 
 
 def test_a_frozen_tensor_goes_by_another_name(first: dict[str, Any], tmp_path: Path) -> None:
-    """The blocks change places, one of them frozen: its weights and moments are carried under the new name."""
+    """The blocks swap places, and one of them is frozen: its weights and moments are carried under the new name."""
     swap = {"blocks.0.*": "blocks.1.*", "blocks.1.*": "blocks.0.*"}
     config = second(tmp_path, first, start__rename=swap, freeze__frozen=["blocks.1.*"], checkpoint__every_steps=1)
     assert train(config, 2) == [0, 0]
@@ -83,7 +83,7 @@ def test_a_frozen_tensor_goes_by_another_name(first: dict[str, Any], tmp_path: P
     assert bits(after.tensors["blocks.0.mlp.up.weight"]) == bits(before.tensors["blocks.1.mlp.up.weight"])
     assert after.manifest["step_counts"]["blocks.1.mlp.up.weight"] == 3
     config["train"]["steps"] = 5
-    assert train(config, 1) == [0]  # continuing asks for no renaming
+    assert train(config, 1) == [0]  # a continued run needs no renaming
     again = stored(tmp_path, 5)
     assert all(again.same(after, key) for key in after.tensors if key.startswith("blocks.1."))
 

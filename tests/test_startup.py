@@ -1,4 +1,4 @@
-"""What must be quick: help, the resolved config, and every mistake in a config come without torch."""
+"""What must be quick: help, the resolved config, and every mistake in a config do not import torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COMMANDS = {
 
 
 GOLDEN = "tests/trainer/checkpoint/golden"
-# Of a checkpoint no tensor is computed here: JSON, names and bytes.
+# These verbs compute with no tensor of a checkpoint, only with JSON, names and bytes.
 CHECKPOINTS = {
     "list": (["launch", "checkpoint", "list", GOLDEN], 0),
     "show": (["launch", "checkpoint", "show", f"{GOLDEN}/step-00000500"], 0),
@@ -49,7 +49,7 @@ TIMED = ("trainer --help", "trainer --print-config", "unknown key")
 
 
 def start(words: list[str]) -> tuple[int, list[str], set[str], float]:
-    """Exit code, lines of its stderr, modules it had imported when it ended, and its processor time in seconds."""
+    """Exit code, lines of stderr, modules imported at the end, and processor time in seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-X", "importtime", "-m", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -76,7 +76,7 @@ def test_starts_without_torch(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TIMED)
 def test_starts_at_once(name: str) -> None:
-    """Processor time, which tests beside this one do not add to; the least of a few starts."""
+    """Processor time, so that other tests do not add to it; the least of a few starts."""
     words, code = COMMANDS[name]
     seconds = []
     for _ in range(5):

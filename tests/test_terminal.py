@@ -1,4 +1,4 @@
-"""How programs of ours are heard and how they end: whatever standard output is, one line at most and no traceback."""
+"""How our programs print and end: whatever standard output is, at most one line and no traceback."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Main = Callable[[list[str]], int]
 
 
 def ended(main: Main, out: int | None, errors: Path, encoding: str = "utf-8") -> tuple[int, str]:
-    """(exit code, standard error) of a program in a process of its own, with `out` as its output; None: closed."""
+    """(exit code, standard error) of a program in its own process, with `out` as its output; None: closed."""
     child = os.fork()
     if child == 0:
-        terminal._Stream.output_unheard = False  # whatever a test before this one ran in this process
+        terminal._Stream.output_unheard = False  # whatever an earlier test ran in this process
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         if out is None:
             os.close(1)
@@ -171,7 +171,7 @@ def test_a_table_of_rich_shows_markup(capfd: pytest.CaptureFixture[str]) -> None
 
 
 DOORS = {"trainer/host/terminal.py", "trainer/host/console.py", "configs/errors.py", "trainer/host/shadow.py"}
-WRITES = {  # what is not for a person to read as it is, or makes a line that moves
+WRITES = {  # output that is not for a person, or that makes a live line
     "launch/checkpoint/text.py": ["sys.stderr.write(text)"],
     "slurm/look/logs.py": ["sys.stdout.buffer.write(chunk)"],
     "slurm/submit/submit.py": ["sys.stdout.write(new.decode(errors='replace'))"],
@@ -189,7 +189,7 @@ def printing(source: str) -> list[str]:
 
 
 def test_nothing_is_printed_past_the_doors() -> None:
-    """`say`, `tell`, `Console` and `show` escape what they print; whatever else prints must be listed here."""
+    """`say`, `tell`, `Console` and `show` escape what they print. All other code that prints must be listed here."""
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     found = {str(path.relative_to(ROOT)): printing(path.read_text("utf-8")) for path in paths}
     assert {name: calls for name, calls in found.items() if calls and name not in DOORS} == WRITES
@@ -205,7 +205,7 @@ def test_every_program_ends_alike(package: str) -> None:
 
 
 def test_a_real_command_whose_reader_has_left() -> None:
-    """PYTHONUNBUFFERED writes at once; `head` has often left by then."""
+    """PYTHONUNBUFFERED writes at once. `head` has often left by then."""
     command, env = [sys.executable, "-m", "trainer", "demo", "--print-config"], {"PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=env, stdout=without_reader(), stderr=subprocess.PIPE, text=True, timeout=60, check=False

@@ -1,4 +1,4 @@
-"""A task that nothing of Muster knows trains, stops, resumes, freezes, reshards and is looked at like any other."""
+"""A task that Muster does not know trains, stops, resumes, freezes, reshards and is shown like any other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOKING = ("watch --once run", "report run", "checkpoint list run", "checkpoint 
 
 
 def toy(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A config of the toy: 61 records, so that no batch and no validation is even."""
+    """A config of the toy with 61 records, so that no batch and no validation set divides evenly."""
     draw = random.Random(0)
     table = folder / "pairs.csv"
     if not table.exists():
@@ -147,7 +147,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
 
 
 def test_a_job_gets_a_copy_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one run and of an array: what is edited after it was submitted makes another copy."""
+    """For one run and for an array: an edit after the submission makes another copy."""
     from configs.config import Config
     from slurm.submit import snapshot
     from slurm.submit.array import ArraySubmission

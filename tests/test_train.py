@@ -13,8 +13,9 @@ from tests.engines import ENGINES, rows, under_both
 from trainer.life.folder import RunFolder
 from trainer.life.rows import read_json, read_rows
 
-# The order in which fp32 terms are added differs between layouts. Over 50 steps of this model the losses part by about
-# 1e-6 (measured); a lost sample, a wrong divisor or a doubled gradient parts them by more than 1e-2, in step 2 already.
+# The order in which fp32 terms are added differs between layouts. Over 50 steps of this model the losses then differ by
+# about 1e-6 (measured). A lost sample, a wrong divisor or a doubled gradient changes them by more than 1e-2, already in
+# step 2.
 ORDER_OF_SUMMATION = 2e-5
 STEPS, MORE_STEPS = 8, 50
 
@@ -98,7 +99,7 @@ def test_resuming_equals_going_on_bit_for_bit(size: int, engine: dict[str, Any],
 
 
 def samples_by_step(config: dict[str, Any]) -> dict[int, list[int]]:
-    """Sample numbers that the ranks were given, per step, over all attempts."""
+    """The numbers of the samples that the ranks got, per step, over all attempts."""
     found: dict[int, list[int]] = {}
     for path in Path(config["run"]["dir"]).glob("attempts/*/samples-*.jsonl"):
         for row in read_rows(path):
@@ -119,7 +120,7 @@ def test_another_world_size_goes_on_at_the_very_sample(engine: dict[str, Any], t
 
 
 def stop_at(step: int, config: dict[str, Any]) -> int:
-    """A run in which somebody touches STOP while `step` is being made."""
+    """A run in which somebody touches STOP during `step`."""
     from configs.config import Config
     from trainer.data.batch import StepBatch
     from trainer.life.stop import StopWish
@@ -139,7 +140,7 @@ def stop_at(step: int, config: dict[str, Any]) -> int:
 def test_a_stop_leaves_no_trace_in_what_is_learned(
     size: int, step: int, engine: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Stopped at a validation, at a save or between: losses, validations and the last checkpoint are the same bits."""
+    """Stopped at a validation, at a save or between: losses, validations and the last checkpoint have the same bits."""
     changes = {"train__steps": 20, "train__validate_every_steps": 5, "checkpoint__every_steps": 10, **engine}
     straight, broken = tiny(tmp_path / "straight", **changes), tiny(tmp_path / "broken", **changes)
     broken["data"] = straight["data"]

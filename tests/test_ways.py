@@ -47,12 +47,12 @@ def test_torchrun_on_one_node(engine: dict[str, Any], tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for key in ("loss", "target_tokens", "consumed_samples", "lr", "grad_norm", "step_s", "data_wait_s"):
         assert all(key in row for row in rows)
-    assert rows[-1]["mfu"] is None  # no GPU whose peak is known
+    assert rows[-1]["mfu"] is None  # no GPU with a known peak
     assert (tmp_path / "run/attempts/000/rank-00001.log").exists()
 
 
 def job_script(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
-    """slurm/examples/one-node.sbatch as it stands, without Slurm: its directives are comments to bash."""
+    """slurm/examples/one-node.sbatch unchanged, without Slurm: bash reads its directives as comments."""
     script = (ROOT / "slurm/examples/one-node.sbatch").read_text()
     assert re.search(r"^torchrun .*--rdzv-endpoint=", script.replace("\\\n", ""), re.M)
     own = {"SLURM_JOB_ID": str(free_port()), "GPUS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
@@ -80,7 +80,7 @@ def test_a_job_script_passes_the_warning_on(tmp_path: Path) -> None:
             assert script.wait(timeout=60) == 0
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(script.pid, signal.SIGKILL)  # torchrun too, and with it its workers
+                os.killpg(script.pid, signal.SIGKILL)  # torchrun too, and its workers
     end = read_json(tmp_path / "run/attempts/000/end.json")
     assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", "warning", True)
     assert end["checkpoint"] == f"step-{end['step']:08d}"
@@ -92,7 +92,7 @@ def test_debug_in_one_process(engine: dict[str, Any], tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "trainer", str(config), "--debug"])
     assert done.returncode == 0, done.stderr
     assert "every check held" in done.stdout
-    assert "finished at step 5;" in done.stdout  # cut from 50
+    assert "finished at step 5;" in done.stdout  # reduced from 50
     assert not (tmp_path / "run").exists()
 
 

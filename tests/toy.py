@@ -1,4 +1,4 @@
-"""A task and a model of somebody's own: the difference of two numbers, told with an absolute error."""
+"""A user's own task and model: predict the difference of two numbers, with an absolute error."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ LIBRARIES = ("torch", "yaml", "pydantic", "random", "argparse")
 
 
 def fill(folder: Path, without: str = "") -> None:
-    """Modules, packages and plain folders of all names but one, that end who imports them."""
+    """Write modules, packages and plain folders of all names but one. They end the process that imports them."""
     ends = "raise SystemExit('the wrong module ran')\n"
     for name in {*OURS, *LIBRARIES} - {without}:
         (folder / f"{name}.py").write_text(ends)
     (folder / "configs.py").unlink(missing_ok=True)
-    (folder / "configs").mkdir()  # YAML only: Python takes it for a package without a file
+    (folder / "configs").mkdir()  # YAML only: Python takes it for a namespace package
     (folder / "configs" / "mine.yaml").write_text("include: demo\n")
     (folder / "models.py").unlink(missing_ok=True)
     (folder / "models").mkdir()

@@ -1,4 +1,4 @@
-"""Every number has an upper bound, every path follows one rule, and what contradicts the length of a run is said."""
+"""Every number has an upper bound, every path follows one rule, and contradictions of the run's length are reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refused(*overrides: str, preset: str = "demo") -> str:
 
 
 def numbers(annotation: Any, limits: list[Any]) -> Iterator[tuple[type, set[str]]]:
-    """Each number inside an annotation, and the names of its limits."""
+    """Each type of number inside an annotation, with the names of its limits."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *more = get_args(annotation)
@@ -63,7 +63,7 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
         for kind, limits in numbers(info.annotation, list(info.metadata))
     ]
     assert len(found) > 60
-    by_rule = {"optim.betas"}  # each in [0, 1), by a rule of its section
+    by_rule = {"optim.betas"}  # each in [0, 1), by a rule of the section
     open_ = [key for key, _, limits in found if len(limits) < 2 and key not in by_rule]
     assert open_ == []
 
@@ -92,7 +92,7 @@ def test_a_number_beyond_its_bound_is_refused_by_key(override: str) -> None:
 
 
 def test_what_people_write_for_ever_is_taken() -> None:
-    """Also by a resume: it stands in the config.yaml of older runs."""
+    """A resume accepts it too: the config.yaml of older runs holds it."""
     times = ["checkpoint.keep.last", "checkpoint.failures_limit", "run.max_restarts", "run.give_up_after"]
     more = ["monitor.idle_windows", "monitor.slow_share", "monitor.most_mib", "train.micro_batch"]
     seconds = ["parallel.load_timeout_s", "parallel.step_timeout_s", "run.stop_grace_s", "train.time_limit_s"]
@@ -118,9 +118,9 @@ def test_what_this_machine_cannot_hold_is_said_before(monkeypatch: pytest.Monkey
         ):
             check_memory(load("demo", [override]), 2, 2)
     eight = load("llama3-8b", ["train.global_batch=8", "data.seq_len=128"])
-    check_memory(eight, 1, 1000)  # a thousandth of it fits
+    check_memory(eight, 1, 1000)  # a thousandth of the memory fits
     check_memory(load("llama3-8b", ["train.global_batch=8", "freeze.frozen=['*']"]), 1, 20)
-    monkeypatch.setattr("trainer.host.memory._DRIVER", Path("/"))  # the model is in GPUs
+    monkeypatch.setattr("trainer.host.memory._DRIVER", Path("/"))  # as if the model were in GPUs
     check_memory(eight, 1, 1)
 
 
@@ -169,12 +169,12 @@ def test_one_rule_for_every_path(key: str, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("HOME", "/home/anna")
     for typed, meant in (("~/a b", "/home/anna/a b"), ("a/~", "a/~"), ("./~x", "./~x"), ("~", "/home/anna")):
         if "deepspeed" in key and typed == "~":
-            continue  # at a key that may be anything, ~ is YAML's null
+            continue  # this key takes any value, and ~ is YAML's null
         config = load(preset, [f"{key}={typed}"])
         assert PATHS[key](config) == meant
         path = tmp_path / "config.yaml"
         path.write_text(dump(config))
-        monkeypatch.setenv("HOME", "/root")  # a job's, a container's
+        monkeypatch.setenv("HOME", "/root")  # as in a job or container
         assert load(str(path), []) == config
         monkeypatch.setenv("HOME", "/home/anna")
     first = pwd.getpwuid(0)
@@ -229,7 +229,7 @@ def test_a_schedule_that_does_not_fit_is_refused_with_the_numbers_and_the_advice
             assert rates[0] < 1
         elif effect == "never come":
             assert max(falls) < 0
-        else:  # by more than the decay does in a step
+        else:  # more than the decay does in one step
             assert falls[warmup_steps - 1] > 1 / decay_steps + 1e-9
         with pytest.raises(UserError, match=rf"(?m)need \d+ steps, train\.steps is 10: .* would {effect}") as error:
             check_rates(load("demo", typed))

@@ -1,4 +1,4 @@
-"""Only regular files are read, and a person's mistake is said without giving the terminal orders."""
+"""Only regular files are read, and the report of a mistake sends no control characters to the terminal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_nothing_else_is_opened_and_nothing_waits(tmp_path: Path) -> None:
 def test_control_characters_are_shown() -> None:
     assert printable("a\tb\x1b[2J\r\nä\x9b\x00") == "a\\tb\\x1b[2J\\r\nä\\x9b\\x00"
     assert printable(os.fsdecode(b"x\xff")) == "x\\xff"
-    assert printable("\u202e\ud800") == "\\u202e\\ud800"  # text that turns round; half a pair
+    assert printable("\u202e\ud800") == "\\u202e\\ud800"  # an override of the text direction; half a surrogate pair
 
 
 def test_telling_never_raises(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +53,6 @@ def test_telling_never_raises(capsys: pytest.CaptureFixture[str], monkeypatch: p
         monkeypatch.undo()
         full_closed = full
         with pytest.raises(OSError):
-            full.close()  # what could not be written is still in its buffer
+            full.close()  # its buffer still holds the text that could not be written
     monkeypatch.setattr(sys, "stderr", full_closed)
     tell(UserError("x"))

@@ -1,4 +1,4 @@
-"""Presets, files, includes and overrides become a config; what is written back loads as the same."""
+"""Presets, files, includes and overrides become a config, and what is written back loads as the same config."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def read(text: str) -> Any:
-    """A YAML text as plain values; no problem allowed."""
+    """A YAML text as plain values. No problem is allowed."""
     problems: list[Problem] = []
     node = parse(text, lambda line: Place("text", line), problems)
     assert problems == []
@@ -100,7 +100,7 @@ def test_a_file_lies_over_what_it_includes(write: Write) -> None:
     top = write("top.yaml", "include: [demo, sub/optim.yaml, data.yaml]\noptim:\n  warmup_steps: 3\n")
     config = load(top, [])
     assert (config.optim.lr, config.optim.eps, config.optim.warmup_steps) == (1e-2, 1e-7, 3)
-    assert config.freeze.frozen == ["c"]  # lists replace, they do not grow
+    assert config.freeze.frozen == ["c"]  # a list replaces the list below, it does not extend it
     assert config.model == load("demo", []).model
 
 
@@ -128,7 +128,7 @@ def test_overrides() -> None:
             "data.sources.0.path=some where=else",
             "model.rope_scaling.factor=32",
             "start.from=runs/a",
-            "run.name='12'",  # as 12 would be
+            "run.name='12'",  # as the plain 12 would be
             "freeze.frozen=['*']",
             "train.time_limit_s=60",
         ],
@@ -136,7 +136,7 @@ def test_overrides() -> None:
     assert config.train.steps == 5
     assert (config.optim.lr, type(config.optim.lr)) == (1.0, float)
     assert config.optim.betas == [0.0, 0.25]
-    assert load("demo", ["optim.betas.1=0.5"]).optim.betas == [0.9, 0.5]  # the list is only in the schema
+    assert load("demo", ["optim.betas.1=0.5"]).optim.betas == [0.9, 0.5]  # only the schema has the list
     assert load("demo", []).optim.betas == [0.9, 0.95]
     assert config.data.sources[0].path == "some where=else"
     assert config.data.sources[0].name == "stdlib"
@@ -178,7 +178,7 @@ def strategy(info: FieldInfo) -> st.SearchStrategy[Any]:
 
 
 def values(annotation: Any, limits: list[Any]) -> st.SearchStrategy[Any]:
-    """Values that a field takes, from its annotation and limits."""
+    """Values that a field accepts, drawn from its annotation and limits."""
     bounds = {name: getattr(m, name) for m in limits for name in ("ge", "gt", "lt", "le") if hasattr(m, name)}
     sizes = {"min": 0, "max": 3} | {
         name[:3]: getattr(m, name) for m in limits for name in ("min_length", "max_length") if hasattr(m, name)
@@ -212,7 +212,7 @@ def values(annotation: Any, limits: list[Any]) -> st.SearchStrategy[Any]:
             return st.from_regex(r"[^\0~/\ud800-\udfff][^\0\ud800-\udfff]{0,60}", fullmatch=True)
         return st.from_regex(pattern, fullmatch=True) if pattern else TEXT(min_size=sizes["min"]) | TRICKY
     assert issubclass(annotation, Section), annotation
-    if annotation is Sections:  # a task and a model that it fits
+    if annotation is Sections:  # draw a model that fits the task
         whole = {n: strategy(i) for n, i in annotation.model_fields.items()}
         of_task = [{**whole, **{n: values(kind, []) for n, kind in kinds.items()}} for kinds in FITTING]
         return st.one_of([st.fixed_dictionaries(one) for one in of_task])
@@ -225,13 +225,13 @@ FITTING: list[dict[str, type[Section]]] = [
     {"model": MlpSection, "task": RegressSection},
 ]
 TEXT = partial(st.text, st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-# Texts that some version of YAML takes for something else.
+# Texts that some version of YAML reads as another type.
 PLAIN = (
     "on yes no null ~ 1 1e-4 0o7 1:30 1_000 .inf .nan true << 2026-01-01 - ? : # a:b = & * ! % @ ` ' \" [ { | > , ---"
 )
 BLANKS = ["a: b", "a #b", " a", "a ", "a\nb", "\n", "\t", "\x01", "\x85", "\u2028", "\ufeff", "\U0001f600", "x" * 300]
 TRICKY = st.sampled_from([*PLAIN.split(), *BLANKS])
-# What keeps the rules between keys, so that few of the drawn configs are thrown away.
+# Values that satisfy the rules between keys, so that few of the drawn configs are rejected.
 RULES: dict[str, dict[str, Any]] = {
     "model": {"heads": 6, "kv_heads": 2, "head_dim": 8, "rope_scaling": None, "max_seq_len": 10**9},
     "optim": {"betas": [0.5, 0.25], "decay_steps": 1},
@@ -298,7 +298,7 @@ def test_loading_is_fast_and_light() -> None:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Processor time: what else runs on the machine does not count.
+        # Processor time, so that other processes do not count.
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.stdout.strip() == "[]"
     assert statistics.median(seconds) <= 0.3, seconds

@@ -1,4 +1,4 @@
-"""Every mistake gets one line: where it is, what is wrong, what to write instead. All come at once."""
+"""Every mistake gets one line: where it is, what is wrong, what to write instead. All mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Mistakes = Callable[..., list[str]]
 
 
 def mistakes(argument: str | None, *overrides: str) -> list[str]:
-    """The lines of the error that loading raises; the header of several is checked and cut off."""
+    """The lines of the error that loading raises. A header over several lines is checked and removed."""
     with pytest.raises(UserError) as error:
         load(argument, list(overrides))
     lines = str(error.value).split("\n")
@@ -296,11 +296,11 @@ def test_unknown_preset_names_the_nearest_and_lists_all() -> None:
         (line,) = mistakes(argument)
         assert f"did you mean {near}? (presets: {', '.join(presets())})" in line
     assert "did you mean" not in mistakes("qwertz")[0]
-    assert mistakes("_llama3")[0].startswith("command line: there is no preset '_llama3'")  # only for including
+    assert mistakes("_llama3")[0].startswith("command line: there is no preset '_llama3'")  # it is only for including
 
 
 def test_every_misspelt_key_finds_its_own() -> None:
-    """One letter lost at the end of a name, or two swapped, still leads to the key that was meant."""
+    """A name without its last letter, or with two letters swapped, still leads to the right key."""
     for key in all_keys():
         parent, dot, name = key.replace("*", "0").rpartition(".")
         for wrong in (name[:-1], name[1] + name[0] + name[2:]):
@@ -321,5 +321,6 @@ def test_any_value_anywhere_is_taken_or_explained(drawn: list[tuple[str, str]]) 
         load("demo", overrides)
     except UserError:
         for line in mistakes("demo", *overrides):
-            own = {("model.name", "{a: 1}"), ("task.name", "{a: 1}")} & {*drawn}  # of a name with a colon: then the
+            # own name: the file's keys are unknown
+            own = {("model.name", "{a: 1}"), ("task.name", "{a: 1}")} & {*drawn}
             assert line.startswith("command line: ") or own  # file's keys are unknown

@@ -1,4 +1,4 @@
-"""The presets are what they say, and what is made from the schema is current."""
+"""The presets are as they claim, and the files made from the schema are current."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from configs.load import FOLDER, load, presets
 from configs.reference import SCHEMA_FILE, contents, json_schema
 from configs.schema.model import DecoderSection
 
-SHARED = {"model.name", "model.norm", "model.norm_eps", "model.dropout", "task.name"}  # keys of several models, tasks
+SHARED = {"model.name", "model.norm", "model.norm_eps", "model.dropout", "task.name"}  # keys of several models or tasks
 
 
 def parameters(m: DecoderSection) -> int:
@@ -27,7 +27,7 @@ def parameters(m: DecoderSection) -> int:
 
 @pytest.mark.parametrize(
     ("name", "count", "factor"),
-    [  # the counts that Meta's model cards and Hugging Face give
+    [  # the counts in Meta's model cards and on Hugging Face
         ("llama3-1b", 1_235_814_400, 32.0),
         ("llama3-8b", 8_030_261_248, 8.0),
         ("llama3-70b", 70_553_706_496, 8.0),

@@ -1,4 +1,4 @@
-"""One rule for values: typed in a shell, in a file, in `--array`. Nothing is converted or lost in silence."""
+"""One rule for values in a shell, in a file and in `--array`. Nothing is silently converted or lost."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_aliases_of_aliases_are_bounded_and_the_line_is_named(kind: str, write: 
         lines.append(f"a{n}: &a{n} {ten}")
     begun = time.process_time()
     message = refused(write("\n".join(lines)))
-    assert time.process_time() - begun < 5  # without a bound: for ever
+    assert time.process_time() - begun < 5  # without the bound it would never end
     assert f"aliases stand for over {MOST_COPIES:,} values" in message
     assert message.startswith("a.yaml:6: with *a4")
 
@@ -209,7 +209,7 @@ LONG: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("what", LONG)
 def test_reading_is_linear(what: str, write: Write) -> None:
-    """Ten times as much takes about ten times as long; processor time, so other processes do not count."""
+    """Ten times the text takes about ten times as long. Processor time, so that other processes do not count."""
     frame, item = LONG[what]
 
     def seconds(count: int) -> float:
@@ -219,7 +219,7 @@ def test_reading_is_linear(what: str, write: Write) -> None:
         with nullcontext() if what in ("items", "sources") else pytest.raises(UserError) as error:
             load(name, [])
         spent = time.process_time() - begun
-        assert error is None or len(str(error.value).splitlines()) <= 22  # told in a screenful, whatever its size
+        assert error is None or len(str(error.value).splitlines()) <= 22  # the error fits one screen, whatever the size
         return spent
 
     seconds(10)

@@ -1,7 +1,8 @@
 """Odd inputs by the thousand: `python -m tests.fuzz --kind all --count 10000 --seed 0`. Needs no atheris.
 
-Inputs that lead to a defect are kept in the folder `--keep`; one moved to tests/fuzz/corpus/KIND is replayed by every
-test run. `--replay FILE` calls the kind's target with one input, here, so that the traceback shows.
+Inputs that cause a defect are kept in the folder `--keep`. An input moved to tests/fuzz/corpus/KIND is replayed in
+every test run. `--replay FILE` calls the kind's target with one input in this process, so that the traceback is
+printed.
 """
 
 from __future__ import annotations

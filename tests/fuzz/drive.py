@@ -1,4 +1,4 @@
-"""Runs many inputs in a forked process. What raises, takes too long or ends the process is kept; the rest goes on."""
+"""Runs many inputs in a forked process. An input that raises, takes too long or ends the process is kept."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from typing import Any
 
 from tests.fuzz.kinds import Kind
 
-MOST_S = 5.0  # of processor time, for one input
-MOST_WAITED_S = 30.0  # by the clock: what waits for ever needs no processor, and a busy machine takes its time
+MOST_S = 5.0  # of processor time, per input
+MOST_WAITED_S = 30.0  # of clock time: an input that waits for ever uses no processor, and a busy machine is slow
 MOST_BYTES = 4 << 30
-_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2  # capabilities(7): with these nothing is closed to root
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2  # capabilities(7) that let root open everything
 
 
 class TooLong(BaseException):
-    """No Exception: what is called may catch those."""
+    """No Exception, which the code under test might catch."""
 
 
 @dataclass
 class Tally:
-    """What came of the inputs of one kind. `defects`: input and what it led to."""
+    """The results for the inputs of one kind. `defects`: (input, what it caused)."""
 
     kind: str
     inputs: int = 0
@@ -47,13 +47,13 @@ class Tally:
 
 
 def fresh(kind: Kind, count: int, seed: int) -> Iterator[bytes]:
-    """The same inputs for the same seed and corpus."""
+    """Inputs of a kind. The same seed and corpus give the same inputs."""
     for number in range(count):
         yield kind.mutate(Random(f"{seed}-{kind.name}-{number}"), kind.seeds)
 
 
 def drive(kind: Kind, inputs: Iterable[bytes]) -> Tally:
-    """Call the target with each, in a process of its own, and in another one after an input that ended that."""
+    """Call the target with each input in a forked process, and start another process after an input that ended it."""
     every, tally = list(inputs), Tally(kind.name)
     began = time.monotonic()
     while tally.inputs < len(every):
@@ -66,7 +66,7 @@ def drive(kind: Kind, inputs: Iterable[bytes]) -> Tally:
 
 
 def _in_a_fork(kind: Kind, every: list[bytes], tally: Tally) -> int:
-    """Go on where `tally` is, until all are done or the process ends; its status."""
+    """Continue where `tally` is, until all inputs are done or the process ends. Returns its status."""
     here, there = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -78,7 +78,7 @@ def _in_a_fork(kind: Kind, every: list[bytes], tally: Tally) -> int:
             with open(there, "wb", buffering=0) as file:
                 for data in every[tally.inputs :]:
                     file.write(pickle.dumps(_one(kind, data)))
-        except BaseException:  # noqa: BLE001 - whatever it is, it must not go on as the process that forked
+        except BaseException:  # noqa: BLE001 - the forked process must never go on as its parent
             traceback.print_exc()
         finally:
             os._exit(0)
@@ -95,14 +95,14 @@ def _in_a_fork(kind: Kind, every: list[bytes], tally: Tally) -> int:
 
 
 def _one(kind: Kind, data: bytes) -> tuple[str | None, bool, float]:
-    """(The traceback of a defect, whether the input was used, seconds of processor time.)"""
+    """(the traceback of a defect, whether the input was used, seconds of processor time)."""
     began = time.process_time()
     defect, used = None, False
     _LIMITS[:] = began + MOST_S, time.monotonic() + MOST_WAITED_S
     try:
         signal.setitimer(signal.ITIMER_REAL, MOST_S, MOST_S / 5)
         used = bool(kind.target(data))
-    except (Exception, TooLong):  # noqa: BLE001 - that is what is looked for
+    except (Exception, TooLong):  # noqa: BLE001 - any exception is a defect
         defect = traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -118,7 +118,7 @@ def _look_at_the_clock(number: int, frame: Any) -> None:
 
 
 def _alone() -> None:
-    """Nothing of who started this: no job, no launcher, no Slurm, no right to open everything."""
+    """Drop what this process inherited: job, launcher and Slurm variables, and root's right to open everything."""
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     os.environ.clear()
     os.environ.update(PATH="", HOME="/nowhere", SLURMD_NODENAME="node2", LANG="C.UTF-8")
@@ -127,7 +127,7 @@ def _alone() -> None:
 
 
 def _give_up_opening_everything() -> None:
-    """Root as well meets files that are closed to it then. Its own files are open to it as before."""
+    """Make root meet unreadable files, too. Root's own files stay readable."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this thread
     words = ctypes.create_string_buffer(24)  # effective, permitted, inheritable: low words, then high ones

@@ -1,6 +1,6 @@
-"""What is called with a real, small run folder of which some bytes or entries are not what a run wrote.
+"""What is called with a small but real run folder, in which some bytes or entries are not what a run wrote.
 
-Each target gives whether the input was used (or refused, which the words say); all that it raises is a defect.
+Each target returns whether the input was used; else it was refused with words. Any exception is a defect.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RUN = Path(__file__).with_name("run")  # two attempts, two checkpoints of 58 KiB
 STORED = {path.relative_to(RUN): path.read_bytes() for path in sorted(RUN.rglob("*")) if path.is_file()}
 NEWEST = Path("checkpoints/step-00000004")
 UNSIGNED = STORED[NEWEST / MANIFEST].partition(b',"digest":')[0] + b"}"
-FILES = (  # small files that are read by somebody who did not write them
+FILES = (  # small files that another process wrote
     *("metrics.jsonl", "events/node1-rank00000.jsonl", "events/node1-launcher.jsonl", "gpu/node1.jsonl"),
     *("attempts/001/end.json", "attempts/001/start.json", "attempts/000/end.json", "attempts/000/start.json"),
     *("LEASE", "slurm/job.json", "slurm/lives/12-0/outcome.json"),
@@ -50,7 +50,7 @@ FILES = (  # small files that are read by somebody who did not write them
 
 @contextmanager
 def a_run() -> Iterator[Path]:
-    """A run folder of its own."""
+    """A new copy of the run folder."""
     home = Path(tempfile.mkdtemp(prefix="muster-fuzz-"))
     try:
         root = home / "run"
@@ -67,7 +67,7 @@ def a_run() -> Iterator[Path]:
 
 
 def typed(*words: object) -> tuple[int, str]:
-    """What a person types after `muster`: the exit code, and all that is printed."""
+    """Run what a person types after `muster`; returns the exit code and all output."""
     told = io.StringIO()
     with redirect_stdout(told), redirect_stderr(told):
         code = run_verb("muster", "", VERBS, [str(word) for word in words])
@@ -76,7 +76,7 @@ def typed(*words: object) -> tuple[int, str]:
 
 
 def looks(root: Path) -> str:
-    """What all say that look at a run."""
+    """The output of all commands that look at a run."""
     return "".join(typed(*words)[1] for words in (("report", root), ("watch", root, "--once"), ("status", root)))
 
 
@@ -84,7 +84,7 @@ def looks(root: Path) -> str:
 
 
 def rows(data: bytes) -> bool:
-    """The first line names the file, the others are what it holds."""
+    """Input: the first line names the file, the other lines are its content."""
     first, _, content = data.partition(b"\n")
     name = first.decode("ascii", "replace")
     if name not in FILES:
@@ -99,7 +99,7 @@ def rows(data: bytes) -> bool:
 
 
 def _bad_rows(path: Path, content: bytes) -> int:
-    """How many lines are no rows. Each line is one or the other, or blank; the last may be half a line yet."""
+    """How many lines are no rows. Each line is a row, no row, or blank. The last line may be half written."""
     over, back = PassedOver(), PassedOver()
     found = read_rows(path, over)
     *whole, last = content.split(b"\n")
@@ -130,7 +130,7 @@ def _json(text: bytes) -> Any:
 
 
 def _resumes(folder: RunFolder) -> None:
-    """What reads these files when a run goes on, or a job is over."""
+    """Call the readers of these files when a run goes on, or a job is over."""
     for number in life.numbers(folder):
         attempt, seen = life.Attempt(folder, number), run_folder.attempt_view(folder, number)
         assert attempt.start_step == seen.start_step
@@ -151,8 +151,8 @@ def _resumes(folder: RunFolder) -> None:
 
 
 def signed(body: bytes) -> bool:
-    """A list of changes, each {"at": [key or index, ...], "value": anything}: places of a real manifest say something
-    else, and it is signed again. It is refused by all alike, or means what it says, and goes on where it went on."""
+    """Input: a list of changes {"at": [key or index, ...], "value": anything} of a real manifest, which is then signed
+    again. All readers must refuse it alike, or take its values and go on where it says."""
     changes, tree = apply(json.loads(UNSIGNED), body)
     if not changes:
         return False
@@ -188,7 +188,7 @@ def _looks_at(root: Path, place: Path) -> tuple[tuple[object, ...], ...]:
 
 
 def entries(data: bytes) -> bool:
-    """A line for each thing that is made or changed in the run folder: ["link", "checkpoints/step-00000009", "/"]."""
+    """Input: a line for each change of the run folder, such as ["link", "checkpoints/step-00000009", "/"]."""
     with a_run() as root:
         done = [_do(root, line) for line in data.split(b"\n")[:20]]
         if not any(done):
@@ -218,7 +218,7 @@ def _do(root: Path, line: bytes) -> bool:
 
 
 def _inside(root: Path, name: str) -> Path | None:
-    """The path, unless it is outside: also behind a link."""
+    """The path, or None when it is outside, also through a link."""
     if "\0" in name or os.path.isabs(name):
         return None
     path = root / name
@@ -254,7 +254,7 @@ def _make(what: str, path: Path, more: str, other: Path) -> None:
 
 
 def _mentions(root: Path) -> None:
-    """Every entry that may be taken for a checkpoint is named by `list` and `verify`."""
+    """Check that `list` and `verify` name every entry that may be a checkpoint."""
     shelf = root / "checkpoints"
     (listed, told), (verified, faults) = (typed("checkpoint", verb, root) for verb in ("list", "verify"))
     try:
@@ -267,14 +267,14 @@ def _mentions(root: Path) -> None:
     assert {row["name"] for row in as_json[0]["checkpoints"]} == names, "list leaves entries out"
     good = [row["good"] for row in as_json[0]["checkpoints"] if row["kind"] in ("committed", "unusable")]
     assert listed == (0 if all(good) else 1), told
-    for entry in entries_of(shelf) if verified != 2 else []:  # refused where a file of one is closed
+    for entry in entries_of(shelf) if verified != 2 else []:  # verify refuses all where one file may not be read
         if entry.kind.word in ("committed", "unusable"):
             assert printable(str(entry.path)) in faults, f"verify leaves {entry.path.name} out"
     assert all(good) or verified != 0, "verify calls good what list calls bad"
 
 
 def _goes_on(root: Path) -> bool:
-    """Whether a run may go on here. Who asks before and who goes on agree."""
+    """Whether a run may go on here. The check before a start and the start itself must agree."""
     problems = check(load("demo", [f"run.dir={root}"]), 1, RunFolder(root), paths=False)
     in_the_way = [problem.text for problem in problems if "begun with another config" not in problem.text]
     try:

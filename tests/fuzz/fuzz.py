@@ -1,7 +1,7 @@
 """The coverage-guided fuzzer: `python tests/fuzz/fuzz.py manifest -max_total_time=300 tests/fuzz/corpus/manifest`.
 
-Needs atheris (pip install atheris), which nothing else does; `python -m tests.fuzz` does without. The kinds and their
-targets are the same. What it finds is written to the folder named first. Options are libFuzzer's.
+Needs atheris (pip install atheris), which nothing else needs; `python -m tests.fuzz` runs without it. The kinds and
+targets are the same. Inputs that it finds are written to the folder named first. Options are libFuzzer's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import atheris  # type: ignore[import-not-found]
-import torch  # noqa: F401 - not instrumented
+import torch  # noqa: F401 - imported here, so that it is not instrumented
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 with atheris.instrument_imports(include=["configs", "trainer", "launch", "slurm", "tests.fuzz"]):

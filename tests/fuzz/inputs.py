@@ -1,7 +1,7 @@
-"""What a person gives a command: a config, words of a command line, variables of the environment.
+"""Inputs of a command: a config, words of a command line, variables of the environment.
 
-Each target gives whether the input was used (or refused with words); all that it raises is a defect. What a value
-should be is told here by other means than the code under test has.
+Each target returns whether the input was used; False means that it was refused with words. Any exception is a defect.
+The expected value is computed by other code than the code under test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PATHS = {"run.dir", "start.from", "data.tokenizer", "data.cache", "slurm.contai
 
 
 def _refused(error: UserError) -> bool:
-    """Not used; a few lines say why."""
+    """Check that the refusal is a few lines that give a reason. Returns False: not used."""
     assert str(error).strip(), "refused without a word"
     assert str(error).count("\n") < 60, "too many lines to read"
     return False
@@ -59,11 +59,11 @@ def config(data: bytes) -> bool:
 
 
 class _AllText(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
-    """Every value as it is written."""
+    """Loads every value as text."""
 
 
 def _same_again(found: Config, path: Path) -> None:
-    """What is written down loads as the same."""
+    """Check that the written config loads as the same config."""
     for ascii_only in (False, True):
         path.write_text(dump(found, ascii_only), "utf-8")
         assert load(str(path), []) == found, "what is written down is another config"
@@ -78,7 +78,7 @@ def _leaves(node: Any, key: tuple[str, ...]) -> list[tuple[tuple[str, ...], str]
 
 
 def _value(found: Config, key: tuple[str, ...]) -> Any:
-    """What stands at a key; of an `include` or a merge nothing is known."""
+    """The value at a key. An `include` or a merge key has none that is known."""
     node: Any = to_dict(found)
     for part in key:
         if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
@@ -94,7 +94,7 @@ def _value(found: Config, key: tuple[str, ...]) -> Any:
 
 
 def overrides(data: bytes) -> bool:
-    """Words of a command line, a NUL after each. What begins with `--array ` is one of `slurm submit`; `@` a file's."""
+    """Words of a command line, a NUL after each. `--array ` begins a word of `slurm submit`, `@` a file's text."""
     words = [os.fsdecode(word) for word in data.split(b"\0")]
     if words[0].startswith("@"):
         return _array_file(data[1:])
@@ -131,7 +131,7 @@ def _loads(words: list[str]) -> bool:
 
 
 def _is_meant(key: str, written: str, value: Any) -> bool:
-    """Whether this value is what was typed."""
+    """Whether the value is the one that was typed."""
     bare = written.strip()
     quoted = len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\""
     if value is None:
@@ -149,11 +149,11 @@ def _is_meant(key: str, written: str, value: Any) -> bool:
         return number is not None and value == (int(bare, 0) if bare[:2] in ("0x", "0o") else int(bare))
     if isinstance(value, float):
         return value == float(int(bare, 0) if bare[:2] in ("0x", "0o") else bare)
-    return bare[:1] in ("[", "{")  # what is in it is told by `config`
+    return bare[:1] in ("[", "{")  # `config` checks the content of lists and sections
 
 
 def _array(word: str) -> bool:
-    """`--array KEY=[A,B]`: each item is what it would be alone."""
+    """`--array KEY=[A,B]`: check that each item has the value that it has alone."""
     if "=" not in word:
         return False  # the name of a file
     try:
@@ -171,7 +171,7 @@ def _array(word: str) -> bool:
 
 
 def _array_file(content: bytes) -> bool:
-    """`--array FILE`: a run for each line that is neither blank nor a comment."""
+    """`--array FILE`: check that there is a run for each line that is neither blank nor a comment."""
     with tempfile.TemporaryDirectory(prefix="muster-fuzz-") as folder:
         path = Path(folder) / "runs"
         path.write_bytes(content)
@@ -221,7 +221,7 @@ _USABLE = {
 
 
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_LATER = (*_RANKS, "MASTER_ADDR", "MASTER_PORT")  # looked at by workers alone
+_LATER = (*_RANKS, "MASTER_ADDR", "MASTER_PORT")  # only workers read these
 
 
 def _is_usable(name: str, text: str) -> bool:
@@ -229,18 +229,18 @@ def _is_usable(name: str, text: str) -> bool:
 
 
 def _are_threads(text: str) -> bool:
-    """A list of whole numbers; or nothing, which counts as not set."""
+    """Whether the text is a list of whole numbers, or empty, which counts as not set."""
     numbers = [re.fullmatch("[ \t]*([0-9]{1,18})[ \t]*", part) for part in text.split(",")]
     return not text.strip() or all(number and int(number[1]) for number in numbers)
 
 
 def _is_time(text: str) -> bool:
-    """A number of seconds that a clock can have shown, or can be set back to."""
+    """Whether a clock can have shown this number of seconds."""
     return bool(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text)) and abs(float(text)) < 1e10
 
 
 def environment(data: bytes) -> bool:
-    """NAME=text, a NUL after each. Names in /proc and /sys are of files that tell how many processors there are."""
+    """NAME=text, a NUL after each. A name in /proc or /sys is that of a file about the number of processors."""
     pairs = [os.fsdecode(word).partition("=") for word in data.split(b"\0")]
     environ = {name: text for name, equals, text in pairs if equals and name in env.VARIABLES}
     files = {name: text for name, equals, text in pairs if equals and name.startswith(("proc/", "sys/"))}
@@ -279,7 +279,7 @@ def _together(environ: dict[str, str]) -> bool:
 
 
 def _processors(files: dict[str, str]) -> None:
-    """However odd the files are, there is a processor, and none that this process may not use."""
+    """Check that there is at least one processor, and none that this process may not use, however odd the files are."""
     if not files:
         return
     with tempfile.TemporaryDirectory(prefix="muster-fuzz-") as folder:
@@ -289,7 +289,7 @@ def _processors(files: dict[str, str]) -> None:
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(os.fsencode(text))
-                except OSError:  # a file where another name wants a folder
+                except OSError:  # a file, where another name needs a folder
                     continue
         with patch.object(cgroups, "ROOT", Path(folder)):
             assert 1 <= processors.allowed() <= len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""The kinds of inputs: what is called with each, how it is made odd, and what it is made from."""
+"""The kinds of inputs: what is called with each, how it is changed, and from which seeds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PRESETS = Path(__file__).parents[2] / "configs"
 
 @dataclass(frozen=True)
 class Kind:
-    """`target` gives whether an input was used; of texts of a checkpoint it gives nothing. `further`: more seeds than
-    the corpus has."""
+    """`target` returns whether an input was used; targets for texts of a checkpoint return nothing. `further`: seeds
+    beyond the corpus."""
 
     name: str
     target: Callable[[bytes], bool | None]

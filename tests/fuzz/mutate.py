@@ -1,4 +1,4 @@
-"""How inputs are made odd: by kind, from what is known to be an input, and from what tends to be overlooked."""
+"""How inputs are made odd, by kind: from real inputs, and from values that code tends to overlook."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 Bytes = bytes
 Mutator = Callable[[Random, list[bytes]], bytes]
 
-ODD = json.loads(Path(__file__).with_name("odd.json").read_text("ascii"))  # what tends to be overlooked
+ODD = json.loads(Path(__file__).with_name("odd.json").read_text("ascii"))  # values that code tends to overlook
 NUMBERS: list[Any] = [None, True, False, -1, 0, 1, 2, 63, 64, 0.5, -0.0, 1e-320, 1e300, 1e308]
 NUMBERS += [(1 << bits) - low for bits in (31, 33, 62, 63, 64) for low in (0, 1)] + [10**18, 10**30, 10**400]
 NUMBERS += [float("nan"), float("inf"), float("-inf")]
@@ -24,7 +24,7 @@ CHUNKS = [text.encode("utf-8", "surrogatepass") for text in TEXTS] + [
 
 
 def odd(rng: Random) -> Any:
-    """A value that is easily overlooked."""
+    """A value that code tends to overlook."""
     what = rng.randrange(8)
     if what < 3:
         return rng.choice(NUMBERS)
@@ -38,7 +38,7 @@ def odd(rng: Random) -> Any:
 
 
 def of_bytes(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """One to three changes somewhere."""
+    """One to three changes of bytes anywhere."""
     data = rng.choice(seeds)
     for _ in range(rng.randint(1, 3)):
         at = rng.randint(0, len(data))
@@ -61,7 +61,7 @@ def of_bytes(rng: Random, seeds: list[Bytes]) -> Bytes:
 
 
 def of_tree(rng: Random, tree: Any) -> None:
-    """One change of a dict or list."""
+    """One change of a dict or list, in place."""
     nodes = [tree]
     for node in nodes:
         inner = node.values() if isinstance(node, dict) else node
@@ -82,11 +82,11 @@ def of_tree(rng: Random, tree: Any) -> None:
     elif what == 4 and isinstance(node, dict):
         node[rng.choice(["a", "b", "", key + "x", "files", "sources"])] = copy.deepcopy(node[key])
     else:
-        node[key] = copy.deepcopy(rng.choice(nodes))  # a copy of the whole in a part of it is fine
+        node[key] = copy.deepcopy(rng.choice(nodes))  # a copy of the whole inside a part of it is allowed
 
 
 def of_json(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """A change of the tree, or of the bytes where there is no tree."""
+    """A change of the JSON tree, or of the bytes where they are no JSON."""
     try:
         tree = json.loads(rng.choice(seeds))
         if not isinstance(tree, dict | list) or rng.random() < 0.2:
@@ -103,7 +103,7 @@ def _text(rng: Random, tree: Any) -> Bytes:
 
 
 def of_header(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """The header of a safetensors file: a length, JSON, two bytes for what follows."""
+    """The header of a safetensors file: a length, JSON, two bytes for the size of the rest."""
     seed = rng.choice(seeds)
     text = of_json(rng, [seed[8:-2]])
     text = text.ljust(-(-(len(text) + 8) // 64) * 64 - 8)
@@ -114,7 +114,7 @@ def of_header(rng: Random, seeds: list[Bytes]) -> Bytes:
 
 
 def of_rows(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """The file's name stays; of its lines, or of the one object in it, some change."""
+    """Change some lines, or the file's one object. The line with the file's name stays."""
     name, _, content = rng.choice(seeds).partition(b"\n")
     if not name.endswith(b".jsonl"):
         return name + b"\n" + of_json(rng, [content])
@@ -135,7 +135,7 @@ def of_rows(rng: Random, seeds: list[Bytes]) -> Bytes:
 
 
 def of_manifest(tree: Any) -> Mutator:
-    """Changes of a manifest's places: what stands there, or what some other place says."""
+    """Changes of one place of a manifest: another value, or the value of another place."""
     places = list(_places(tree, ()))
     by_last: dict[Any, list[Any]] = {}
     for at, value in places:
@@ -167,7 +167,7 @@ def _places(node: Any, at: tuple[Any, ...]) -> Any:
 
 
 def of_entries(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """A few things that are made, moved, closed or removed."""
+    """A few entries that are made, moved, made unreadable or removed."""
     if rng.random() < 0.15:
         return of_bytes(rng, seeds)
     lines = rng.choice(seeds).split(b"\n") if rng.random() < 0.3 else []
@@ -205,7 +205,7 @@ def _keys() -> list[str]:
 
 @cache
 def _text_keys() -> list[str]:
-    """Where any text is a value, so that the text is what is tried."""
+    """The keys that accept any text, so that odd texts reach the config."""
     from configs.config import Config
     from configs.typed import options_at
 
@@ -231,7 +231,7 @@ def _value(rng: Random) -> str:
 
 
 def of_config(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """Lines of a config that say something else, stand twice, elsewhere or further in; or any change of bytes."""
+    """Lines of a config with another value, or twice, moved or further indented; or any change of bytes."""
     if rng.random() < 0.3:
         return of_bytes(rng, seeds)
     lines = rng.choice(seeds).split(b"\n")
@@ -259,7 +259,7 @@ def of_config(rng: Random, seeds: list[Bytes]) -> Bytes:
 
 
 def of_overrides(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """Words with keys of the schema and odd values; lists for `--array`, and files of them."""
+    """Words with keys of the schema and odd values; lists for `--array`, and files of such lists."""
     if rng.random() < 0.15:
         return of_bytes(rng, seeds)
     words = [_word(rng) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
@@ -283,7 +283,7 @@ def _word(rng: Random) -> str:
 
 
 def of_environment(rng: Random, seeds: list[Bytes]) -> Bytes:
-    """Variables that we read, with odd texts; and what tells how many processors there are."""
+    """Variables that we read, with odd texts, and files about the number of processors."""
     if rng.random() < 0.15:
         return of_bytes(rng, seeds)
     from trainer.host.environment import VARIABLES

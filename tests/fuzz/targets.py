@@ -1,6 +1,6 @@
-"""Texts of a checkpoint: each is refused as BadCheckpoint, or something that holds together. All else is a defect.
+"""Texts of a checkpoint. Each must be refused as BadCheckpoint, or hold together. Anything else is a defect.
 
-A body is given its right digest first: what is looked for lies behind the checksums.
+A body gets its right digest first, so that the fuzzer reaches the code behind the checksums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.checkpoint.format.files import BLOCK_BYTES, HEADER_LIMIT_BYTES, blo
 from trainer.checkpoint.format.manifest import Manifest, decode, decode_checksums, digest
 from trainer.progress import Progress
 
-SAVED = Path(__file__).with_name("saved_by_a_run.json").read_bytes()  # by two ranks, a part frozen; without its digest
+SAVED = Path(__file__).with_name("saved_by_a_run.json").read_bytes()  # by two ranks, partly frozen; without its digest
 _EMPTY = Manifest(step=0, files=[], partitions=[], tensors={}, checksums="0" * 32)
 
 
@@ -26,7 +26,7 @@ def sealed(body: bytes) -> bytes:
 
 
 def manifest(body: bytes) -> None:
-    """The text of a manifest, its digest left out."""
+    """The text of a manifest, without its digest."""
     try:
         found = decode("m", sealed(body))
     except BadCheckpoint:
@@ -42,8 +42,8 @@ def manifest(body: bytes) -> None:
 
 
 def manifest_signed(body: bytes) -> None:
-    """{"at": [key or index, ...], "value": anything}: one place of a real manifest says something else, and is signed
-    again. It is refused, or means what it says: what the trainer goes on from is the step and the position in it."""
+    """{"at": [key or index, ...], "value": anything}: change one place of a real manifest, and sign it again. It must
+    be refused, or mean what it says: the trainer goes on from its step and position."""
     changes, tree = apply(json.loads(SAVED), body)
     if not changes:
         return
@@ -60,7 +60,7 @@ def manifest_signed(body: bytes) -> None:
 
 
 def apply(tree: Any, body: bytes) -> tuple[list[Any], Any]:
-    """The changes that could be made to a tree, and the tree. `body`: one change, or a list of them."""
+    """(the changes that could be made to a tree, the tree). `body`: one change, or a list of them."""
     changes = []
     try:
         told = json.loads(body)
@@ -81,7 +81,7 @@ def apply(tree: Any, body: bytes) -> tuple[list[Any], Any]:
 
 
 def goes_on_as_it_says(read: dict[str, Any], progress: Progress) -> None:
-    """What a manifest says in two places is the same, and the trainer goes on from there."""
+    """Check that a manifest says the same where it says a value twice, and that the trainer goes on from there."""
     step, samples, loop = read["step"], read["position"].get("consumed_samples"), read["loop"]
     assert loop.get("step", step) == step == progress.step
     assert loop.get("consumed_samples", samples) == samples
@@ -90,7 +90,7 @@ def goes_on_as_it_says(read: dict[str, Any], progress: Progress) -> None:
 
 
 def seems_same(one: Any, other: Any) -> bool:
-    """Equal in value and kind; a whole number may stand for a number, and `one` may say more."""
+    """Equal in value and kind. A whole number equals the same float, and `one` may have more keys."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() >= other.keys() and all(seems_same(one[key], value) for key, value in other.items())
     if isinstance(one, list) and isinstance(other, list):
@@ -99,7 +99,7 @@ def seems_same(one: Any, other: Any) -> bool:
 
 
 def checksums(body: bytes) -> None:
-    """The text of checksums.json, for a manifest that means just this text."""
+    """The text of checksums.json, for a manifest with the digest of this text."""
     known = _EMPTY.model_copy(update={"checksums": digest(body)})
     try:
         hashes = decode_checksums("c", body, known, BLOCK_BYTES)
@@ -109,7 +109,7 @@ def checksums(body: bytes) -> None:
 
 
 def header(text: bytes) -> None:
-    """A safetensors file: its first 8 bytes are the header's length, less what the last two say of the file's size."""
+    """A safetensors file. Its first 8 bytes are the header's length, and the last two change the file's size."""
     raw, room = text[:-2], int.from_bytes(text[-2:], "little")
     size = len(raw) + room
     try:

@@ -1,6 +1,6 @@
-"""What fuzzing found worth keeping, replayed; and small files that would take long or much memory.
+"""Inputs that fuzzing found, replayed; and small files that would take much time or memory.
 
-`python -m tests.fuzz` looks for more, and so does `tests/fuzz/fuzz.py`, which is guided by coverage.
+`python -m tests.fuzz` looks for more, and so does `tests/fuzz/fuzz.py`, which coverage guides.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_what_could_not_be_written_again_is_refused(kind: str) -> None:
 
 
 def cut(shape: list[int], pieces: list[dict[str, Any]], numel: int, tensors: int = 1, grain: int = 1) -> bytes:
-    """A manifest of tensors of bytes that share one cut, one tensor's pieces after another in one file."""
+    """A manifest of byte tensors that share one partition, with all pieces one after the other in one file."""
     fields = good() | {"sources": [], "aliases": {}, "step_counts": {}}
     fields["files"] = [{"path": "model/a.safetensors", "size": 64 + numel * tensors, "data": 64}]
     fields["partitions"] = [{"shape": shape, "pieces": [{"file": 0, **piece} for piece in pieces]}]
@@ -77,7 +77,7 @@ def columns(count: int) -> bytes:
 
 
 def crossed(side: int) -> bytes:
-    """Boxes of which each meets half of the others in either dimension."""
+    """Boxes, each of which overlaps half of the others in each dimension."""
     rows = [{"offsets": [i, 0], "sizes": [1, side]} for i in range(side)]
     bars = [{"offsets": [0, side + i], "sizes": [side, 1]} for i in range(side)]
     return cut([side, 2 * side], rows + bars, 2 * side * side, grain=side)
@@ -125,5 +125,5 @@ def test_a_header_of_brackets_is_refused_at_once() -> None:
 
 
 def test_a_tensor_cut_into_many_columns_is_accepted() -> None:
-    """As it is under many tensor groups: no two of them meet in the second dimension."""
+    """As with many tensor groups: no two of the boxes overlap in the second dimension."""
     assert len(decode("m", sealed(columns(20_000))).partitions[0].pieces) == 20_000

@@ -1,4 +1,4 @@
-"""Inputs that nobody has seen: neither a traceback nor a hang nor silence. And the fuzzer finds what is broken."""
+"""New random inputs cause no traceback, hang or silence. And the fuzzer finds defects that are put in on purpose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fuzz.kinds import KINDS, SIX, Kind
 from trainer.life.entries import Kind as Entry
 from trainer.life.entries import entries
 
-FEW = {"rows": 25, "signed": 25, "entries": 20}  # of the others 60: each of these has a run folder of its own
+FEW = {"rows": 25, "signed": 25, "entries": 20}  # 60 for other kinds: each of these copies a run folder
 MANY = 10_000  # over the six kinds
 MOST_S = 5.0
 
@@ -52,7 +52,7 @@ def test_ten_thousand_inputs_find_nothing() -> None:
 
 
 def turns(data: bytes) -> bool:
-    """One kind of defect for each text."""
+    """A target with one kind of defect for each text."""
     if data == b"raises":
         raise KeyError("x")
     if data == b"silent":
@@ -83,13 +83,13 @@ def test_every_kind_of_defect_is_found_and_the_rest_goes_on(monkeypatch: pytest.
 
 
 def breaks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], None]]:
-    """A way to break the code under each of the six kinds."""
+    """Kind -> a change that breaks the code under it."""
 
     def change(place: str, new: Any) -> Callable[[], None]:
         return lambda: monkeypatch.setattr(place, new)
 
     return {
-        "rows": change("trainer.life.rows.parsed", json.loads),  # what is no JSON raises
+        "rows": change("trainer.life.rows.parsed", json.loads),  # text that is no JSON then raises
         "yaml": lambda: monkeypatch.setitem(_Dumper.yaml_representers, str, SafeRepresenter.represent_str),
         "overrides": change("configs.load.in_shell", lambda text, *rest: in_shell(text.split(" #")[0], *rest)),
         "signed": change("trainer.checkpoint.format.manifest.contradiction", lambda *facts: None),

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Run by `make gpu`; on a machine without one these tests are not part of `make test`."""
+"""What only a GPU can show. `make gpu` runs these tests; without a GPU they are not part of `make test`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_resuming_equals_going_on_bit_for_bit(compute: str, tmp_path: Path) -> N
     ids=lambda changes: "-".join(changes) or "plain",
 )
 def test_bf16_learns_as_fp32_does(changes: dict[str, Any], tmp_path: Path) -> None:
-    """bf16 keeps 8 bits of each product: over 20 steps of this model the losses stay within 0.02."""
+    """bf16 keeps 8 bits of each product. Over 20 steps of this model the losses differ by at most 0.02."""
     found = []
     for compute in ("fp32", "bf16"):
         config = tiny(tmp_path / compute, precision__compute=compute, train__steps=20, **changes)
@@ -75,7 +75,7 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path) -> None:
     config["train"]["steps"] = 7
     config["optim"]["lr"] = 1e-30
     config["run"]["accept_changes"] = ["optim.lr"]
-    # handed to the rank itself: the server that it is a fork of keeps the environment that it began with
+    # given to the rank itself: the server that forks it keeps its own first environment
     assert run_ranks(1, train_here, config, False, env={"CUDA_VISIBLE_DEVICES": ""}) == [0]
     layouts = [(tmp_path / f"run/attempts/{n:03d}/rank-00000.log").read_text() for n in (0, 1)]
     assert [", cuda" in text for text in layouts] == [True, False]

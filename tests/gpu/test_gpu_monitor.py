@@ -1,4 +1,4 @@
-"""The monitor on a real GPU: its readings are those of nvidia-smi, to 5 %, while the GPU works."""
+"""The monitor on a real GPU: its readings equal those of nvidia-smi, to 5 %, while the GPU works."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_readings_are_those_of_nvidia_smi() -> None:
             pairs.append((row, nvidia_smi(row["uuid"])))
             done.wait(1.0)
             if number < 3:
-                pairs.clear()  # until it has warmed up
+                pairs.clear()  # the GPU is still warming up
     finally:
         done.set()
         worker.join()

@@ -28,7 +28,7 @@ STEPS = (10, 20, 30, 40)
 
 
 def tensors(step: int) -> dict[str, tuple[str, torch.Tensor]]:
-    """Group and value; the frozen one and one of the others stay as they are."""
+    """Name -> (group, value) at a step. The frozen tensor and one other never change."""
     torch.manual_seed(1)
     return {
         "embed.weight": ("frozen", torch.randn(3_000_000)),
@@ -39,7 +39,7 @@ def tensors(step: int) -> dict[str, tuple[str, torch.Tensor]]:
 
 
 def save(run: Path, cut: int = 0) -> None:
-    """Four checkpoints of one attempt. `cut` 1 writes the head in two ranges: another layout, the same state."""
+    """Four checkpoints of one attempt. `cut` 1 writes the head in two ranges: another layout of the same state."""
     run.mkdir(parents=True)
     store = CheckpointStore(run / "checkpoints", asynchronous=False, keep=KeepSection(last=9))
     for step in STEPS:
@@ -72,7 +72,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def say(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Exit code, output and errors of a command."""
+    """Exit code, output and error output of a command."""
     capsys.readouterr()
     code = main(["checkpoint", *map(str, words)])
     told = capsys.readouterr()
@@ -88,7 +88,7 @@ def path_of(run: Path, step: int) -> Path:
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
-    path.unlink()  # a file of its own from here on, not another name
+    path.unlink()  # from now on its own file, not a second name of another
     path.write_bytes(content)
 
 
@@ -98,7 +98,7 @@ def file_of(run: Path, step: int, group: str) -> Path:
 
 
 def test_nothing_slow_before_the_words_are_right(tmp_path: Path) -> None:
-    """Help and mistakes come without torch."""
+    """Help and mistakes do not import torch."""
     code = """if True:
         import sys
         from launch.__main__ import main
@@ -121,7 +121,7 @@ def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[0] for row in rows[2:]] == [str(step) for step in STEPS]
     assert all(row[-1] == "good" and "0.0%" in row for row in rows[2:])
     assert "4 checkpoints" in told
-    assert say(capsys, "list", run.parent)[1] == told  # a folder of runs
+    assert say(capsys, "list", run.parent)[1] == told  # given a folder of runs
     (found,) = json.loads(say(capsys, "list", run, "--json")[1])
     frozen = file_of(run, 10, "frozen").stat().st_size
     assert all(row["shared_bytes"] == frozen for row in found["checkpoints"])
@@ -194,7 +194,7 @@ def test_verify_names_every_bad_block(run: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_verify_looks_at_headers_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A header with checksums that agree, but not with the manifest: the work of a writer that was wrong."""
+    """A header whose checksums are right but that disagrees with the manifest, as a faulty writer would leave."""
     from trainer.checkpoint.format import manifest as format_1
 
     checkpoint = path_of(run, 40)
@@ -221,7 +221,7 @@ def test_ctrl_c_ends_verify(run: Path, capsys: pytest.CaptureFixture[str], monke
 
     monkeypatch.setattr("launch.checkpoint.verify.Progress.__call__", interrupted)
     before = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt):  # which every program turns into its end: tests/test_terminal.py
+    with pytest.raises(KeyboardInterrupt):  # every program ends on this: tests/test_terminal.py
         say(capsys, "verify", run)
     assert not set(threading.enumerate()) - before
 
@@ -264,7 +264,7 @@ def test_diff(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_diff_of_other_tensors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only in one, another shape, another dtype, NaN; against a file of torch.save."""
+    """A tensor in only one of them, another shape, another dtype, NaN; and a file of torch.save."""
     weights = {name: t for name, (group, t) in tensors(40).items() if group != "optim"}
     weights["head.weight"] = weights["head.weight"].half()
     weights["head.bias"] = torch.tensor([1.0, float("nan"), 1.0])
@@ -302,7 +302,7 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert left(run) == before
     assert told.count("would delete") == 2
     code, _, error = say(capsys, "prune", run, "--last", 1)
-    assert code == 2  # nobody to ask
+    assert code == 2  # nobody can confirm
     assert "--yes" in error
     assert left(run) == before
     unique = lambda: {f.stat().st_ino: f.stat().st_size for f in run.rglob("*") if f.is_file()}  # noqa: E731
@@ -319,7 +319,7 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prune_keeps_what_the_run_keeps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the run itself reads it: 010 is ten, a key that stands twice is refused, an include is followed."""
+    """The setting is read as the run reads it: 010 is ten, a double key is refused, an include is followed."""
     (run / "config.yaml").write_text("include: demo\ncheckpoint: {keep: {last: 010, every_steps: 0, best: false}}\n")
     assert "keeping the newest 10\n" in say(capsys, "prune", run, "--dry-run")[1]
     (run / "config.yaml").write_text("include: demo\ncheckpoint: {keep: {last: 3, last: 1}}\n")

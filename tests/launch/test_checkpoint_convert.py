@@ -1,4 +1,4 @@
-"""`python -m launch checkpoint convert` as a person types it, and what it says to wrong input."""
+"""`python -m launch checkpoint convert` as a person types it, and its messages for wrong input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_each_kind_into_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Found by looking, or said; compared by diff; the source is not touched."""
+    """The kind is detected or given. `diff` compares the results, and the source does not change."""
     before = {path: path.read_bytes() for path in GOLDEN.rglob("*") if path.is_file()}
     sources = {"muster": GOLDEN}
     for kind in ("torch", "dcp"):
@@ -43,7 +43,7 @@ def test_each_kind_into_each_other(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def wrong(capsys: pytest.CaptureFixture[str], folder: Path, *words: object) -> str:
-    """The words are refused in one or two lines, and the folder is as it was. Returns what was said."""
+    """Check that the command is refused in one or two lines and the folder is unchanged. Returns the message."""
     before = sorted(path.name for path in folder.iterdir())
     capsys.readouterr()
     assert main(["checkpoint", "convert", *map(str, words)]) == 2
@@ -132,7 +132,7 @@ def test_a_target_inside_the_source(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before anything is written, or met on the way: nothing is left."""
+    """Known before anything is written, or met on the way: nothing is left behind."""
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
@@ -189,7 +189,7 @@ def test_format_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_another_conversion_to_the_same_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that is under way is not disturbed; what a killed one left is cleared away."""
+    """A conversion that runs is not disturbed, and the rest of a killed one is removed."""
     import fcntl
 
     partial = tmp_path / "b.partial-convert"

@@ -1,4 +1,4 @@
-"""Goodput from the folder alone: every second in one class, and together the wall clock."""
+"""Goodput from the folder alone: every second is in one class, and the classes add up to the clock time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.life.heartbeat import Phase
 
 
 class MadeUp:
-    """A run folder written as the trainer and the launcher write it, by a clock of its own."""
+    """A run folder as the trainer and the launcher write it, with its own clock."""
 
     def __init__(self, root: Path) -> None:
         self.folder = RunFolder(root)
@@ -32,7 +32,7 @@ class MadeUp:
         self.clock_s = 1_000_000.5
 
     def attempt(self, launched_s: float, step: int, before_s: float = 2.0, job: str | None = None) -> None:
-        """Begins after `before_s` of imports."""
+        """An attempt that begins after `before_s` of imports."""
         self.number += 1
         self.phases: dict[str, float] = {}
         self.clock_s += before_s
@@ -71,7 +71,7 @@ def steps(run: MadeUp, first: int, last: int) -> None:
 
 @pytest.mark.parametrize("jump_s", [1.6e8, -1.6e8])
 def test_a_clock_that_was_set_between_two_rows_takes_and_gives_no_time(jump_s: float, tmp_path: Path) -> None:
-    """In a folder whose stamps are the time of day, as earlier versions wrote them."""
+    """In a folder whose times are the time of day, as earlier versions wrote."""
     run = MadeUp(tmp_path / "run")
     run.clock_s = 1.7e9
     run.attempt(run.clock_s + 0.5, 0, before_s=2.5)
@@ -95,7 +95,7 @@ def test_what_is_made_again_is_redone(tmp_path: Path) -> None:
     run.attempt(began, 0)
     run.spend(Phase.STARTING, 3.0)
     steps(run, 1, 10)
-    run.clock_s += 4.0  # dead, and not noticed at once
+    run.clock_s += 4.0  # dead for a while before that is noticed
     run.tell("rank_died", rank=1, exit_code=-9)
     run.attempt(began, 6, before_s=1.0)  # from step 6 on
     run.spend(Phase.STARTING, 2.0)
@@ -138,7 +138,7 @@ def test_time_in_the_queue(tmp_path: Path) -> None:
     run.attempt(run.clock_s, 2, job="7")
     steps(run, 3, 4)
     run.end("stopped")
-    run.clock_s += 10_000.0  # a person's pause: nobody waited, and nothing was allocated
+    run.clock_s += 10_000.0  # a person's pause: nothing waited and nothing was allocated
     run.attempt(run.clock_s, 4)
     steps(run, 5, 6)
     run.end("finished")
@@ -154,7 +154,7 @@ def write_json_in(path: Path, data: Any) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 6), st.booleans()), min_size=1, max_size=5))
 def test_classes_add_up_whatever_happens(attempts: list[tuple[int, int, bool]]) -> None:
-    """(Steps made, how many of them are lost, whether it says its end) of each attempt of one launcher."""
+    """For each attempt of one launcher: (steps made, how many of them are lost, whether it writes its end)."""
     with scratch() as root:
         run = MadeUp(root / "run")
         began, step = run.clock_s, 0
@@ -196,7 +196,7 @@ def test_without_a_row_all_is_starting(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.full
 def test_a_real_run_with_restarts_adds_up_to_the_wall_clock(tmp_path: Path) -> None:
-    """A killed rank, then a stop, then the end by a second command: within 1 % of what a watch beside it shows."""
+    """A killed rank, then a stop, then a second command up to the end: within 1 % of what a watch beside it shows."""
     write_config(tmp_path, train__steps=100_000, train__global_batch=64, checkpoint__every_steps=4)
     wall_s, step = 0.0, 0
     for part in range(2):

@@ -1,4 +1,4 @@
-"""The user's command and webhook: told, never waited for, and their secrets kept."""
+"""The user's command and webhook: called, never waited for, and their secrets kept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_a_command_does_wrong_is_a_line(command: str, line: str, monkeypatc
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[bytes]]]:
-    """Takes a POST; answers 500 to one at /bad."""
+    """A server that accepts POST requests; it answers 500 to /bad."""
     posted: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -111,7 +111,7 @@ def test_what_a_command_prints_is_thrown_away(capfd: pytest.CaptureFixture[str])
 
 def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.hooks.PATIENCE_S", 0.5)
-    deaf = socket.create_server(("127.0.0.1", 0))  # takes a request, and never answers
+    deaf = socket.create_server(("127.0.0.1", 0))  # accepts a request and never answers
     monkeypatch.setenv("MY_HOOK", f"http://127.0.0.1:{deaf.getsockname()[1]}/")
     said: list[str] = []
     hooks = Hooks(f"trap '' TERM; sleep 60 & echo $! > {tmp_path}/child; wait", "MY_HOOK", said.append)

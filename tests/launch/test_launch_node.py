@@ -1,4 +1,4 @@
-"""What the launcher makes of ranks that failed. Whole runs are in tests/life."""
+"""How the launcher handles ranks that failed. Whole runs are in tests/life."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trainer.life.stop import SIGNALS, Cause, StopWish, write_request
 from trainer.preflight import Problem
 
 PATIENCE_S = 20.0
-KILLED, RAISED, ENDED = -9, 1, -15  # by somebody's SIGKILL, by an exception, by torchrun's SIGTERM
+KILLED, RAISED, ENDED = -9, 1, -15  # somebody's SIGKILL, an exception, torchrun's SIGTERM
 
 
 def failures(*codes: int) -> list[dict[str, Any]]:
@@ -38,18 +38,18 @@ def failures(*codes: int) -> list[dict[str, Any]]:
 
 
 def raised(*ranks: int) -> list[dict[str, Any]]:
-    """Their `rank_failed` events, oldest first."""
+    """The `rank_failed` events of these ranks, oldest first."""
     return [{"rank": rank, "error": f"error {rank}\nmore"} for rank in ranks]
 
 
 @pytest.mark.parametrize(
     ("codes", "events", "first"),
     [
-        ((RAISED, KILLED), raised(0), (1, "SIGKILL")),  # rank 0 only met the other's silence
+        ((RAISED, KILLED), raised(0), (1, "SIGKILL")),  # rank 0 failed because the other went silent
         ((RAISED, RAISED, RAISED), raised(2, 0, 1), (2, "error 2")),
         ((ENDED, RAISED), raised(1), (1, "error 1")),
         ((ENDED, KILLED), [], (1, "SIGKILL")),
-        ((RAISED, ENDED), [], (0, "exit_code_1")),  # it never came as far as the events: an import failed
+        ((RAISED, ENDED), [], (0, "exit_code_1")),  # an import failed before the rank could write events
     ],
 )
 def test_the_first_to_fall(codes: tuple[int, ...], events: list[dict[str, Any]], first: tuple[int, str]) -> None:
@@ -67,8 +67,8 @@ def test_when_this_process_began() -> None:
     ("visible", "processes"),
     [
         *[("0,1,2", 3), ("0", 1), (" 3 , 1", 2), ("1gpu,2", 2), ("GPU-a1,GPU-b2", 2)],
-        *[("0,-1,1", 1), ("0,none", 1), ("GPU-a1,0", 1), ("0,GPU-a1", 1), ("0,", 1)],  # ends there, as in CUDA
-        *[("MIG-a1,MIG-b2", 1), ("MIG-a1", 1)],  # a process sees one
+        *[("0,-1,1", 1), ("0,none", 1), ("GPU-a1,0", 1), ("0,GPU-a1", 1), ("0,", 1)],  # the list ends there, as in CUDA
+        *[("MIG-a1,MIG-b2", 1), ("MIG-a1", 1)],  # a process sees one instance
         *[("", 2), ("-1", 2), ("none", 2), ("NoDevFiles", 2), (",0", 2), ("0,0", 2)],  # no GPU: two on the CPU
     ],
 )
@@ -87,9 +87,9 @@ def test_a_process_per_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def second_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
-    """The supervisor of a node that is not the first, before an attempt."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it takes a moment to look what is idle
-    monkeypatch.setattr("launch.run.node._adopt_orphans", lambda: None)  # this process is none
+    """The supervisor of the second of two nodes, before an attempt."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it takes a moment to look for idle processors
+    monkeypatch.setattr("launch.run.node._adopt_orphans", lambda: None)  # this process adopts none
     config, local = Config.model_validate(tiny(tmp_path)), tmp_path / "local"
     folder = RunFolder(Path(config.run_dir))
     local.mkdir()
@@ -108,7 +108,7 @@ def test_a_stop_while_the_ranks_of_several_nodes_meet_is_no_mistake(
     if cause is not None and heard == "here":
         second_of_two.wish.wish(cause)
     elif cause is not None:
-        write_request(second_of_two.told.stop_request, cause)  # as its ranks do, who heard it of rank 0
+        write_request(second_of_two.told.stop_request, cause)  # as its ranks do after they heard of it from rank 0
     assert second_of_two._outcome_of_many(-1, 0) == code
 
 
@@ -142,7 +142,7 @@ def test_a_signal_ends_slow_checks_and_leaves_nothing(
 ) -> None:
     def slow(*_: object) -> list[Problem]:
         os.kill(os.getpid(), number)
-        time.sleep(PATIENCE_S)  # a filesystem that does not answer
+        time.sleep(PATIENCE_S)  # as a filesystem that does not answer
         return []
 
     monkeypatch.setattr("launch.run.node.check", slow)
@@ -160,7 +160,7 @@ def test_a_signal_ends_slow_checks_and_leaves_nothing(
 
 
 def test_whoever_runs_a_node_listens_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a job's node leaves its last word, whatever it is at."""
+    """So a job's node leaves its last word, whatever it is doing."""
     heard: list[bool] = []
 
     def seen(*arguments: Any) -> int:
@@ -197,7 +197,7 @@ def test_the_others_wait_as_long_as_the_first_node_may_check(tmp_path: Path, mon
 def test_torchrun_and_openmp_hear_the_launcher_not_what_is_left_in_the_environment(
     second_of_two: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An operator of Kubernetes sets PET_... for its own torchrun, and a job script OMP_NUM_THREADS to nothing."""
+    """An operator of Kubernetes sets PET_... for its own torchrun, and a job script sets OMP_NUM_THREADS to nothing."""
     from torch.distributed.run import parse_args
 
     second_of_two.nodes = Nodes()

@@ -1,4 +1,4 @@
-"""What is read from a run folder while others write to it, and whatever lies there."""
+"""What is read from a run folder while others write to it, and whatever its files hold."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     made_up.attempt(tmp_path, 1, None, job="17", start_step=40)
     made_up.rows(tmp_path, range(1, 61))
     made_up.rows(tmp_path, range(41, 50), number=1)
-    made_up.rows(tmp_path, range(61, 63))  # by a rank of attempt 0 that outlived it
+    made_up.rows(tmp_path, range(61, 63))  # a rank that outlived attempt 0
     (tmp_path / "metrics.jsonl").open("a").write('{"time_s": 1.0, "attempt": 1, "step": 50, "lo')
     made_up.checkpoint(tmp_path, 20, age_s=900)
     made_up.checkpoint(tmp_path, 40)
@@ -94,7 +94,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert (found.newest.start_step, found.newest.reason, found.newest.hosts) == (40, None, ("node1", "node2"))
     assert found.jobs == ["17"]
     assert found.holder is not None
-    assert found.holder.alive is None  # another node, of which nothing is known here
+    assert found.holder.alive is None  # on another node, about which nothing is known here
 
 
 def test_whether_the_holder_lives(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_only_what_is_new_is_read(tmp_path: Path) -> None:
-    """A metrics file may have gigabytes."""
+    """Reading only the end matters: a metrics file may have gigabytes."""
     made_up.attempt(tmp_path, 0, None)
     path = RunFolder(tmp_path).metrics
     with open(path, "wb") as file:

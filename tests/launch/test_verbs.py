@@ -1,4 +1,4 @@
-"""Every verb that help lists is there, and explains itself."""
+"""Every verb in the help exists, and explains itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_wrong_word_is_one_line(words: list[str], command: str, capsys: pytest
     assert told.out == ""
     assert told.err.startswith("error: ")
     assert len(told.err.splitlines()) == 1
-    assert f"{command} " in told.err  # where help is
+    assert f"{command} " in told.err  # the command that prints help
 
 
 @pytest.mark.parametrize(

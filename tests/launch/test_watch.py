@@ -1,4 +1,4 @@
-"""`launch watch`: 80 columns, a thousand GPUs in a second, and whatever state the files are in."""
+"""`launch watch`: 80 columns, a thousand GPUs in a second, and any state of the files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_line_per_gpu(tmp_path: Path) -> None:
 
 def test_a_thousand_gpus_in_a_second(tmp_path: Path) -> None:
     watcher = Watcher(a_run(tmp_path, 125))
-    for _ in range(2):  # the first look also reads what the sparklines need
+    for _ in range(2):  # the first look also reads the rows for the sparklines
         began = time.process_time()
         text = seen(watcher, height=24)
         assert time.process_time() - began < 1.0
@@ -140,9 +140,9 @@ def test_on_a_terminal_it_is_drawn_in_place_until_ctrl_c(tmp_path: Path) -> None
                     told += chunk
             assert process.wait(10) == 0
         finally:
-            process.kill()  # one that nobody reads would be waited for without end
+            process.kill()  # else a process that nobody reads would be waited for without end
     os.close(terminal)
-    in_place, _, left = told.rpartition(b"\x1b[?1049l")  # back from the screen of its own
+    in_place, _, left = told.rpartition(b"\x1b[?1049l")  # the switch back from the alternate screen
     assert in_place.count(b"step 40") >= 3
     assert left.count(b"step 40") == 1
     assert b"Traceback" not in told

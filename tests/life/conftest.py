@@ -1,4 +1,4 @@
-"""`--full` (`make life`) runs every phase with every cause under both engines and prints the tables of docs/life.md."""
+"""`--full` (`make life`) runs every phase with every cause under both engines, and prints docs/life.md's tables."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether all phases and causes are run, and every start is a command of its own."""
+    """Whether all phases and causes run, and every start is its own command."""
     return bool(request.config.getoption("full"))
 
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Adds a row to the Markdown table of the test's engine, which ends the session."""
+    """Adds a row to the Markdown table of the test's engine, which is printed at the end of the session."""
     engine = "ZeRO 3" if request.node.callspec.params["engine"] == "zero" else "FSDP2"
 
     def note(by: str, phase: str, cause: str, code: int, seconds: str, resumed: int) -> None:

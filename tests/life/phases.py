@@ -1,4 +1,4 @@
-"""The phases of a run's life: a config under which each lasts, and how it is recognised from outside."""
+"""The phases of a run's life: a config in which each one lasts, and how to recognise it from outside."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ENDLESS = 100_000
 
 @dataclass(frozen=True)
 class Phase:
-    """`limit_s`: a time limit that falls into the phase. `steps`: the last of a run that nobody stops. `before`: how
-    many steps an earlier start has made. `prepare` makes data and returns changes of the config; `shorten` spares a
-    later start what made the phase long."""
+    """`limit_s`: a time limit that falls into the phase. `steps`: the last step of a run that nobody stops. `before`:
+    how many steps an earlier start has made. `prepare` makes data and returns changes of the config. `shorten` removes
+    what made the phase long, for later starts."""
 
     name: str
     reached: Callable[[Running], Any]
@@ -31,7 +31,7 @@ class Phase:
     shorten: Callable[[Path], None] = lambda folder: None
 
     def write(self, folder: Path, endless: bool = False, **changes: Any) -> None:
-        """The config and its data. `endless`: a run that trains only ends when it is stopped."""
+        """Write the config and its data. `endless`: a run that trains ends only by a stop."""
         folder.mkdir(parents=True, exist_ok=True)
         steps = ENDLESS if endless and self.name != "last step" else self.steps
         common: dict[str, Any] = {
@@ -47,7 +47,7 @@ class Phase:
 
 
 def _slow_data(folder: Path) -> dict[str, Any]:
-    """Four seconds of tokenising on an idle core. Most of it goes away with `_fast_data`."""
+    """Four seconds of tokenising on an idle core. `_fast_data` removes most of it."""
     tiny(folder)  # writes the small corpus
     big = write_words(folder / "corpus" / "big", files=1, words=5000) / "0000.txt"
     for number in range(1, 500):

@@ -1,4 +1,4 @@
-"""Commands started as a person starts them, watched from outside: by their files, their output and their processes."""
+"""Commands started as a person starts them, watched from outside by their files, their output and their processes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (sys.executable, "-m", "launch", "run")
 PROCESS = (sys.executable, "-m", "trainer")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainer")
-PHASE_S = 90.0  # until a phase is reached on a busy machine; compiling is the longest
+PHASE_S = 90.0  # to reach a phase on a busy machine; compiling takes longest
 GONE_S = 100.0  # from a cause until nothing is left
-_MARK = "MUSTER_TEST_RUN"  # environment variable by which a command's processes are known, whoever adopted them
+_MARK = "MUSTER_TEST_RUN"  # an environment variable that marks a command's processes, whoever adopted them
 _POLL_S = 0.01
 
 
 class Watched:
-    """What a run wrote. `folder` holds config.yaml."""
+    """The files that a run wrote. `folder` holds config.yaml."""
 
     def __init__(self, folder: Path) -> None:
         self.config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -70,12 +70,12 @@ class Watched:
         return max(self.folder.committed_steps(), default=0)
 
     def start_step(self, attempt: int) -> int:
-        """The step after which an attempt began."""
+        """The step from which an attempt went on."""
         return int(read_json(self.attempts()[attempt] / "start.json")["start_step"])
 
 
 class Running(Watched):
-    """One command, in a session of its own as from a terminal. `end` or the context manager ends it for good."""
+    """One command, in its own session as from a terminal. `end`, or leaving the context, ends it for good."""
 
     def __init__(self, way: tuple[str, ...], folder: Path, *overrides: str, env: dict[str, str] | None = None) -> None:
         super().__init__(folder)
@@ -105,7 +105,7 @@ class Running(Watched):
     # ---- processes --------------------------------------------------------------------------------------------------
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that this command started, directly or not, wherever it hangs in the tree."""
+        """Every living process that this command started, directly or not, wherever it is in the tree."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -134,7 +134,7 @@ class Running(Watched):
         self.process.send_signal(number)
 
     def signal_all(self, number: signal.Signals) -> None:
-        """As Slurm does it: every process of the step."""
+        """Send a signal as Slurm does: to every process of the step."""
         for process in self.processes():
             try:
                 process.send_signal(number)
@@ -166,7 +166,7 @@ class Running(Watched):
         return code
 
     def gone(self, within_s: float = 0.0) -> None:
-        """Nothing is left: no process, no lease, no temporary folder of ours."""
+        """Check that nothing is left: no process, no lease, no temporary folder of ours."""
         deadline = time.monotonic() + within_s
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -174,7 +174,7 @@ class Running(Watched):
 
 
 def _as_from_a_terminal() -> None:
-    """Hangups are heard, although these tests may themselves run under nohup."""
+    """Handle SIGHUP, although these tests may themselves run under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -182,7 +182,7 @@ def _as_from_a_terminal() -> None:
 def running(
     way: tuple[str, ...], folder: Path, *overrides: str, env: dict[str, str] | None = None
 ) -> Iterator[Running]:
-    """A command that is killed with everything it started when the block is left."""
+    """A command that is killed, with everything it started, when the block is left."""
     run = Running(way, folder, *overrides, env=env)
     try:
         yield run
@@ -191,7 +191,7 @@ def running(
 
 
 def finish(way: tuple[str, ...], folder: Path, *overrides: str, env: dict[str, str] | None = None) -> Running:
-    """Run a command to its good end."""
+    """Run a command to a successful end."""
     with running(way, folder, *overrides, env=env) as run:
         assert run.wait() == 0, run.output
         run.gone(within_s=0.0 if way == LAUNCH else 5.0)
@@ -199,7 +199,7 @@ def finish(way: tuple[str, ...], folder: Path, *overrides: str, env: dict[str, s
 
 
 def finish_here(folder: Path, steps: int, size: int = 2) -> Watched:
-    """Train to `steps` in forked ranks, which start in a tenth of the time of a command."""
+    """Train to `steps` in forked ranks, which start in a tenth of a command's time."""
     run = Watched(folder)
     config = run.config
     config["train"] |= {"steps": steps, "time_limit_s": None}
@@ -209,7 +209,7 @@ def finish_here(folder: Path, steps: int, size: int = 2) -> Watched:
 
 
 def samples_are_consecutive(run: Watched) -> None:
-    """Every step of every attempt was given its own samples; the steps that count go from 1 to the last one."""
+    """Check that every step of every attempt got its own samples, and that the counted steps go from 1 to the last."""
     batch = run.config["train"]["global_batch"]
     counted: dict[int, list[int]] = {}
     for attempt in run.attempts():
@@ -228,19 +228,19 @@ def samples_are_consecutive(run: Watched) -> None:
 
 
 def clean_end(run: Running) -> None:
-    """What holds after every end that the run came to by itself."""
+    """Check what holds after every end that the run reached by itself."""
     run.gone()
     assert not run.folder.lease.exists()
     assert not list(run.temporary.glob("muster-*"))
 
 
 def inductor_cache() -> Path:
-    """Compiled code, kept between test sessions as PyTorch itself does."""
+    """A cache of compiled code that lasts between test sessions, as PyTorch's own does."""
     return Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
 
 
 def write_words(folder: Path, files: int, words: int) -> Path:
-    """Text without a pattern that matters, quickly: every file of the same length."""
+    """Random text, made quickly; every file has the same length."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     vocabulary = ("def", "class", "return", "import", "self", "value", "for", "in", "if", "else", "while", "None")

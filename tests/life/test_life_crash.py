@@ -1,5 +1,5 @@
-"""Killed inside a save of a real run: the next start finds the checkpoint before or the new one, whole, and goes on to
-the same bits. (tests/trainer/checkpoint kills at every operation of a save, of pieces made up for it.)"""
+"""Killed inside a save of a real run. The next start finds the checkpoint before or the new one, whole, and goes on to
+the same bits. (tests/trainer/checkpoint kills at every operation of a save of made-up pieces.)"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.run import Run
 
 STEPS = 8  # saved after 3 and 6, and at the end
 CHANGES = {"train__steps": STEPS, "optim__schedule": "constant", "data__record_samples": True}
-POINTS = [  # of a rank, in the save of step 6: the first such operation, and whether it was done
+POINTS = [  # (rank, operation, after): killed at its first such operation in the save of step 6, before or after it
     (0, "mkdir", False),
     (1, "create", False),
     (0, "write", True),
@@ -35,7 +35,7 @@ POINTS = [  # of a rank, in the save of step 6: the first such operation, and wh
 
 
 def die_at(run: Run, wish: StopWish, folder: Path, rank: int, name: str, done: bool) -> None:
-    """All ranks at once, as when a node does."""
+    """Kill all ranks at once, as when a node dies."""
     (folder / f"pid-{run.world.rank}").write_text(str(os.getpid()))
 
     def die() -> None:

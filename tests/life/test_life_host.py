@@ -1,4 +1,4 @@
-"""One machine never needs its own name: a pod's often is in no DNS and no /etc/hosts."""
+"""A run on one machine never needs the machine's own name: a pod's is often in no DNS and no /etc/hosts."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def test_a_host_whose_name_nothing_resolves_runs_as_any_other(tmp_path: Path) ->
     (attempt,) = run.attempts()
     assert json.loads((attempt / "start.json").read_text())["environment"]["OMP_NUM_THREADS"] == str(threads)
     assert "on pod-nowhere.invalid" in run.output
-    assert "cannot be retrieved" not in run.output  # the words of torch, which asks again for minutes
-    assert "Unable to resolve" not in run.output  # and of gloo
+    assert "cannot be retrieved" not in run.output  # torch's message: it would try again for minutes
+    assert "Unable to resolve" not in run.output  # gloo's message

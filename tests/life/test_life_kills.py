@@ -1,4 +1,4 @@
-"""kill -9 of a rank, the agent and the launcher: no process is left, the folder resumes, and restarts have an end."""
+"""kill -9 of a rank, the agent and the launcher: no process is left, the folder resumes, and restarts have a limit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_killed_and_started_again_in_place(
     phase: Phase, victim: str, engine: dict[str, Any], tmp_path: Path, note: Callable[..., None]
 ) -> None:
     phase.write(tmp_path, **engine)
-    # Of three ranks that are started again the new ones must not meet the old ones' addresses; two would not notice.
+    # With three ranks, restarted ones must not meet the old ones' addresses. Two ranks would not show that.
     three = ("--nproc", "3") if (phase.name, victim) == ("step", "rank 1") else ()
     with running(LAUNCH, tmp_path, *three) as run:
         run.wait_for(phase.name, lambda: phase.reached(run))
@@ -46,7 +46,7 @@ def test_killed_and_started_again_in_place(
     end = run.end()
     assert (end["reason"], end["step"]) == ("finished", phase.steps)
     assert not list(run.folder.checkpoints.glob("*.partial-*"))
-    assert run.events("stop_requested") == []  # torchrun's SIGTERM to the ranks that were left is no stop
+    assert run.events("stop_requested") == []  # torchrun's SIGTERM to the other ranks is no stop
     if victim == "agent":
         assert [e["status"] for e in run.events("agent_died")] == ([-9] if phase.name != "start-up" else [])
     else:
@@ -54,7 +54,7 @@ def test_killed_and_started_again_in_place(
         assert f"rank {victim[-1]} failed: SIGKILL" in run.output
     resumed = run.start_step(-1)
     assert resumed >= committed
-    if phase.name != "start-up":  # there the attempt had not begun
+    if phase.name != "start-up":  # at start-up the attempt has not begun
         assert len(run.attempts()) == before + 1
         assert resumed in (0, *range(committed, phase.steps))
     samples_are_consecutive(run)
@@ -78,7 +78,7 @@ def test_killed_launcher_takes_everything_along(
     assert run.folder.lease.exists()
     attempts, committed = len(run.attempts()), run.committed()
     phase.shorten(tmp_path)
-    last = run.step() + 2  # the killed attempt may have begun one step more than it noted
+    last = run.step() + 2  # the killed attempt may have begun one step more than it recorded
     assert len([*run.temporary.glob("muster-run-*")]) == 1
     after = finish(LAUNCH, tmp_path, f"train.steps={last}", env={"TMPDIR": str(run.temporary)})
     assert f"taking over {run.folder.root}" in after.output
@@ -92,20 +92,20 @@ def test_killed_launcher_takes_everything_along(
 
 
 def second_start_is_refused(run: Running, folder: Path) -> None:
-    """Exit 2 in two lines, whether by the launcher or a bare process, and the living run goes on untouched."""
+    """A second start ends with 2 in two lines, by the launcher or a bare process. The living run goes on unchanged."""
     lease, attempts = run.folder.lease.read_text(), len(run.attempts())
     with running(LAUNCH, folder) as second:
         assert second.wait(20.0) == 2
         assert f"already running (pid {run.process.pid} on" in second.output
         assert len(second.output.splitlines()) <= 2
     assert run.folder.lease.read_text() == lease
-    assert len(run.attempts()) - attempts in (0, 1)  # its own first one may have begun meanwhile
+    assert len(run.attempts()) - attempts in (0, 1)  # the run's own first attempt may have begun meanwhile
     assert json.loads(lease)["pid"] == run.process.pid
 
 
 @pytest.mark.full
 def test_gives_up_without_progress(engine: dict[str, Any], tmp_path: Path) -> None:
-    """One failed attempt without a checkpoint is allowed; the next one says that it gives up, and nobody tries on."""
+    """One failed attempt without a checkpoint is allowed. The next one reports that it gives up, and none follows."""
     phase = BY_NAME["step"]
     phase.write(tmp_path, endless=True, run__give_up_after=1, checkpoint__every_steps=0, **engine)
     with running(LAUNCH, tmp_path) as run:
@@ -124,7 +124,7 @@ def test_gives_up_without_progress(engine: dict[str, Any], tmp_path: Path) -> No
 
 @pytest.mark.full
 def test_a_rank_is_named_before_those_that_torchrun_kills_for_it(tmp_path: Path) -> None:
-    """A rank that does not hear torchrun's SIGTERM is killed 30 s later, and that has the same exit code."""
+    """A rank that ignores torchrun's SIGTERM is killed 30 s later, which gives the same exit code."""
     phase = BY_NAME["step"]
     phase.write(tmp_path, endless=True, run__max_restarts=0)
     with running(LAUNCH, tmp_path) as run:

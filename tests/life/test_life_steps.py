@@ -1,4 +1,4 @@
-"""What goes wrong inside a step or a save: the ranks agree on what follows, and the state stays what it was."""
+"""Faults inside a step or a save: all ranks agree on what follows, and the state stays unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Outcome = tuple[int, int]  # exit code and last step
 def on_ranks(
     folder: Path, size: int, prepare: Callable[..., Any], *arguments: Any, **changes: Any
 ) -> tuple[Watched, list[Any]]:
-    """A run on forked ranks whose `Run` and `StopWish` were handed to `prepare` first: (what it wrote, outcomes)."""
+    """A run on forked ranks, each of which first calls `prepare` with its `Run` and `StopWish`: (files, outcomes)."""
     write_config(folder, **changes)
     return Watched(folder), run_ranks(size, _start, tiny(folder, **changes), prepare, arguments)
 
@@ -50,7 +50,7 @@ def _start(config: dict[str, Any], prepare: Callable[..., Any], arguments: tuple
 
 
 class Engine:
-    """Passes everything on to an engine, but for what a test changes."""
+    """Passes everything to an engine, except what a test changes."""
 
     def __init__(self, engine: Any) -> None:
         self.inner, self.step = engine, 1
@@ -67,7 +67,7 @@ class Engine:
 
 
 class Poisoned(Engine):
-    """On one rank, at some steps, the loss, its gradient or both are not finite. No skip may change a number."""
+    """On one rank, at some steps, the loss, its gradient or both are not finite. A skip must change no number."""
 
     def __init__(self, engine: Any, rank: int, steps: set[int], what: str) -> None:
         super().__init__(engine)
@@ -76,7 +76,7 @@ class Poisoned(Engine):
         self.task_sums, engine.task.sums = engine.task.sums, self.sums
 
     def sums(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The task's: what is differentiated, and the loss."""
+        """(the total to differentiate, the loss) of the task, poisoned."""
         total, sums = self.task_sums(model, batch)
         if self.step in self.bad:
             total = total * (1.0 if self.what == "loss alone" else math.nan)
@@ -88,7 +88,7 @@ class Poisoned(Engine):
         before = self._state()
         norm = super().update(*arguments, **named)
         assert (norm != norm) is skipped
-        assert (before == self._state()) is skipped  # parameters, moments and step counts, on every rank
+        assert (before == self._state()) is skipped  # parameters, moments and step counts are unchanged on every rank
         return norm
 
     def _state(self) -> tuple[dict[str, bytes], dict[str, int]]:
@@ -106,12 +106,12 @@ def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict
     run, outcomes = on_ranks(tmp_path, 2, poison, 1, steps, what, **changes)
     assert outcomes == [(0, 8), (0, 8)]
     assert run.end()["reason"] == "finished"
-    # Whose loss was bad names its samples; of a bad gradient nobody knows whose it was, so rank 0 names its own.
+    # The rank whose loss was bad names its samples. For a bad gradient the rank is unknown, so rank 0 names its own.
     rank = 0 if what == "gradient" else 1
     assert run.told_by(f"rank{1 - rank:05d}", "nonfinite") == []
     told = run.told_by(f"rank{rank:05d}", "nonfinite")
     assert [(e["step"], e["what"]) for e in told] == [(step, what.split()[0]) for step in sorted(steps)]
-    assert set(told[0]["samples"]) <= set(range(16, 24))  # of step 3
+    assert set(told[0]["samples"]) <= set(range(16, 24))  # the samples of step 3
     assert all(n % 2 == rank for n in told[0]["samples"])
     rows = {row["step"]: row for row in run.rows()}
     assert [step for step, row in rows.items() if row["grad_norm"] is None] == sorted(steps)
@@ -122,7 +122,7 @@ def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_each_stage_skips_on_all_ranks(stage: int, compute: str, offload: bool, tmp_path: Path) -> None:
-    """How DeepSpeed takes the norm differs among them; at stage 1 in bf16 each rank takes it by itself."""
+    """The stages take the norm in different ways in DeepSpeed; at stage 1 in bf16 each rank takes it alone."""
     changes = {"parallel__engine": "zero", "parallel__zero_stage": stage, "parallel__cpu_offload": offload}
     run, outcomes = on_ranks(
         tmp_path, 2, poison, 1, {2, 4}, "loss alone", train__steps=5, precision__compute=compute, **changes
@@ -143,10 +143,10 @@ def test_too_many_in_a_row_fail_on_all_ranks_at_one_step(engine: dict[str, Any],
 
 @under_both
 def test_the_count_goes_on_after_a_restart(engine: dict[str, Any], tmp_path: Path) -> None:
-    """Else a run that is stopped often enough would skip for ever."""
+    """Otherwise a run that is stopped often enough would skip for ever."""
     changes = {"train__nonfinite_limit": 4, "checkpoint__every_steps": 2, **engine}
     on_ranks(tmp_path, 1, poison, 0, {3, 4}, "loss", train__steps=4, **changes)
-    run, outcomes = on_ranks(tmp_path, 1, poison, 0, {1, 2, 3}, "loss", train__steps=9, **changes)  # of this start
+    run, outcomes = on_ranks(tmp_path, 1, poison, 0, {1, 2, 3}, "loss", train__steps=9, **changes)  # since this start
     assert outcomes == [(1, 6)]
     assert run.end()["cause"] == "nonfinite"
 
@@ -169,7 +169,7 @@ def test_the_launcher_does_not_start_it_again(engine: dict[str, Any], tmp_path: 
 
 
 def full_disk(run: Run, wish: StopWish, rank: int, times: dict[int, int]) -> None:
-    """The disk of one rank is full at the first so many saves of a step."""
+    """The disk of one rank is full: for each step, how many saves fail first."""
     left = dict(times)
 
     @contextmanager
@@ -223,7 +223,7 @@ def test_too_many_failed_saves_end_the_run_at_one_step(rank: int, engine: dict[s
 @under_both
 @pytest.mark.parametrize("last", [6, 8])
 def test_the_last_save_is_tried_again(last: int, engine: dict[str, Any], tmp_path: Path) -> None:
-    """Also when it was begun by the loop: then one rank may know that it failed before the other does."""
+    """Also when the loop began the save: then one rank may know of the failure before the other."""
     run, outcomes = on_ranks(tmp_path, 2, full_disk, 1, {last: 2}, train__steps=last, **engine)
     assert outcomes == [(0, last), (0, last)]
     assert run.committed() == last
@@ -240,7 +240,7 @@ def test_a_run_that_cannot_save_its_end_has_failed(engine: dict[str, Any], tmp_p
 
 
 def full_files(run: Run, wish: StopWish) -> None:
-    """From now on /dev/full answers every write of this rank as a full disk does."""
+    """From now on /dev/full answers every write of this rank, as a full disk does."""
     run.console._log = os.open("/dev/full", os.O_WRONLY)
     for path in (run.events.path, *([run.folder.metrics] if run.world.first else [])):
         path.parent.mkdir(exist_ok=True)
@@ -275,7 +275,7 @@ def test_all_ranks_stop_when_one_was_asked(rank: int, engine: dict[str, Any], tm
 
 @under_both
 def test_a_wish_before_the_first_collective_is_agreed(engine: dict[str, Any], tmp_path: Path) -> None:
-    """The launcher's request may be seen by one rank and, a moment earlier, not by the other."""
+    """One rank may see the launcher's request, while another rank, a moment earlier, did not."""
     config = tiny(tmp_path, **engine)
     write_config(tmp_path, **engine)
     assert run_ranks(2, _asked_at_once, config, timeout_s=30) == [3, 3]
@@ -332,7 +332,7 @@ def _beside_a_frozen_one(config: dict[str, Any], folder: Path) -> tuple[int, flo
 
 @pytest.mark.full
 def test_a_frozen_rank_under_the_launcher(engine: dict[str, Any], tmp_path: Path, note: Callable[..., None]) -> None:
-    """The monitor ends the attempt before the others give up waiting: torchrun would wait another 30 s."""
+    """The monitor ends the attempt before the other ranks time out: torchrun would then wait 30 s more."""
     write_config(tmp_path, train__steps=16, train__global_batch=64, parallel__step_timeout_s=10.0, **engine)
     with running(LAUNCH, tmp_path) as run:
         run.wait_for("step 4", lambda: run.step() >= 4)

@@ -1,4 +1,4 @@
-"""A stop request in each phase, from each cause, ends as the life table says, and the run goes on from there."""
+"""A stop request in each phase, from each cause, ends as docs/life.md's table says, and the run goes on from there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.life.runs import LAUNCH, Running, Watched, clean_end, finish, finish_
 
 @dataclass
 class StopCause:
-    """`act` is None where the config brings the stop about. A person's wish is 3, a machine's 75."""
+    """`act` is None where the config causes the stop. The exit code is 3 for a person's stop, 75 for a machine's."""
 
     name: str
     word: str
@@ -31,14 +31,14 @@ class StopCause:
         return {"train__time_limit_s": phase.limit_s} if self.act is None else {}
 
     def bring_about(self, run: Running, phase: Phase) -> None:
-        """Wait for the phase, and act. A time limit comes by itself, on a slow machine even before the phase."""
+        """Wait for the phase, and act. A time limit comes by itself; on a slow machine even before the phase."""
         if self.act is not None:
             run.wait_for(phase.name, lambda: phase.reached(run))
             self.since = time.time()
             self.act(run)
 
     def seconds(self, run: Running) -> str:
-        """From the cause until now, when everything is gone."""
+        """Seconds from the cause until everything is gone."""
         told = run.events("stop_requested", "ended")[0]["time_s"]
         return f"{time.time() - (told if self.act is None else self.since):.1f}"
 
@@ -95,7 +95,7 @@ def test_stop(
 
 
 def stopped_as_told(run: Running, phase: Phase, cause: StopCause, code: int) -> None:
-    """Exit code, end.json, events and files of a stop."""
+    """Check the exit code, end.json, events and files of a stop."""
     end = run.end()
     assert end["step"] == run.step()
     assert end["checkpoint"] == (f"step-{end['step']:08d}" if end["step"] else None)
@@ -104,7 +104,7 @@ def stopped_as_told(run: Running, phase: Phase, cause: StopCause, code: int) -> 
     assert not run.folder.stop.exists()
     assert (run.attempts()[-1] / "STOP").exists() == (cause.word == "stop_file")
     assert len(run.attempts()) == (2 if phase.before else 1)
-    if phase.name == "last step" and end["reason"] == "finished":  # asked for when the step had begun
+    if phase.name == "last step" and end["reason"] == "finished":  # asked for when the last step had begun
         assert (code, end["step"], end["requeue"]) == (0, phase.steps, False)
         return
     assert code == cause.code, run.output
@@ -112,7 +112,7 @@ def stopped_as_told(run: Running, phase: Phase, cause: StopCause, code: int) -> 
     assert [e["cause"] for e in run.told_by("rank00000", "stop_requested")] == [cause.word]
     assert {e["cause"] for e in run.events("stop_requested")} <= {cause.word, "another_rank"}
     if phase.name == "preparation":
-        assert not list(run.cache.glob("words-*"))  # left at once, not when all was prepared
+        assert not list(run.cache.glob("words-*"))  # it left at once, not when all was prepared
     if phase.name == "validation":
         assert not [row for row in run.rows() if row["step"] == end["step"] and "loss" not in row]
     if phase.name in ("start-up", "preparation"):

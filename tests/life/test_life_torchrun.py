@@ -46,7 +46,7 @@ def test_stop_under_torchrun(
         code = run.wait()
         run.gone(within_s=5.0)
         seconds = time.time() - cause.since
-    if phase.name == "start-up" and cause.name != "STOP file":  # no rank listens yet: torchrun's signal ends them
+    if phase.name == "start-up" and cause.name != "STOP file":  # no rank listens yet, so torchrun's signal ends them
         assert (code, len(run.attempts())) == (1, 1)
     else:
         assert code == (0 if cause.name == "STOP file" else 1), run.output
@@ -78,14 +78,14 @@ def stopped(run: Running, phase: Phase, cause: StopCause) -> None:
     assert (end["step"], run.committed()) == (run.step(), run.step())
     assert not run.folder.lease.exists()
     assert not run.folder.stop.exists()
-    if phase.name == "last step" and end["reason"] == "finished":  # asked for when the step had begun
+    if phase.name == "last step" and end["reason"] == "finished":  # asked for when the last step had begun
         assert end["step"] == phase.steps
         return
     assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", cause.word, cause.code == 75)
 
 
 def goes_on(run: Running, phase: Phase, folder: Path, way: tuple[str, ...] | None) -> int:
-    """The next start continues from the right step and finishes. Returns the step."""
+    """The next start continues from the right step and finishes. Returns that step."""
     attempts, step = len(run.attempts()), run.committed()
     phase.shorten(folder)
     last = step + 2
@@ -103,7 +103,7 @@ def goes_on(run: Running, phase: Phase, folder: Path, way: tuple[str, ...] | Non
 @pytest.mark.full
 def test_killed_agent_of_torchrun_takes_its_ranks_along(engine: dict[str, Any], tmp_path: Path) -> None:
     phase = BY_NAME["step"]
-    # saving would notice that the agent's store is gone
+    # a save would notice that the agent's store is gone
     phase.write(tmp_path, endless=True, checkpoint__every_steps=0, **engine)
     with running(TORCHRUN, tmp_path) as run:
         run.wait_for(phase.name, lambda: phase.reached(run))
@@ -149,7 +149,7 @@ def test_one_process_finished_wrong_and_failed(engine: dict[str, Any], tmp_path:
             assert "was begun with another config: optim.lr" in wrong.output
     assert sorted(tmp_path.joinpath("run").rglob("*")) == before
     other = f"run.dir={tmp_path / 'other'}"
-    grows = ("optim.lr=1000", "optim.weight_decay=10", "train.steps=50")  # by 10^4 a step
+    grows = ("optim.lr=1000", "optim.weight_decay=10", "train.steps=50")  # weights grow 10^4 times per step
     with running(PROCESS, tmp_path, other, *grows) as failed:
         assert failed.wait() == 1
         assert "FAILED: step" in failed.output

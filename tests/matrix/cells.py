@@ -1,6 +1,6 @@
-"""What the matrix is made of, as plain data: layouts, freeze patterns, and the config of each cell's runs.
+"""The cells of the matrix as plain data: layouts, freeze patterns, and the config of each cell's runs.
 
-A cell is a checkpoint written under one layout, of one pattern, and read under another layout. A pattern is a history:
+A cell is a checkpoint that one layout wrote after one pattern, and that another layout reads. A pattern is a history:
 what was frozen in each of the three steps before the checkpoint, and what is frozen when it is read.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from tests.distributed import write_corpus
 
-STEPS = 3  # made by the writer
-MORE = 2  # made by the reader: the first one's loss shows the weights, the second one's the optimizer
-GLOBAL_BATCH = 7  # divides among no layout's data ranks
+STEPS = 3  # steps of the writer
+MORE = 2  # steps of the reader: the loss of the first one shows the weights, that of the second one the optimizer
+GLOBAL_BATCH = 7  # no layout's data ranks divide it
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> (ranks, section `parallel`)
     "one process": (1, {}),
@@ -47,17 +47,17 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Pattern:
-    """What is frozen in each of the writer's steps, and then when reading."""
+    """What is frozen in each of the writer's steps, and then in the reader."""
 
     steps: tuple[Frozen, Frozen, Frozen]
     reading: Frozen
 
 
-# In each pattern something begins to train later than the rest, so that step counts differ.
+# In each pattern some parameters begin to train later than others, so that step counts differ.
 LATE = "blocks.1.mlp.*"
 BOTTOM = "blocks.0.*"
 NOTHING = Frozen()
-# The head is tied to the embedding and carries it along; the last norm trains with them from the second step on.
+# The head is tied to the embedding, which so trains with it. The last norm trains with them from the second step on.
 ONLY_HEAD, HEAD_AND_NORM = Frozen(("*",), ("head.*",)), Frozen(("*",), ("head.*", "norm.*"))
 
 PATTERNS: dict[str, Pattern] = {
@@ -66,7 +66,7 @@ PATTERNS: dict[str, Pattern] = {
     "all but the head": Pattern((ONLY_HEAD, HEAD_AND_NORM, HEAD_AND_NORM), HEAD_AND_NORM),
     "frozen after having trained": Pattern((Frozen((LATE,)), NOTHING, Frozen((BOTTOM,))), Frozen((BOTTOM,))),
     "unfrozen again": Pattern((Frozen((LATE,)), Frozen((BOTTOM,)), Frozen((BOTTOM,))), NOTHING),
-    # of the bottom the attention has never trained, the rest once; what trained so far stands still from now on
+    # The bottom's attention never trained, its other parameters once. What has trained is frozen from now on.
     "another set frozen than before": Pattern(
         (Frozen(("blocks.0.attn.*", LATE)), Frozen((BOTTOM,)), Frozen((BOTTOM,))), Frozen(("blocks.1.*", "norm.*"))
     ),
@@ -75,7 +75,7 @@ PATTERNS: dict[str, Pattern] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """`variant` is what is unusual: see VARIANTS."""
+    """`variant`: what is unusual about the cell, see VARIANTS."""
 
     writer: str
     reader: str
@@ -96,7 +96,7 @@ _NAMES = list(LAYOUTS)
 
 
 def _besides(variant: str, k: int) -> list[Cell]:
-    """Each writer with each pattern, each time under another reader."""
+    """Each writer with each pattern, and each pair with another reader."""
     return [
         Cell(writer, _NAMES[(i + 1 + k + 3 * p) % len(_NAMES)], pattern, variant)
         for i, writer in enumerate(_NAMES)
@@ -106,7 +106,7 @@ def _besides(variant: str, k: int) -> list[Cell]:
 
 MATRIX = [Cell(writer, reader, pattern) for writer in LAYOUTS for pattern in PATTERNS for reader in LAYOUTS]
 BESIDES = [cell for k, variant in enumerate(VARIANTS) for cell in _besides(variant, k)]
-# In `make test`: each layout reads and writes once, each pattern is there; and each variant once.
+# In `make test`: each layout writes and reads once, each pattern occurs, and each variant once.
 BESIDES_ONCE = [
     [cell for cell in BESIDES if cell.variant == variant][number]
     for variant, number in zip(VARIANTS, (9, 14, 28, 47), strict=True)
@@ -123,7 +123,7 @@ ZERO_MATRIX = [
     if writer in ZERO or reader in ZERO
 ]
 _EVERY = list(EVERY)
-ZERO_BESIDES = [  # each ZeRO layout with each pattern and variant, writing and reading
+ZERO_BESIDES = [  # each ZeRO layout with each pattern and variant, as writer and as reader
     cell
     for v, variant in enumerate(VARIANTS)
     for i, zero in enumerate(ZERO)
@@ -131,7 +131,7 @@ ZERO_BESIDES = [  # each ZeRO layout with each pattern and variant, writing and 
     for other in [_EVERY[(i + 5 * v + 3 * p) % len(_EVERY)]]
     for cell in (Cell(zero, other, pattern, variant), Cell(other, zero, pattern, variant))
 ]
-# In `make test`: each stage writes and reads, each pattern is there; two ranks suffice but for one cell.
+# In `make test`: each stage writes and reads, and each pattern occurs. All cells but one need only two ranks.
 ZERO_DIAGONAL = [
     Cell("ZeRO-1 2", "FSDP 2", "nothing frozen"),
     Cell("FSDP 2", "ZeRO-1 2", "another set frozen than before", "bf16"),
@@ -141,7 +141,7 @@ ZERO_DIAGONAL = [
     Cell("FSDP 2", "ZeRO-3 2", "bottom blocks"),
 ]
 
-# Neither 3 nor 4 divides a size; of 5 rows the last of 4 ranks has none.
+# 3 and 4 divide none of these sizes. Of 5 rows, the last of 4 ranks has none.
 MODEL: dict[str, Any] = {
     "vocab_size": 263,
     "dim": 34,
@@ -178,7 +178,7 @@ def _config(root: Path, folder: Path, layout: str, variant: str) -> dict[str, An
 
 
 def writing(root: Path, folder: Path, cell: Cell) -> dict[str, Any]:
-    """The config of the run that writes a cell's checkpoint. Its schedule says already what comes after it."""
+    """The config of the run that writes a cell's checkpoint. Its schedule already holds what comes later."""
     pattern = PATTERNS[cell.pattern]
     first, *later = (*pattern.steps, pattern.reading)
     schedule = [{"step": k + 1, **frozen.section()} for k, frozen in enumerate(later)]
@@ -186,7 +186,8 @@ def writing(root: Path, folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def reading(root: Path, folder: Path, cell: Cell, checkpoint: Path) -> dict[str, Any]:
-    """The config of the run that reads it: another run from everything of it, or, resumed, the same run in `folder`."""
+    """The config of the run that reads the checkpoint: a new one that takes everything, or the same in `folder`,
+    resumed."""
     if cell.variant == "resumed":
         config = writing(root, folder, Cell(cell.reader, cell.reader, cell.pattern, cell.variant))
     else:

@@ -1,4 +1,4 @@
-"""What is checked in a cell. Every check answers with what is wrong, in words; nothing wrong is an empty list."""
+"""The checks of a cell. Every check returns the faults in words; an empty list means that nothing is wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def put_together(ranks: Sequence[Memory]) -> tuple[Tensors, dict[str, str], list[str]]:
-    """Whole tensors from what the ranks held, the group of each, and where ranks contradict each other."""
+    """(whole tensors from the parts of all ranks, the group of each, where ranks contradict each other)."""
     whole: Tensors = {}
     filled: dict[str, torch.Tensor] = {}
     groups: dict[str, str] = {}
@@ -50,7 +50,7 @@ def put_together(ranks: Sequence[Memory]) -> tuple[Tensors, dict[str, str], list
 
 
 def differing(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> list[str]:
-    """Keys, number formats, shapes and bits that are not as expected."""
+    """Keys, number formats, shapes and bits that differ from the expected ones."""
     wrong = [f"{where}: {key} is missing" for key in sorted(expected.keys() - found.keys())]
     wrong += [f"{where}: {key} should not be there" for key in sorted(found.keys() - expected.keys())]
     for key in sorted(found.keys() & expected.keys()):
@@ -75,7 +75,7 @@ def unequal(what: str, found: Any, expected: Any) -> list[str]:
 
 
 def in_memory(expected: Tensors, trainable: set[str], history: History, compute: torch.dtype) -> Tensors:
-    """What of a checkpoint's tensors the ranks hold: all weights, frozen ones perhaps in a smaller number format, and
+    """The tensors of a checkpoint that the ranks hold: all weights, frozen ones perhaps in a smaller number format, and
     the state of what trains."""
     held = {}
     for key, tensor in expected.items():
@@ -89,7 +89,7 @@ def in_memory(expected: Tensors, trainable: set[str], history: History, compute:
 def check_memory(
     ranks: Sequence[Memory], expected: Tensors, history: History, compute: torch.dtype, more: int, where: str
 ) -> list[str]:
-    """Whether the ranks together hold exactly these tensors, and each the right counts."""
+    """Check that the ranks together hold exactly these tensors, and that each has the right counts."""
     whole, groups, wrong = put_together(ranks)
     wrong += differing(whole, in_memory(expected, history.reading, history, compute), where)
     counts = {name: n for name, n in history.counts(more).items() if name in history.reading}
@@ -101,7 +101,7 @@ def check_memory(
 
 
 def check_manifest(stored: Stored, history: History, trains: set[str], more: int) -> list[str]:
-    """Whether a checkpoint says of each tensor what the history says, and holds no key more or less."""
+    """Check that a checkpoint says of each tensor what the history says, and has no key more or less."""
     manifest, where = stored.manifest, f"saved at {STEPS + more}"
     tensors = manifest["tensors"]
     weights = {key: entry for key, entry in tensors.items() if entry["group"] != "optim"}
@@ -126,7 +126,7 @@ def check_manifest(stored: Stored, history: History, trains: set[str], more: int
 
 
 def check_samples(folder: RunFolder, attempt: int, first: int, steps: int) -> list[str]:
-    """Whether the steps after `first` were given the next samples of the global order, each once."""
+    """Check that the steps after `first` got the next samples of the global order, each once."""
     given: dict[int, list[int]] = {}
     for path in sorted((folder.attempts / f"{attempt:03d}").glob("samples-*.jsonl")):
         for row in read_rows(path):
@@ -144,7 +144,7 @@ def losses(folder: Path, attempt: int) -> list[float]:
 
 
 def check_trained(before: Tensors, after: Tensors, history: History) -> list[str]:
-    """Whether exactly what trains has changed, state included."""
+    """Check that exactly the trained tensors have changed, with their state."""
     wrong = []
     for key in sorted(before.keys() & after.keys()):
         owner = key.rpartition(".")[0] if key.endswith(STATE) else key

@@ -23,7 +23,7 @@ from tests.matrix.harness import Matrix, Outcome
 OUTCOMES: dict[Cell, Outcome] = {}
 
 
-@pytest.fixture(scope="module")  # so that the ranks are gone when other tests run
+@pytest.fixture(scope="module")  # so that the ranks have ended when other tests run
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     made = Matrix(tmp_path_factory.mktemp("matrix"))
     yield made
@@ -32,7 +32,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
 
 @pytest.fixture(scope="session")
 def outcomes() -> dict[Cell, Outcome]:
-    """What came out of each cell so far; printed when the session ends."""
+    """The outcome of each cell so far, printed at the end of the session."""
     return OUTCOMES
 
 
@@ -66,7 +66,7 @@ def table() -> list[str]:
 
 
 def zero_table() -> list[str]:
-    """Of the cells with ZeRO: how many of the patterns held, by who wrote and who read."""
+    """For the cells with ZeRO: how many of the patterns held, by writer and reader."""
     rows = [["written by", *EVERY, "largest difference of losses"], ["---"] * (len(EVERY) + 2)]
     for writer in EVERY:
         counts, every = [], []

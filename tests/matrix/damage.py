@@ -1,6 +1,6 @@
-"""Checkpoints that are wrong inside and agree with themselves: every size, checksum and digest is made to fit anew.
+"""Checkpoints with a wrong content and right sizes, checksums and digests.
 
-Nothing but a comparison with what was written can find such damage. The format is spelled out here once more, so that a
+Only a comparison with what was written can find such damage. The format is written out here once more, so that a
 mistake in the code under test is not repeated.
 """
 
@@ -20,12 +20,12 @@ Header = dict[str, Any]
 
 
 def copy_of(checkpoint: Path, folder: Path) -> Path:
-    """A copy that may be changed, beside no others."""
+    """A copy that may be changed, alone in its folder."""
     return Path(shutil.copytree(checkpoint, folder / checkpoint.name))
 
 
 def flip(checkpoint: Path, key: str) -> None:
-    """One bit of the first element of one stored tensor, the lowest of its mantissa."""
+    """Flip one bit of the first element of a stored tensor, the lowest of its mantissa."""
 
     def change(header: Header, data: bytearray) -> None:
         label = next(label for label in header if label.rpartition("@")[0] == key)
@@ -36,7 +36,7 @@ def flip(checkpoint: Path, key: str) -> None:
 
 
 def drop(checkpoint: Path, keys: list[str], parameter: str | None = None) -> None:
-    """Take tensors out of files and manifest; and `parameter`, if given, is said never to have been updated."""
+    """Remove tensors from files and manifest. The manifest then says that `parameter`, if given, was never updated."""
 
     def forget(manifest: dict[str, Any]) -> None:
         for key in keys:
@@ -53,7 +53,7 @@ def drop(checkpoint: Path, keys: list[str], parameter: str | None = None) -> Non
 
 
 def shift(checkpoint: Path, samples: int) -> None:
-    """Go on at another sample."""
+    """Make the checkpoint go on at another sample."""
 
     def move(manifest: dict[str, Any]) -> None:
         manifest["position"]["consumed_samples"] += samples
@@ -93,12 +93,12 @@ def _change_file(checkpoint: Path, path: Path, change: Callable[[Header, bytearr
     change(header, data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
-    path.unlink()  # it may be a hard link of another checkpoint's file
+    path.unlink()  # the file may be a hard link of another checkpoint's
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def _seal(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest, and make sizes, places, checksums and digests fit what the files hold."""
+    """Change the manifest, and make sizes, places, checksums and digests fit the files."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     del manifest["digest"]
     change(manifest)

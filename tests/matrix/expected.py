@@ -1,4 +1,4 @@
-"""What must come out of a cell: from the history of its pattern, and from plain PyTorch over what was stored."""
+"""What a cell must give, by the history of its pattern and by plain PyTorch from the stored tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIED = {"head.weight": "embed.weight"}
 
 
 class History:
-    """When each parameter trained, by name; a tied one by its first name."""
+    """The steps in which each parameter trained, by name. A tied parameter goes by its first name."""
 
     def __init__(self, pattern: str, model: Buffered) -> None:
         self.names = {name for name, _ in model.named_parameters()}
@@ -40,7 +40,7 @@ class History:
         return self.names - (hit - spared)
 
     def counts(self, more: int = 0) -> dict[str, int]:
-        """Updates of each parameter that ever trained, `more` steps after the checkpoint."""
+        """How many updates each parameter that ever trained has had, `more` steps after the checkpoint."""
         trained = {n: sum(n in step for step in self.steps) + more * (n in self.reading) for n in self.names}
         return {name: count for name, count in trained.items() if count}
 
@@ -59,7 +59,7 @@ def model_of(config: dict[str, Any]) -> Buffered:
 
 
 def plain_losses(config: dict[str, Any], history: History, checkpoint: Stored) -> list[float]:
-    """Losses of the reader's steps as a plain loop in one process gets them."""
+    """Losses of the reader's steps, from a plain loop in one process."""
     built = Config.model_validate(config)
     model = Buffered(built.model)
     missing = model.load_state_dict({key: checkpoint.tensors[key] for key in checkpoint.parameters}, strict=False)

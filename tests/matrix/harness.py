@@ -1,4 +1,4 @@
-"""Runs cells: writes each checkpoint once, reads it under other layouts, on one pool of ranks per world size."""
+"""Runs cells: writes each checkpoint once, and reads it in other layouts, on one pool of ranks per world size."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from tests.stored import Stored, bits
 from trainer.life.entries import checkpoint_name
 from trainer.life.folder import RunFolder
 
-# Of losses between 3 and 6: about ten times what was seen, 3.5e-7 (a number's last bit is 4.8e-7) and 2.3e-4. In bf16 a
-# sum that is rounded another way is another bf16 number.
+# For losses between 3 and 6: about ten times the differences seen, 3.5e-7 (a number's last bit is 4.8e-7) and 2.3e-4.
+# In bf16, a sum that is rounded in another way is another bf16 number.
 TOLERANCE = {"fp32": 5e-6, "bf16": 2e-3}
-WRITTEN_SO = ("bf16", "head of its own")  # the other variants concern the reader alone
+WRITTEN_SO = ("bf16", "head of its own")  # the other variants concern only the reader
 
 
 @dataclass
 class Written:
-    """A checkpoint that a layout wrote, with what must be true of it."""
+    """A checkpoint that a layout wrote, and what must be true of it."""
 
     run: Path
     config: dict[str, Any]
     history: History
     stored: Stored
-    losses: list[float]  # of the steps after it, by a plain loop
+    losses: list[float]  # of the steps after the checkpoint, from a plain loop
 
 
 @dataclass
 class Outcome:
-    """How a cell went. `loss_difference` is the largest, over the steps after loading."""
+    """The result of a cell. `loss_difference`: the largest one over the steps after loading."""
 
     wrong: list[str] = field(default_factory=list)
     refused: str | None = None
@@ -45,7 +45,7 @@ class Outcome:
 
 
 class Matrix:
-    """`root` is a folder for everything; cells that share a checkpoint find it written already."""
+    """`root`: a folder for everything. Cells that share a checkpoint write it only once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -58,7 +58,7 @@ class Matrix:
             pool.close()
 
     def run(self, cell: Cell, damaged: Path | None = None) -> Outcome:
-        """Read a cell's checkpoint, or the damaged one in its place, and hold the outcome against what was written."""
+        """Read a cell's checkpoint, or the damaged one in its place, and compare the result with what was written."""
         written = self.written(cell)
         folder = self._folder()
         if cell.variant == "resumed":
@@ -75,8 +75,8 @@ class Matrix:
         return outcome
 
     def written(self, cell: Cell) -> Written:
-        """The checkpoint of a cell: the same for all its readers. Raises AssertionError when it is not what its history
-        says, again for each of them."""
+        """The checkpoint of a cell, shared by all its readers. Raises AssertionError, for each reader, when the
+        checkpoint contradicts its history."""
         key = replace(cell, reader=cell.writer, variant=cell.variant if cell.variant in WRITTEN_SO else "")
         if key not in self._written:
             try:
@@ -121,7 +121,7 @@ class Matrix:
         wrong += checks.check_memory(loaded, before.tensors, history, compute, 0, "loaded")
         for number, rank in enumerate(loaded):
             wrong += checks.unequal(f"loaded, rank {number}: progress", rank.progress, before.manifest["loop"])
-        if not resumed:  # else this checkpoint is the writer's
+        if not resumed:  # else this is the writer's checkpoint
             saved = Stored(folder / "checkpoints" / checkpoint_name(STEPS))
             wrong += checks.differing(saved.tensors, before.tensors, "saved at once")
             wrong += checks.check_manifest(saved, history, history.reading, 0)
@@ -158,7 +158,7 @@ def _memories(told: list[Told]) -> tuple[list[Memory], list[Memory]]:
 
 
 def _until_saved(history: History) -> History:
-    """The history up to the checkpoint, as if it were read with what trained last."""
+    """The history up to the checkpoint, as if a reader trained what trained last."""
     same = object.__new__(History)
     same.__dict__ |= {**history.__dict__, "reading": history.steps[-1]}
     return same

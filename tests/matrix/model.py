@@ -1,4 +1,4 @@
-"""The model of the matrix: the decoder, and persistent buffers that its forward uses."""
+"""The model of the matrix: the decoder with persistent buffers that its forward uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLAIN = REGISTRY["decoder"]
 
 
 class Gain(nn.Module):
-    """Scales the embeddings by two buffers, one of them an integer without dimensions."""
+    """Scales the embeddings by two buffers. One of them is an integer without dimensions."""
 
     gain: Tensor
     count: Tensor
@@ -32,13 +32,13 @@ class Gain(nn.Module):
 
     @torch.no_grad()
     def change(self) -> None:
-        """What a training step would do that keeps statistics in buffers: the same on every rank."""
+        """Change the buffers as a training step does that keeps statistics in them: the same on every rank."""
         self.gain.mul_(1.01).add_(0.003)
         self.count.add_(1)
 
 
 class Buffered(Decoder):
-    """It has the decoder's parameters, so the decoder's tensor plan holds for it."""
+    """It has the decoder's parameters, so the decoder's tensor plan fits it."""
 
     def __init__(self, section: DecoderSection) -> None:
         super().__init__(section)
@@ -56,7 +56,7 @@ class Buffered(Decoder):
 
 
 def as_model(decoder: Decoder) -> Model:
-    """What engines take of a decoder, of a subclass as well."""
+    """The object that engines take, for a decoder or a subclass."""
 
     def flops(tensors: Mapping[str, Tensor]) -> float:
         rows, seq_len = tensors["tokens"].shape

@@ -1,4 +1,4 @@
-"""What the ranks of a pool do: a whole attempt of a run, by the trainer's own parts, and what its memory held."""
+"""The work of a pool's ranks: a whole attempt of a run, by the trainer's own parts, and the content of their memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    start: int | None  # of a flat range
+    start: int | None  # of a flat range; None for a box
     content: bytes
 
 
@@ -51,7 +51,7 @@ class Memory:
 
 @dataclass
 class Told:
-    """What one rank has to tell of an attempt. `refused`: the words of a UserError, on all ranks alike."""
+    """What one rank returns about an attempt. `refused`: the words of a UserError, the same on all ranks."""
 
     loaded: Memory | None = None
     ended: Memory | None = None
@@ -70,7 +70,7 @@ def memory(run: Run) -> Memory:
 
 
 def go(config: dict[str, Any], reads: bool) -> Told:
-    """One attempt. A reader saves what it has just loaded before it makes a step."""
+    """One attempt. A reader saves what it has loaded before it makes a step."""
     told = Told()
 
     class Watched(Run):
@@ -108,13 +108,13 @@ def go(config: dict[str, Any], reads: bool) -> Told:
 
 
 def _join(config: Config) -> world.World:
-    """The pool's ranks as a world of their own for one attempt: with its layout, and a store that nobody else uses."""
+    """A world of the pool's ranks for one attempt, with the attempt's layout, and a store that nobody else uses."""
     if "world" not in _state:
         register()
-        torch.use_deterministic_algorithms(True)  # it fills new memory with NaN, so what is not loaded shows
+        torch.use_deterministic_algorithms(True)  # fills new memory with NaN, so elements not loaded show
         fsdp.make_mesh = _mesh
         gc.collect()
-        gc.freeze()  # an engine collects when it is built: half of a cell's time would go into looking at torch
+        gc.freeze()  # an engine collects when it is built: to look at torch would take half of a cell's time
         _state["world"] = world.start(config)
     _state["calls"] += 1
     joined: world.World = _state["world"]

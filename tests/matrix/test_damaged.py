@@ -1,5 +1,5 @@
-"""The matrix can fail: a checkpoint with one wrong bit, a key less or a sample further on, its sums all in order, does
-not pass for the one that was written."""
+"""The matrix can fail. A checkpoint with one wrong bit, a key less or another next sample is found, although all its
+checksums are right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATE = ("exp_avg", "exp_avg_sq")
 
 @pytest.fixture
 def outcome_of(matrix: Matrix, tmp_path: Path) -> Callable[..., tuple[str | None, list[str]]]:
-    """(refusal, what is found wrong) when the cell's checkpoint is damaged before it is read."""
+    """(refusal, the faults found) when the cell's checkpoint is damaged before it is read."""
 
     def outcome_of(how: Callable[..., None], *arguments: object) -> tuple[str | None, list[str]]:
         copy = damage.copy_of(matrix.written(CELL).stored.folder, tmp_path)
@@ -61,7 +61,7 @@ def test_one_state_key_less_is_refused(outcome_of: Callable[..., tuple[str | Non
 def test_state_that_is_said_never_to_have_been(
     parameter: str, where: str, outcome_of: Callable[..., tuple[str | None, list[str]]]
 ) -> None:
-    """The reader may take the manifest's word that nothing is lost; the cell may not."""
+    """The reader may believe the manifest that nothing is lost, but the cell must find the loss."""
     refused, wrong = outcome_of(damage.drop, [f"{parameter}.{state}" for state in STATE], parameter)
     assert refused is None
     assert f"{where}: {parameter}.exp_avg is missing" in wrong

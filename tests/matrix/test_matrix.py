@@ -1,4 +1,4 @@
-"""Any checkpoint under any layout, whatever was and is frozen: nothing is lost on the way, not a bit."""
+"""Any checkpoint in any layout, whatever was and is frozen: no bit is lost on the way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.matrix.cells import BESIDES, BESIDES_ONCE, DIAGONAL, LAYOUTS, MATRIX, PATTERNS, VARIANTS, Cell
 from tests.matrix.harness import Matrix, Outcome
 
-# Cells that cannot be, and words of the reason that the reader gives. There are none.
+# Cells that are impossible, and words of the reader's reason. There are none.
 REFUSED: dict[tuple[str, str], str] = {}
 
 NORMAL = {*DIAGONAL, *BESIDES_ONCE}

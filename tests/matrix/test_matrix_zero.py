@@ -1,7 +1,8 @@
-"""The matrix with ZeRO: checkpoints of stages 1 to 3 under every layout, and every layout's under them.
+"""The matrix with ZeRO: checkpoints of stages 1 to 3 read in every layout, and those of every layout read in these
+stages.
 
-`make matrix-zero` runs all of it. It takes long, so cells that held are written down and not run again while the code
-is the same.
+`make matrix-zero` runs all of it. That takes long, so cells that held are recorded, and run again only when the code
+has changed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _ALL = list(dict.fromkeys([*ZERO_DIAGONAL, *ZERO_MATRIX, *ZERO_BESIDES]))
 
 
 class Held:
-    """Cells that held with this very code, in a file; the loss difference of each."""
+    """Cells that held with this very code, in a file, and the loss difference of each."""
 
     def __init__(self, folder: Path) -> None:
         digest = hashlib.sha256()

@@ -20,7 +20,7 @@ def section_of(**overrides: Any) -> DecoderSection:
 
 
 def initialise(built: Model, seed: int = 0) -> Decoder:
-    """Weights as an engine fills them: a generator per parameter, from seed and name."""
+    """Weights as an engine fills them: one generator per parameter, from seed and name."""
     for name, parameter in built.module.named_parameters():
         built.initialise(name, parameter, torch.Generator().manual_seed(seed + zlib.crc32(name.encode())))
     assert isinstance(built.module, Decoder)
@@ -34,5 +34,5 @@ def _section() -> Callable[..., DecoderSection]:
 
 @pytest.fixture
 def build() -> Callable[..., Decoder]:
-    """build(**overrides) -> a small decoder; weights ten times the usual, so that errors show."""
+    """build(**overrides) -> a small decoder. Its weights are ten times the usual, so that errors show."""
     return lambda **overrides: initialise(build_model(section_of(**{"init_std": 0.2, **overrides})))

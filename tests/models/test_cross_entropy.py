@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one: same numbers, same gradients, a fraction of the memory."""
+"""The chunked loss equals the plain one: same numbers, same gradients, a fraction of the memory."""
 
 import statistics
 import threading
@@ -21,7 +21,7 @@ from models.cross_entropy import Head, VocabularyPart, chunked_cross_entropy
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossSums:
-    """What the loss is, written down naively."""
+    """The loss, computed in the plain way."""
     logits = (hidden @ weight.T).flatten(0, -2)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -52,7 +52,7 @@ def gradients(loss: Callable[..., LossSums], *args: Any) -> tuple[LossSums, Tens
     z_loss=st.sampled_from([0.0, 1e-4, 0.1]),
 )  # fmt: skip
 def test_equals_the_plain_loss(tokens: int, vocab: int, chunk: int, seed: int, z_loss: float) -> None:
-    """In fp32 to 2e-6 of the value or of the largest gradient (order of summation only)."""
+    """In fp32, to 2e-6 of the value or of the largest gradient (only the order of summation differs)."""
     hidden, weight, targets = make(tokens, vocab, seed=seed)
     expected = gradients(plain, hidden, weight, targets, z_loss)
     got = gradients(chunked_cross_entropy, hidden, weight, targets, z_loss, chunk)
@@ -73,7 +73,7 @@ def test_gradients_in_float64(z_loss: float) -> None:
 def test_bf16_is_as_near_as_the_plain_loss() -> None:
     """Against float64, with the global scale applied: errors at most 1.05 times those of the plain loss in bf16.
 
-    A scale rounded to bf16 would make every gradient 0.2 % smaller (1/7 is not a bf16): the projection shows it."""
+    A scale rounded to bf16 would make every gradient 0.2 % smaller (1/7 is no bf16 number): the projection shows it."""
     hidden, weight, targets = make(300, 60, dim=64, dtype=torch.bfloat16)
     exact = gradients(plain, hidden.double(), weight.double(), targets)
     theirs = gradients(plain, hidden, weight, targets)
@@ -86,7 +86,7 @@ def test_bf16_is_as_near_as_the_plain_loss() -> None:
 
 
 def in_parts(ranks: int, hidden: Tensor, weight: Tensor, targets: Tensor, *args: Any) -> list[tuple[Any, ...]]:
-    """(sums, grad_hidden, grad_weight) of each rank with its part of the words; threads play the ranks."""
+    """(sums, grad_hidden, grad_weight) of each rank with its part of the words. Threads play the ranks."""
     barrier, given = threading.Barrier(ranks, timeout=20), {}
     cuts = weight.detach().split(-(-len(weight) // ranks))
 
@@ -106,7 +106,7 @@ def in_parts(ranks: int, hidden: Tensor, weight: Tensor, targets: Tensor, *args:
         try:
             return gradients(lambda *given: chunked_cross_entropy(*given, part=part), *mine, *args)
         except Exception:
-            barrier.abort()  # the others wait for this rank
+            barrier.abort()  # the others would wait for this rank
             raise
 
     all_max, all_sum = reduction(lambda stack: stack.amax(0)), reduction(lambda stack: stack.sum(0))
@@ -127,7 +127,7 @@ def in_parts(ranks: int, hidden: Tensor, weight: Tensor, targets: Tensor, *args:
 def test_parts_of_the_words_give_the_whole_loss(
     tokens: int, vocab: int, ranks: int, chunk: int, seed: int, z_loss: float
 ) -> None:
-    """Every rank has the whole sums; hidden's gradients add up to the whole one, the weight's stand in a row."""
+    """Every rank has the whole sums. Hidden's gradients add up to the whole one, the weight's are its rows."""
     hidden, weight, targets = make(tokens, vocab, seed=seed)
     sums, grad_hidden, grad_weight = gradients(plain, hidden, weight, targets, z_loss)
     ranks_got = in_parts(ranks, hidden, weight, targets, z_loss, chunk)
@@ -171,7 +171,7 @@ def test_what_is_frozen_gets_no_gradient_and_no_work(frozen: int) -> None:
         chunked_cross_entropy(hidden, weight, targets, 0.0, 4).total.div(7).backward()
     assert (hidden, weight)[frozen].grad is None
     torch.testing.assert_close((hidden, weight)[1 - frozen].grad, expected[1 - frozen])
-    assert seen.products == 2 * 5  # in each of 5 chunks the logits and the one gradient
+    assert seen.products == 2 * 5  # in each of 5 chunks, the logits and the one gradient
 
 
 def test_without_gradients_only_logits_are_computed() -> None:
@@ -223,7 +223,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_more_than_a_chunk_never_exist(dtype: torch.dtype) -> None:
-    """Forward and backward, through the head; tokens x V would be 8 times as much."""
+    """In forward and backward, through the head. tokens x V would be 8 times as much."""
     hidden, _, targets = make(64, 500, dim=8, dtype=dtype)
     head = Head(8, 500).to(dtype)
     with LargestTensor() as seen:
@@ -237,8 +237,8 @@ def test_logits_of_more_than_a_chunk_never_exist(dtype: torch.dtype) -> None:
 
 
 def test_it_costs_no_time() -> None:
-    """The demo's shape, against plain cross-entropy over all logits: interleaved, median of pairs. Seen: 0.97 to 1.00;
-    processor time of one thread, since other processes of a busy machine must not decide."""
+    """With the demo's shape, against plain cross-entropy over all logits: interleaved, median of pairs. Seen: 0.97 to
+    1.00. Processor time of one thread, so that other processes do not count."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     hidden, weight, targets = make(1024, 264, dim=256)

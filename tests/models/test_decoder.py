@@ -1,4 +1,4 @@
-"""The decoder where engines take hold of it: meta device, names, initialisation, sharding, checkpointing, compile."""
+"""The decoder as engines use it: meta device, names, initialisation, sharding, checkpointing, compile."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -63,7 +63,7 @@ def test_every_parameter_gets_a_gradient(kind: str, build: Callable[..., Decoder
     model = build(**KINDS[kind])
     _, grads = loss_and_gradients(model, batch())
     for name, _ in model.named_parameters():
-        if name.endswith("wk.bias"):  # adds the same to all scores of a query, so softmax takes it out
+        if name.endswith("wk.bias"):  # it adds the same to all scores of a query, which softmax removes
             continue
         assert grads[name].isfinite().all(), name
         assert grads[name].abs().max() > 1e-4, name
@@ -86,7 +86,7 @@ def test_initialisation_is_a_function_of_seed_and_name(section: Callable[..., De
         return tensor
 
     first = draw("blocks.0.attn.wq.weight")
-    torch.manual_seed(1)  # the global generator plays no part
+    torch.manual_seed(1)  # the global generator must not matter
     assert torch.equal(first, draw("blocks.0.attn.wq.weight"))
     assert not torch.equal(first, draw("blocks.0.attn.wq.weight", seed=4))
     assert first.std().item() == pytest.approx(0.02, rel=0.05)
@@ -151,14 +151,14 @@ def test_checkpointing_changes_no_bit(kind: str, documents: bool, build: Callabl
     [(False, "aot_eager"), (True, "aot_eager"), pytest.param(True, "inductor", marks=pytest.mark.full)],
 )
 def test_blocks_compile_whole(documents: bool, backend: str, build: Callable[..., Decoder]) -> None:
-    """fullgraph: any graph break is an error. Loss and gradients to 1e-5 of their size. (inductor takes 30 s.)"""
+    """fullgraph: any graph break is an error. Loss and gradients agree to 1e-5 of their size. (inductor takes 30 s.)"""
     torch._dynamo.reset()
     model, inputs = build(qk_norm=True), batch()
     if not documents:
         del inputs["documents"]
     loss, grads = loss_and_gradients(model, inputs)
     model.zero_grad()
-    with torch._dynamo.config.patch(error_on_recompile=True):  # the second block runs what the first compiled
+    with torch._dynamo.config.patch(error_on_recompile=True):  # the second block must run the first one's code
         for block in model.blocks:
             block.compile(fullgraph=True, backend=backend)
         compiled_loss, compiled_grads = loss_and_gradients(model, inputs)
@@ -170,7 +170,7 @@ def test_blocks_compile_whole(documents: bool, backend: str, build: Callable[...
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group with this process alone."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -200,7 +200,7 @@ def test_sharded_units_give_the_same_bits(kind: str, one_rank: None, build: Call
 def test_mixed_precision_casts_weights_and_not_positions(
     kind: str, one_rank: None, build: Callable[..., Decoder]
 ) -> None:
-    """Under FSDP with bf16 it computes, bit for bit, what the model in bf16 does, and rotary tables stay fp32."""
+    """Under FSDP with bf16 it computes the same bits as the model in bf16, and rotary tables stay fp32."""
     seen: list[torch.dtype] = []
     model, inputs = build(**KINDS[kind]), batch()
     expected = copy.deepcopy(model).bfloat16()(**inputs).loss
@@ -217,7 +217,7 @@ def test_mixed_precision_casts_weights_and_not_positions(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_on_meta_then_materialised(kind: str, one_rank: None, build: Callable[..., Decoder]) -> None:
-    """As an engine does it; a tied weight must be one parameter from the start."""
+    """As an engine does. A tied weight must be one parameter from the start."""
     whole = build(**KINDS[kind])
     with torch.device("meta"):
         model = build_model(whole.section).module

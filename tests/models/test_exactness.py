@@ -1,7 +1,7 @@
 """The decoder computes what the real implementations in `transformers` compute, from the same weights.
 
-In fp32, logits of size up to 4 agree to 1e-5 (seen: 2.5e-6 at most), and so do gradients of the mean loss: the
-operations are the same, their order is not.
+In fp32, logits of size up to 4 agree to 1e-5 (seen: 2.5e-6 at most), and so do gradients of the mean loss. The
+operations are the same, but in another order.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ def llama_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gpt2_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2 keeps its matrices transposed, and query, key and value in one."""
+    """GPT-2 stores its matrices transposed, and query, key and value in one."""
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         tensor = tensor.T if name.endswith("weight") and ".c_" in name else tensor
@@ -107,7 +107,7 @@ def ours_named(family: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pair(family: Any) -> tuple[hf.PreTrainedModel, Decoder]:
-    """A random model of `transformers`, norms and biases random too, and ours with its weights."""
+    """A random model of `transformers`, with random norms and biases, and ours with its weights."""
     torch.manual_seed(0)
     theirs, overrides = family()
     for name, parameter in theirs.named_parameters():
@@ -142,7 +142,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(family: Any) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[f.__name__ for f in FAMILIES])
 def test_in_bf16_it_is_as_near_to_fp32_as_transformers(family: Any) -> None:
-    """Rounding cannot be equal; the root mean square error against fp32 is at most 1.1 times theirs."""
+    """Rounding differs. The root mean square error against fp32 is at most 1.1 times that of `transformers`."""
     theirs, ours = pair(family)
     tokens = torch.randint(0, 101, (4, SEQ_LEN))
     with torch.no_grad():
@@ -160,6 +160,6 @@ def test_the_norm_is_llamas(dtype: torch.dtype) -> None:
     torch.nn.init.normal_(theirs.weight, 1.0, 0.3)
     ours.load_state_dict(theirs.state_dict())
     x = (3 * torch.randn(5, 7, 64)).to(dtype)
-    # bf16: they round once more, before the weight; one step of bf16 is 2^-8.
+    # bf16: theirs rounds once more, before the weight; one step of bf16 is 2^-8.
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(ours(x), theirs(x), rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""The FLOPs that are claimed are the products that torch does."""
+"""The FLOPs that we claim are those of torch's products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def shape(name: str) -> Decoder:
 
 
 def small_weights(model: Decoder) -> int:
-    """Weights outside embeddings that are in no matrix product: norms and biases."""
+    """How many weights outside embeddings are in no matrix product: norms and biases."""
     return sum(p.numel() for p in model.parameters() if p.dim() == 1)
 
 
@@ -44,7 +44,7 @@ def counted(model: Decoder, seq_len: int, backward: bool) -> float:
     def added_product(_: Any, left: Any, right: Any, **__: Any) -> int:
         return int(2 * left[0] * left[1] * right[1])
 
-    in_place = {torch.ops.aten.addmm_: added_product}  # torch itself counts it as nothing
+    in_place = {torch.ops.aten.addmm_: added_product}  # torch itself counts this as nothing
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         if backward:
             model(tokens, targets=tokens, chunk_tokens=64).total.backward()
@@ -59,7 +59,7 @@ def test_real_shapes_have_their_parameters(name: str) -> None:
 
 
 def test_the_8b_shape_costs_what_others_count() -> None:
-    """KempnerForge counts all parameters: 54.6 GFLOP at 4096 tokens. torchtitan leaves out the embedding, as we do."""
+    """KempnerForge counts all parameters: 54.6 GFLOP at 4096 tokens. torchtitan, like us, leaves out the embedding."""
     model, attention = shape("llama3-8b"), 12 * 32 * 32 * 128 * 4096
     assert 6 * parameter_count(model) + attention == pytest.approx(54.6e9, rel=1e-3)
     assert flops_per_token(model, 4096) == 6 * (parameter_count(model) - model.embed.weight.numel()) + attention
@@ -75,7 +75,7 @@ def test_a_tied_head_counts_once() -> None:
 
 
 def test_forward_of_the_8b_shape_is_what_torch_counts() -> None:
-    """To the norms' 266,240 weights, which are in N by convention but in no matrix product."""
+    """Up to the 266,240 weights of norms, which count in N by convention but are in no matrix product."""
     model = shape("llama3-8b").requires_grad_(False)
     assert flops_per_token(model, 256) - 2 * small_weights(model) == counted(model, 256, backward=False)
 
@@ -117,7 +117,7 @@ FREEZES: dict[str, tuple[str, ...]] = {
 def test_forward_and_backward_are_what_torch_counts(
     kind: str, freeze: str, section: Callable[..., DecoderSection]
 ) -> None:
-    """With any part frozen. Exact but for norms and biases, 0.3 % of N here, which are in no matrix product."""
+    """With any part frozen. Exact except for norms and biases, 0.3 % of N here, which are in no matrix product."""
     model = on_meta(section(**{**LARGE, **KINDS[kind]}))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(FREEZES[freeze]))
@@ -126,8 +126,8 @@ def test_forward_and_backward_are_what_torch_counts(
 
 
 def test_queries_alone_still_cost_all_of_attentions_backward(section: Callable[..., DecoderSection]) -> None:
-    """Fused kernels give the gradients of queries, keys and values or none; the plain products on meta leave two of
-    four out."""
+    """Fused kernels give all gradients of queries, keys and values or none. The plain products on meta leave out two of
+    four."""
     model = on_meta(section(**LARGE))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "blocks.2.attn.wq.weight")
@@ -148,5 +148,5 @@ def test_a_batch_costs_what_its_tokens_do() -> None:
     tensors = {"tokens": torch.zeros(3, 48, dtype=torch.int64, device="meta")}
     assert built.flops(tensors) == 3 * 48 * flops_per_token(built.module, 48)
     trained = built.flops(tensors)
-    built.module.blocks.requires_grad_(False)  # what trains now, not what trained when it was built
+    built.module.blocks.requires_grad_(False)  # counts what trains now, not what trained when the model was built
     assert built.flops(tensors) == 3 * 48 * flops_per_token(built.module, 48) < trained

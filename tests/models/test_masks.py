@@ -1,4 +1,4 @@
-"""Masks and packed rows: a document gives, in a row with others, what it gives alone."""
+"""Masks and packed rows: a document gives the same in a row with others as alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ rows = st.lists(st.integers(0, 3), min_size=1, max_size=24)
 @settings(max_examples=100)
 @given(row=rows, window=st.none() | st.integers(1, 30))
 def test_the_mask_says_what_the_words_say(row: list[int], window: int | None) -> None:
-    """A token sees itself and those before it, within the window, with no change of document in between."""
+    """A token sees itself and earlier tokens, within the window, without a change of document in between."""
     starts = document_starts(torch.tensor([row]))
     mask = attention_mask(len(row), starts, window, CPU)
     assert mask is not None
@@ -47,7 +47,7 @@ def test_there_is_a_mask_only_where_it_hides_something(window: int | None, wante
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_row_gives_what_its_documents_give_alone(kind: str, build: Callable[..., Decoder]) -> None:
-    """Logits (up to 10 here) to 1e-5; losses, and gradients of their sum, to 1e-5 of the value."""
+    """Logits (up to 10 here) agree to 1e-5; losses, and gradients of their sum, to 1e-5 of the value."""
     model = build(**KINDS[kind]).eval()
     lengths = [[9, 1, 14, 8], [20, 12]]
     tokens, targets = torch.randint(0, 97, (2, 2, 32), generator=torch.Generator().manual_seed(0))

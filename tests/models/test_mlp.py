@@ -1,4 +1,4 @@
-"""The multilayer perceptron: shapes, initial weights, what an engine is told of it, FLOPs."""
+"""The multilayer perceptron: shapes, initial weights, what an engine is told about it, FLOPs."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ FREEZES = {"all": ("",), "head": ("head",), "last block": ("blocks.1",), "first 
 @pytest.mark.parametrize("freeze", FREEZES)
 @pytest.mark.parametrize("norm", ["none", "layernorm"])
 def test_flops_are_what_torch_counts(freeze: str, norm: str) -> None:
-    """Exact but for biases and norms, which are in no matrix product."""
+    """Exact except for biases and norms, which are in no matrix product."""
     with torch.device("meta"):
         model = model_of(features=300, hidden=[200, 100], outputs=50, norm=norm)
         features = torch.zeros(7, 300)

@@ -1,4 +1,4 @@
-"""One rehearsal cluster for all tests of this folder. Where none can be started, one line says why they did not run.
+"""One rehearsal cluster for all tests of this folder. Where it cannot be started, one line tells why they did not run.
 
 With MUSTER_TEST_SLURM=1, as in .ci/run, that is an error instead.
 """
@@ -28,7 +28,7 @@ Note = Callable[[str, str, float, int], None]
 def _cannot_run() -> str | None:
     why = clusters.missing()
     if why is None and not namespaces_allowed():
-        # Plain nodes need their names in /etc/hosts, and a test run by itself changes nothing on a machine.
+        # Plain nodes need their names in /etc/hosts, and a test that a person runs must change nothing on the machine.
         why = f"no namespaces here for the nodes of a cluster; {_REQUIRED}=1 runs them as plain daemons"
     return why
 
@@ -54,12 +54,12 @@ def leave_out(left: list[pytest.Item], why: str, config: pytest.Config, items: l
 
 @pytest.fixture
 def may_mount() -> None:
-    """For tests that mount something in a namespace of their own; they are left out where that is not allowed."""
+    """For tests that mount something in their own namespace. They are skipped where that is not allowed."""
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """3 nodes with 4 pretended GPUs each, gone with the session."""
+    """3 nodes with 4 pretended GPUs each, which end with the session."""
     guard = subprocess.Popen(
         [sys.executable, "-m", "tests.slurm.guard"],
         stdin=subprocess.PIPE,
@@ -82,7 +82,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def note() -> Note:
-    """Adds a row to the Markdown table that ends the session."""
+    """Adds a row to a Markdown table that is printed at the end of the session."""
 
     def note(what: str, noticed: str, seconds: float, lost: int) -> None:
         _ROWS.append((what, noticed, f"{seconds:.0f}", str(lost)))

@@ -1,7 +1,7 @@
-"""Starts a cluster for a test session and takes it down again when the session ends, however it ends.
+"""Starts a cluster for a test session, and takes it down when the session ends, for whatever reason.
 
-Its standard input is a pipe whose other end only the session holds: the kernel closes that with the session, also after
-SIGKILL, a timeout or Ctrl-C. Prints the cluster's folder once it is up, or why it is not.
+Its standard input is a pipe whose other end only the session holds. The kernel closes that end with the session, also
+after SIGKILL, a timeout or Ctrl-C. Prints the cluster's folder once the cluster is up, or why it is not.
 """
 
 from __future__ import annotations

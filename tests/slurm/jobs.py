@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(cluster: Cluster, **own: str) -> dict[str, str]:
-    """A person's, after reading the cluster's env file."""
+    """A person's environment, after reading the cluster's env file."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MUSTER_", "SLURM_", "TORCHELASTIC_"))}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**clean, "PATH": path, "OMP_NUM_THREADS": "1", "SLURM_CONF": str(cluster.home.conf), **own}
 
 
 def call(cluster: Cluster, *command: str) -> str:
-    """What a client prints; a failure shows all of it."""
+    """The output of a client. A failure shows all of it."""
     done = subprocess.run(
         command, env=environment(cluster), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
@@ -32,12 +32,12 @@ def call(cluster: Cluster, *command: str) -> str:
 
 
 def submit(cluster: Cluster, *words: str) -> str:
-    """The job's id."""
+    """Submit a script; returns the job's id."""
     return call(cluster, "sbatch", "--parsable", *words).strip()
 
 
 def job_state(cluster: Cluster, job: str) -> str:
-    """As the controller has it, which forgets a job after minutes."""
+    """The state that the controller has. It forgets a job after minutes."""
     shown = call(cluster, "scontrol", "--oneliner", "show", "job", job)
     return next(word.partition("=")[2] for word in shown.split() if word.startswith("JobState="))
 
@@ -50,7 +50,7 @@ def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 120.0) 
 
 
 def wait_for_end(cluster: Cluster, job: str, output: Path, timeout_s: float = 200.0) -> str:
-    """The state that the job ended in."""
+    """The state in which the job ended."""
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
     try:
         wait_for("end of the job", lambda: job_state(cluster, job) in over, timeout_s)

@@ -1,4 +1,4 @@
-"""A rehearsal cluster that is otherwise for a while."""
+"""A rehearsal cluster with a changed setting for a while."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def requeueing_on_exit_75(cluster: Cluster) -> Iterator[None]:
 
 @contextmanager
 def read_only(cluster: Cluster, folder: Path) -> Iterator[None]:
-    """As its nodes see it."""
+    """Make a folder read-only for the cluster's nodes."""
     shells = []
     for name in cluster.settings.names:
         node = cluster.alive(name)

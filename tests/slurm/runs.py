@@ -1,4 +1,4 @@
-"""A submitted run that a fault happens to, and what is asked of it afterwards."""
+"""A submitted run that meets a fault, and the questions about it afterwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.life.rows import read_json, read_rows
 
 STEPS = 20
 EVERY = 5  # steps between checkpoints
-STEP_S = 0.4  # a step waits as long
+STEP_S = 0.4  # seconds that each step waits
 SLOW = Path(__file__).parent / "slow"
 
 
@@ -34,7 +34,7 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def losses(folder: RunFolder) -> dict[int, tuple[float, float]]:
-    """By step; a later attempt's rows win."""
+    """Step -> losses. Rows of a later attempt win."""
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in read_rows(folder.metrics)}
 
 
@@ -51,11 +51,11 @@ class Rehearsed:
         self.job = self.submit("--nodes=2", *words, tree=tree)
 
     def wait_in_steps(self, step_s: float, commit_s: float = 0) -> None:
-        """From now on each step waits so long, and each commit."""
+        """From now on each step, and each commit, waits this long."""
         write_text(self.place / "slow", f"{step_s} {commit_s}")
 
     def submit(self, *words: str, tree: Path = ROOT) -> str:
-        """The job's number. What is submitted is the code of `tree`."""
+        """Submit the code of `tree`; returns the job's number."""
         setup = f"slurm.setup=[export SLOW={self.place}/slow PYTHONPATH={SLOW}]"
         request = ["--gpus-per-node=2", "--cpus-per-task=2", "--warning-s=60", setup, *words]
         done = subprocess.run(
@@ -91,16 +91,16 @@ class Rehearsed:
         self.wait(f"step {step} of attempt {attempt}", reached, timeout_s)
 
     def wait_for_life(self, life: int, timeout_s: float = 120.0) -> None:
-        """Until this life of the job trains."""
+        """Wait until this life of the job trains."""
         self.wait(f"life {life}", lambda: any(start["life"] == life for start in self.starts()), timeout_s)
 
     def starts(self) -> list[dict[str, Any]]:
-        """Every attempt's start, and the life of the job that made it."""
+        """Every attempt's start, with the life of the job that made it."""
         found = [read_json(path) for path in sorted(self.folder.attempts.glob("*/start.json"))]
         return [s | {"life": int(s["environment"].get("SLURM_RESTART_COUNT", "0"))} for s in found if s]
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """`trainer`, `launch.run.agent` or `slurm` processes of this run, on whichever node: all are seen from here."""
+        """`trainer`, `launch.run.agent` or `slurm` processes of this run on all nodes: this process sees them all."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -118,12 +118,12 @@ class Rehearsed:
         return found
 
     def come_near_the_time_limit(self) -> None:
-        """So that Slurm, which looks every 30 s, gives the warning at its next look."""
+        """Set the limit so that Slurm, which looks every 30 s, sends the warning at its next look."""
         minutes = int(time.time() - starts(self.cluster, self.job) + 20) // 60 + 1
         call(self.cluster, "scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
 
     def lift_time_limit(self) -> None:
-        """Of a job that was requeued, before it runs into the limit again."""
+        """Lift the limit of a requeued job, before it meets the limit again."""
         self.wait("end of the life", lambda: job_state(self.cluster, self.job) in ("PENDING", "RUNNING"))
         call(self.cluster, "scontrol", "update", f"JobId={self.job}", "TimeLimit=60")
 
@@ -140,7 +140,7 @@ class Rehearsed:
         return list(outcomes(self.folder))
 
     def finish(self, timeout_s: float = 240.0) -> list[Outcome]:
-        """Wait until it has come to an end, no longer slowed once it trains again; what its lives came to."""
+        """Let the run train without delays, and wait until it has ended. Returns how its lives ended."""
         ended = lambda: [o for o in self.lives() if o.again is None]  # noqa: E731
         began = len(self.starts())
         self.wait("end of the run", lambda: ended() or len(self.starts()) > began, timeout_s)
@@ -149,7 +149,7 @@ class Rehearsed:
         return self.lives()
 
     def assert_all_had_left(self) -> None:
-        """Before each request for another life, each rank had saved and each node had said its last word."""
+        """Check that before each request for another life, each rank had saved and each node had left its last word."""
         asked = self.events("requeue_asked")
         assert asked
         for event in asked:
@@ -162,11 +162,11 @@ class Rehearsed:
             assert saves[-1]["checkpoint"] == f"step-{ends[-1]['step']:08d}"
 
     def lost_steps(self) -> int:
-        """Steps that were made twice, over all attempts."""
+        """How many steps were made twice, over all attempts."""
         return len(self.rows()) - len(losses(self.folder))
 
     def seconds_until_again(self, since_s: float) -> float:
-        """Until the first step after a fault that a new attempt made."""
+        """Seconds from a fault to the first step of a new attempt."""
         first = self.attempt_at(since_s)
         return next(r["time_s"] for r in self.rows() if r["attempt"] > first) - since_s
 
@@ -174,7 +174,7 @@ class Rehearsed:
         return max((r["attempt"] for r in self.rows() if r["time_s"] <= time_s), default=-1)
 
     def own_share_s(self) -> float:
-        """Of the time from an agreed end to the first step of the next life: all but Slurm's."""
+        """Seconds from an agreed end to the first step of the next life, without Slurm's own time."""
         asked = self.events("requeue_asked")[0]
         ended = max(e["time_s"] for e in self.events("ended") if e["time_s"] <= asked["time_s"])
         first = next(r["time_s"] for r in self.rows() if r["time_s"] > asked["time_s"])
@@ -183,6 +183,6 @@ class Rehearsed:
 
 
 def starts(cluster: Cluster, job: str) -> float:
-    """When Slurm started the job's last life."""
+    """When Slurm started the last life of the job."""
     shown = dict(w.split("=", 1) for w in call(cluster, "scontrol", "-o", "show", "job", job).split() if "=" in w)
     return datetime.fromisoformat(shown["StartTime"]).timestamp()

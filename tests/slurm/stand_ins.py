@@ -1,4 +1,4 @@
-"""Stand-ins for Slurm's commands, where no cluster is wanted, and our verbs as they are typed there."""
+"""Stand-ins for Slurm's commands, for tests without a cluster, and our verbs called with them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SLURM = {"squeue": "!slurm_load_jobs error: Invalid job id specified", "sacct": 
 
 
 def in_queue(job: str, state: str = "RUNNING", reason: str = "None", folder: Path = Path("/none")) -> str:
-    """A line as squeue is asked for it."""
+    """A line of squeue in the format that we ask for."""
     left = "10:00" if state == "RUNNING" else "20:00"
     return f"{job}|{job}|{state}|{reason}|2|node[1-2]|{left}|0|{folder}/slurm/%j_0_log.out|"
 
 
 def commands(place: Path, **answers: str) -> dict[str, str]:
-    """An environment in which these commands, and no others of Slurm's, answer so. `!words` is an error."""
+    """An environment with only these of Slurm's commands, which give these answers. `!words` is an error."""
     place.mkdir(exist_ok=True)
     for name, answer in answers.items():
         (place / f"{name}.txt").write_text(answer.removeprefix("!"))
@@ -33,7 +33,7 @@ def commands(place: Path, **answers: str) -> dict[str, str]:
 
 
 def verb(folder: Path, *words: str, **answers: str) -> subprocess.CompletedProcess[str]:
-    """As typed in `folder`, where Slurm answers so; in this process, as most of these are asked often."""
+    """Run a verb as if typed in `folder`, with these answers of Slurm. In this process, for speed."""
     out, err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
     with (
         patch.dict(os.environ, commands(folder / "bin", **answers), clear=True),

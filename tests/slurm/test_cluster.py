@@ -1,4 +1,4 @@
-"""The rehearsal cluster: a real Slurm, whose nodes can be told apart, can crash, and leave nothing behind."""
+"""The rehearsal cluster is a real Slurm. Its nodes differ, can crash, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_nothing_is_left_behind(cluster: Cluster, plain: bool, tmp_path: Path, m
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n")
     monkeypatch.setattr(cluster_net, "_HOSTS", hosts)
-    home = Home(Path(tempfile.mkdtemp(prefix="muster-second-")))  # tmp_path can be too long for sockets
+    home = Home(Path(tempfile.mkdtemp(prefix="muster-second-")))  # tmp_path can be too long for a socket
     second = clusters.start(home, nodes=1, gpus=1, plain=plain)
     try:
         settings = second.settings
@@ -155,7 +155,7 @@ def test_without_a_database_it_comes_up_without_accounting(
         found = clusters.find(home)
         assert found is not None
         assert not found.settings.accounting
-        found.up()  # does not try again
+        found.up()  # does not try accounting again
     finally:
         third.down()
     assert "no accounting (sacct): mariadb-install-db: FATAL ERROR: Could not find " in capsys.readouterr().out
@@ -194,7 +194,7 @@ def test_what_is_missing_is_said_with_the_line_that_installs_it(monkeypatch: pyt
 
 
 def failing_installer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that says what mariadb's own says without its client's package: the cause first, then advice."""
+    """An installer that prints what mariadb's prints without its client's package: first the cause, then advice."""
     program = folder / "bin/mariadb-install-db"
     program.parent.mkdir()
     told = "\nFATAL ERROR: Could not find /usr/bin/my_print_defaults\n\nThe latest information is at\nhttps://mariadb.com\n"

@@ -1,4 +1,5 @@
-"""The script for people who write their own that starts again by itself; test_cluster and test_job run the others."""
+"""The example script that starts again by itself, for people's own scripts. test_cluster and test_job run the
+others."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def test_a_script_that_starts_again_by_itself_and_tells(cluster: Cluster, tmp_pa
     assert [line.split()[1] for line in lives] == ["requeued", "running"]
     assert wait_for_end(cluster, job, output) == "COMPLETED", output.read_text()
     assert told.read_text().splitlines() == [f"requeued {step} warning", "finished 150 "]
-    said = output.read_text()  # and neither life failed of it
+    said = output.read_text()  # and no life failed because of it
     assert said.count("webhook: Connection refused") == 2
     assert said.count("hook: not done after 4 s, ended") == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]

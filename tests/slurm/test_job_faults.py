@@ -1,7 +1,7 @@
-"""What can happen to a job, and that it goes on: each fault on the rehearsal cluster, with real processes.
+"""The faults that can happen to a job, each on the rehearsal cluster with real processes: the job goes on.
 
-After each the losses are those of a run that nothing happened to, bit for bit. `make slurm` prints a row for each,
-which docs/slurm.md shows.
+Afterwards the losses equal those of a run without a fault, bit for bit. `make slurm` prints a row for each fault, which
+docs/slurm.md shows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @functools.cache
 def straight(steps: int = STEPS, size: int = 4) -> dict[int, tuple[float, float]]:
-    """The losses of the same run without a fault, on one node."""
+    """Step -> losses of the same run without a fault, on one node."""
     with scratch() as place:
         assert train(config_of(place, train__steps=steps), size=size) == [0] * size
         curve = losses(RunFolder(place / "run"))
@@ -41,7 +41,7 @@ def straight(steps: int = STEPS, size: int = 4) -> dict[int, tuple[float, float]
 
 
 def test_warned_and_requeued(cluster: Cluster, tmp_path: Path) -> None:
-    """For `make test`, with one rank on each node. The warning is sent by hand, as Slurm looks at time limits twice a
+    """For `make test`, with one rank per node. The test sends the warning itself, as Slurm looks at time limits twice a
     minute."""
     run = Rehearsed(cluster, tmp_path, "--gpus-per-node=1")
     run.wait_for_step(3)
@@ -132,7 +132,7 @@ def test_preemption(told: bool, cluster: Cluster, tmp_path: Path, note: Note) ->
 
 @pytest.mark.full
 def test_a_stop_is_not_requeued_and_goes_on_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
-    """Stopped by a person on two nodes; the next submission has one."""
+    """A person stops the run on two nodes; the next submission has one."""
     run = Rehearsed(cluster, tmp_path)
     run.wait_for_step(7)
     run.folder.stop.touch()
@@ -149,7 +149,7 @@ def test_a_stop_is_not_requeued_and_goes_on_elsewhere(cluster: Cluster, tmp_path
 
 @pytest.mark.full
 def test_what_is_cancelled_stays_so(cluster: Cluster, tmp_path: Path) -> None:
-    """Saved all the same, as there is time for it."""
+    """It saves nevertheless, as there is time for that."""
     run = Rehearsed(cluster, tmp_path, f'slurm.hook=echo "$MUSTER_EVENT" >> {tmp_path}/told')
     run.wait_for_step(7)
     call(cluster, sys.executable, "-m", "slurm", "cancel", str(run.folder.root))
@@ -186,7 +186,7 @@ def test_killed_rank(cluster: Cluster, tmp_path: Path, note: Note) -> None:
     began = time.time()
     run.kill_rank(3)
     (outcome,) = run.finish()
-    assert (outcome.life, outcome.reason) == (0, "finished")  # in place: no requeue
+    assert (outcome.life, outcome.reason) == (0, "finished")  # restarted in place, without a requeue
     assert [e["exit_code"] for e in run.events("rank_died") if e["rank"] == 3] == [-signal.SIGKILL]
     assert "rank 3 failed: SIGKILL" in run.output
     assert losses(run.folder) == straight()
@@ -223,7 +223,7 @@ def test_killed_node(when: str, node: int, cluster: Cluster, tmp_path: Path, not
         cluster.up()
     assert outcomes[-1].reason == "finished"
     assert outcomes[-1].life == 1
-    if node != 1:  # the first takes along what could have said so: Slurm itself starts the job again
+    if node != 1:  # the first node takes with it what could have written that: Slurm itself restarts the job
         assert (outcomes[0].cause, outcomes[0].failed_nodes) == ("node_lost", ["node2"])
     assert f"node{node}" not in run.starts()[-1]["hosts"]
     assert losses(run.folder) == straight()
@@ -255,7 +255,7 @@ def test_frozen_rank(cluster: Cluster, tmp_path: Path, note: Note) -> None:
 
 @pytest.mark.full
 def test_controller_started_again(cluster: Cluster, tmp_path: Path, note: Note) -> None:
-    """It is away while the run stops and wants to be requeued, and comes back later."""
+    """The controller is away while the run stops and wants a requeue, and comes back later."""
     run = Rehearsed(cluster, tmp_path)
     run.wait_for_step(7)
     controller = cluster.alive("slurmctld")
@@ -265,7 +265,7 @@ def test_controller_started_again(cluster: Cluster, tmp_path: Path, note: Note) 
     for supervisor in run.processes("supervisor"):
         supervisor.send_signal(signal.SIGUSR2)
     run.wait("the stop", lambda: run.events("ended"))
-    time.sleep(30)  # scontrol itself gives up after less than 20
+    time.sleep(30)  # scontrol itself gives up after less than 20 s
     assert run.events("requeue_asked") == []
     cluster.up()
     first, second = run.finish()
@@ -310,7 +310,7 @@ def test_edited_working_tree(cluster: Cluster, tmp_path: Path, note: Note) -> No
 
 @pytest.mark.full
 def test_a_name_that_does_not_resolve(cluster: Cluster, tmp_path: Path) -> None:
-    """No fault that passes: it is named, and the job ends."""
+    """The fault does not pass, so it is named and the job ends."""
     prolog = tmp_path / "prolog"
     prolog.write_text('#!/bin/sh\n[ "$SLURM_NODEID" = 0 ] || echo export SLURMD_NODENAME=gone.invalid\n')
     prolog.chmod(0o755)
@@ -323,7 +323,7 @@ def test_a_name_that_does_not_resolve(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path) -> None:
-    """Each life loses its agent before a checkpoint; the third is the last."""
+    """Each life loses its agent before a checkpoint, and the third life is the last."""
     run = Rehearsed(cluster, tmp_path, checkpoint__every_steps=0, run__give_up_after=3)
     for life in range(3):
         run.wait_for_life(life)
@@ -338,9 +338,9 @@ def test_failures_without_progress_end_it(cluster: Cluster, tmp_path: Path) -> N
 
 @pytest.mark.full
 def test_lives_in_which_nothing_begins_end_it(cluster: Cluster, tmp_path: Path) -> None:
-    """No attempt tells of them: the lives themselves are counted."""
+    """No attempt records these lives, so the lives themselves are counted."""
     prolog = tmp_path / "prolog"
-    prolog.write_text("#!/bin/sh\necho export PYTHONHOME=/nowhere\n")  # only where srun starts something
+    prolog.write_text("#!/bin/sh\necho export PYTHONHOME=/nowhere\n")  # only where srun starts a process
     prolog.chmod(0o755)
     run = Rehearsed(cluster, tmp_path, f"slurm.srun=[--task-prolog={prolog}]", run__give_up_after=2)
     outcomes = run.finish()

@@ -1,4 +1,4 @@
-"""What the lives of a job leave behind, and how failures are counted over them."""
+"""The files that the lives of a job leave, and how failures are counted over them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def count(folder: Path, lives: list[tuple[str, int]], step: int) -> int:
     [
         ([], 0, 0),
         ([("failed", 5), ("failed", 5)], 5, 2),
-        ([("failed", 5), ("stopped", 5), ("failed", 5)], 5, 2),  # a preemption counts for nothing, and excuses nothing
-        ([("failed", 0), ("failed", 5)], 5, 1),  # the first came before the checkpoint
+        ([("failed", 5), ("stopped", 5), ("failed", 5)], 5, 2),  # a preemption neither counts nor ends the count
+        ([("failed", 0), ("failed", 5)], 5, 1),  # the first life came before the checkpoint
         ([("failed", 5), ("failed", 5)], 6, 0),
         ([("failed", 5), ("finished", 5), ("failed", 5)], 5, 1),
     ],
@@ -63,7 +63,7 @@ def test_a_mistake_that_touched_nothing_leaves_nothing(tmp_path: Path) -> None:
     life.leave(Left("node1", USER_ERROR, -1))
     assert list(run.root.iterdir()) == []
     life.leave(Left("node1", REQUEUE, -1))
-    life.leave(Left("node2", USER_ERROR, -1))  # now there is something
+    life.leave(Left("node2", USER_ERROR, -1))  # now the folder exists
     assert life.left() == {"node1": Left("node1", REQUEUE, -1), "node2": Left("node2", USER_ERROR, -1)}
     assert Life(run, "7", 1).left() == {}
     assert lives_of(run).is_dir()
@@ -74,7 +74,7 @@ def test_the_last_outcome_is_that_of_the_last_life_though_the_clock_was_set_back
     run.root.mkdir()
     Life(run, "7", 0).end(replace(outcome(0, "failed", 5), time_s=2e9))
     Attempt.open(run).write_start(0, {"time_s": 2e9})
-    Attempt.open(run).write_start(0, {"time_s": 2e9})  # by a clock that was then put right
+    Attempt.open(run).write_start(0, {"time_s": 2e9})  # by a clock that was set right later
     Life(run, "7", 1).end(replace(outcome(1, "stopped", 5), attempt=1, time_s=1e9))
     assert [o.life for o in outcomes(run)] == [0, 1]
     view = run_folder.view(run.root)
@@ -88,7 +88,7 @@ def test_the_last_outcome_is_that_of_the_last_life_though_the_clock_was_set_back
 
 @pytest.fixture
 def after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> After:
-    """What follows srun in life 1 of job 7 on two nodes, of which Slurm says that it runs."""
+    """What follows srun in life 1 of job 7 on two nodes, while Slurm says that the job runs."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
@@ -103,7 +103,7 @@ def test_nodes_that_failed_are_told_by_the_life_that_events_name_not_by_their_ti
     for node in ("node1", "node2"):
         after.life.leave(Left(node, FAILED, -1))
     Events(after.folder, "node1", "launcher").write("agent_died", job="7", life=0)
-    assert after._failed_nodes() == []  # an earlier life's, in the same second
+    assert after._failed_nodes() == []  # from an earlier life, in the same second
     row = {"time_s": 1.0, "event": "agent_died", "job": "7", "life": 1}  # by a clock that stood in 1970
     append_row(after.folder.events / "node2-launcher.jsonl", row)
     assert after._failed_nodes() == ["node2"]
@@ -130,7 +130,7 @@ def test_a_node_that_was_told_to_end_is_not_lost_whatever_its_clock_said(after: 
 )
 def test_a_life_without_an_attempt(codes: tuple[int, int], end: End, code: int, after: After) -> None:
     for node, left in zip(("node1", "node2"), codes, strict=True):
-        Life(after.folder, "7", 1).leave(Left(node, FAILED, -1))  # the folder holds something
+        Life(after.folder, "7", 1).leave(Left(node, FAILED, -1))  # so that the folder exists
         after.life.leave(Left(node, left, -1))
     assert after._end() == (end, code)
 
@@ -140,7 +140,7 @@ def test_an_end_is_that_of_an_attempt_of_this_life(tmp_path: Path) -> None:
     assert end_of_life(run, {"node1": Left("node1", 0, -1)}) is None
     Attempt.open(run).write_end(STOPPED)
     assert end_of_life(run, {"node1": Left("node1", 0, -1), "node2": Left("node2", 0, 0)}) == STOPPED
-    assert end_of_life(run, {"node1": Left("node1", 0, 0)}) is None  # that was an earlier life's
+    assert end_of_life(run, {"node1": Left("node1", 0, 0)}) is None  # attempt 0 belongs to an earlier life
     assert end_of_life(run, {}) is None
 
 

@@ -1,4 +1,4 @@
-"""A job on the rehearsal cluster, looked at and stopped as a person does it."""
+"""Look at a job on the rehearsal cluster, and stop it, as a person does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.life.rows import read_json, read_rows
 
 
 def slurm(cluster: Cluster, cwd: Path, *words: str, **own: str) -> str:
-    """What our verb prints, typed in `cwd`."""
+    """The output of our verb, typed in `cwd`."""
     env = environment(cluster, PYTHONPATH=str(ROOT), **own)
     command = [sys.executable, "-m", "slurm", *words]
     done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
@@ -53,8 +53,8 @@ def test_a_job_is_looked_at_followed_and_stopped(cluster: Cluster, tmp_path: Pat
     end = read_json(run.attempts / "000/end.json")
     assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", "stop_file", False)
     assert f"stopped at step {end['step']} (stop_file)" in followed
-    assert "\x1b" not in followed  # one plain line a step, though srun gives the ranks a terminal
-    assert f"run  attempt 0  job {job}  " in watched  # running, or stopping already
+    assert "\x1b" not in followed  # one plain line per step, although srun gives the ranks a terminal
+    assert f"run  attempt 0  job {job}  " in watched  # running, or already stopping
     assert "  stopped (stop_file)" in watched.rpartition("attempt 0")[2].splitlines()[0]
     assert {"node1 r0", "node2 r1"} <= {line[:8] for line in watched.splitlines()}
 

@@ -1,4 +1,4 @@
-"""What sbatch is given: a script that says all, in an environment that says nothing; names that mean what they say."""
+"""What sbatch gets: a complete script, an environment that adds nothing, and names without a special meaning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from trainer.life.folder import RunFolder
 from trainer.life.rows import read_json
 
 SMALL = ("--nodes=2", "--gpus-per-node=2")
-# What Slurm sets in a job, and what an outer `SBATCH_TIMELIMIT=10 sbatch ...` leaves there.
+# Variables that Slurm sets in a job, and those that an outer `SBATCH_TIMELIMIT=10 sbatch ...` leaves there.
 SURROUNDING = {
     **{
         "SLURM_JOB_ID": "12",
@@ -50,7 +50,7 @@ PARTITION = "PartitionName=low Default=YES MaxNodes=UNLIMITED MaxTime=UNLIMITED 
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, str]]:
-    """Slurm's commands for this test; what the environment of sbatch was, when it was called last."""
+    """Installs stand-ins of Slurm's commands; returns a function for the environment of the last sbatch call."""
     answers = {"scontrol": PARTITION, "sinfo": "low gpu:4", "squeue": "", "scancel": "", "sacct": ""}
     place = Path(commands(tmp_path / "bin", **answers)["PATH"])
     (place / "sbatch").write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/env\necho 55\n")
@@ -77,7 +77,7 @@ def script(folder: Path, *words: str) -> str:
 
 
 def refused(folder: Path, *words: str, **changes: Any) -> str:
-    """The line."""
+    """The one line of the refusal."""
     config = str(write_config(folder, **changes))
     done = verb(folder, "submit", config, *SMALL, "--dry-run", *words)
     assert (done.returncode, done.stdout) == (2, "")
@@ -137,7 +137,7 @@ def test_outside_a_job_the_devices_are_the_persons() -> None:
 def test_the_cluster_that_a_person_named_is_asked(
     told: Callable[[], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a job its own is: the next life has to stay there, wherever the first was sent from."""
+    """Inside a job it is the job's own cluster: the next life must stay there, wherever the first was submitted."""
     monkeypatch.setenv("SLURM_CLUSTERS", "gpu")
     assert not_heard(os.environ) is None
     assert main(["submit", str(write_config(tmp_path)), *SMALL]) == 0
@@ -148,7 +148,7 @@ def test_the_cluster_that_a_person_named_is_asked(
 
 
 def test_a_persons_own_defaults_lie_below_all_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sbatch itself would take them over the script, and so over what was typed."""
+    """sbatch itself would prefer them to the script, and so to what was typed."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     for name, value in (("ACCOUNT", "lab"), ("TIMELIMIT", "10"), ("QOS", "long"), ("WCKEY", "w")):
         monkeypatch.setenv(f"SBATCH_{name}", value)
@@ -176,7 +176,7 @@ def test_a_percent_sign_is_one(tmp_path: Path) -> None:
 
 
 def test_a_backslash_stays_one(tmp_path: Path) -> None:
-    """Slurm's reader of `#SBATCH` lines takes one away, in quotes as well."""
+    """Slurm's reader of `#SBATCH` lines removes a backslash, even in quotes."""
     assert "#SBATCH --comment='a\\\\b'\n" in script(tmp_path, "--comment=a\\b")
 
 
@@ -242,11 +242,11 @@ def labels_of(runs: list[list[str]]) -> list[str]:
         ("[0.10,1.0e-3,1e-3,.5,0x10]", ["0.1", "0.001", "1e-3", "0.5", "16"]),
         ("[[0.9,0.95]]", ["_0.9,_0.95_"]),
         ("[True,null,'null']", ["true", "null", "null"]),
-        ("[010,on,1_0,1:30,2024-01-02]", ["010", "on", "1_0", "1_30", "2024-01-02"]),  # other values than once
+        ("[010,on,1_0,1:30,2024-01-02]", ["010", "on", "1_0", "1_30", "2024-01-02"]),  # YAML 1.1 read others
     ],
 )
 def test_an_array_that_is_submitted_again_finds_its_folders(items: str, names: list[str]) -> None:
-    """Those of an older version, which wrote into a name what YAML made of an item."""
+    """The folders of an older version, whose names hold what YAML made of an item."""
     runs = overrides_of([f"a.b={items}"])
     assert [own.typed for (own,) in runs] == [f"a.b={item}" for item in list_items(items)]
     assert [re.sub(r"(?<=null)-\w{12}$", "", label) for label in labels(runs)] == [f"a.b={name}" for name in names]
@@ -334,7 +334,7 @@ def test_no_torch_for_a_config_that_freezes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_user_id_without_a_name_and_without_home(tmp_path: Path, may_mount: None) -> None:
-    """As in a container: nobody is known there."""
+    """As in a container, where no user has a name."""
     config = write_config(tmp_path)
     bare = ["env", "-i", f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
     words = [*bare, sys.executable, "-m", "slurm", "submit", str(config), *SMALL, "--dry-run"]
@@ -350,7 +350,7 @@ def test_a_user_id_without_a_name_and_without_home(tmp_path: Path, may_mount: No
 
 
 def test_the_folder_of_an_array_is_read_once(tmp_path: Path) -> None:
-    """What stands in it is not YAML again."""
+    """A folder's name is not read as YAML again."""
     folder = f"{tmp_path}/it's #3: [a]"
     base = load(str(write_config(tmp_path)), [f"run.dir={folder}"])
     found = configs_of(base, ["run.seed=[1,2]"], str(tmp_path / "config.yaml"), [])

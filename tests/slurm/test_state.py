@@ -1,4 +1,4 @@
-"""How a run is, in true words: the phase that `launch watch` says, the mistake itself, and what is a restart."""
+"""The state of a run in true words: the phase that `launch watch` shows, the mistake itself, and what is a restart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FINISHED = End("finished", 1000, "step-00001000", False)
 
 
 def seen(run: Path, phase: str, age_s: float = 1.0, attempt: int = 0) -> None:
-    """A row of a node's monitor."""
+    """Write a row of a node's monitor."""
     (run / "gpu").mkdir(exist_ok=True)
     row = made_up.second(1, 2, age_s) | {"attempt": attempt}
     row["ranks"] = [rank | {"phase": phase} for rank in row["ranks"]]
@@ -43,7 +43,7 @@ def seen(run: Path, phase: str, age_s: float = 1.0, attempt: int = 0) -> None:
         (begun, "starting", "starting"),
         (begun, "computing", "running (computing)"),  # the first row of metrics may come much later
         (training, "waiting_for_data", "running (waiting for data)"),
-        (training, "starting", "running (starting)"),  # freeze.schedule builds the engine anew
+        (training, "starting", "running (starting)"),  # freeze.schedule builds a new engine
         (silent, "validating", "no step for 15 min (validating)"),
     ],
 )
@@ -57,7 +57,7 @@ def test_a_run_is_at_what_launch_watch_says(
     if not state.startswith("no step"):
         assert Watcher(RunFolder(tmp_path))._state(0) == state
     (tmp_path / "gpu/node1.jsonl").unlink()
-    seen(tmp_path, phase, age_s=60.0)  # what is old says nothing
+    seen(tmp_path, phase, age_s=60.0)  # old rows count for nothing
     assert "(" not in state_of(view(tmp_path), RUNNING, [])
 
 
@@ -89,7 +89,7 @@ def test_a_mistake_is_told_by_its_first_line(array: bool, tmp_path: Path) -> Non
     assert "runs/r: error: node1: data.sources.0.path: /data/x does not exist" in done.stdout.splitlines()
     assert "name a folder" not in done.stdout
     (place / "7_0_log.out").unlink()
-    os.mkfifo(place / "7_0_log.out")  # is not waited for
+    os.mkfifo(place / "7_0_log.out")  # a pipe is not waited for
     assert one(verb(tmp_path, "status", **SLURM))["state"] == "failed (mistake)"
     assert "it is a pipe, not a file" in verb(tmp_path, "logs", "runs/r", **SLURM).stderr
 

@@ -23,7 +23,7 @@ RUNNING, QUEUED = in_queue("7"), in_queue("7", "PENDING", "Priority")
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two attempts of job 7; the second trains."""
+    """A run with two attempts of job 7. The second one trains."""
     made_up.attempt(tmp_path / "runs/r", 0, RANK_DIED, job="7")
     made_up.attempt(tmp_path / "runs/r", 1, None, job="7")
     made_up.lease(tmp_path / "runs/r", "7", attempt=1)
@@ -86,7 +86,7 @@ def test_a_follower_sees_the_next_attempt_and_the_end(tmp_path: Path) -> None:
     run = tmp_path / "r"
     log = made_up.attempt(run, 0, None) / "rank-00000.log"
     log.write_text("".join(f"line {n}\n" for n in range(100)))
-    made_up.lease(run, **(_self_description("here", 0) | {"job": None}))  # this test is the launcher
+    made_up.lease(run, **(_self_description("here", 0) | {"job": None}))  # this test plays the launcher
     env = {"PATH": "", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "told", "w+") as told:
         process = subprocess.Popen([sys.executable, "-m", "slurm", "logs", "-f", str(run)], env=env, stdout=told)
@@ -119,7 +119,7 @@ def test_a_reader_that_leaves_is_no_error(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_follower_asks_slurm_seldom(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it looks into the file: questions are a load on the controller."""
+    """However often it reads the file: questions burden the controller."""
     output(run)
     monkeypatch.setattr(logs, "_POLL_S", 0.01)
     monkeypatch.setattr(logs, "_ASK_EVERY_S", 0.3)
@@ -154,7 +154,7 @@ def test_stop_of_a_waiting_job_says_what_it_comes_to(run: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("word", ["7", "runs/r"])
 def test_a_run_that_is_over_is_not_asked_to_stop(word: str, run: Path, tmp_path: Path) -> None:
-    """A STOP left lying would end its next start."""
+    """A STOP file that stays would end the next start."""
     done = verb(tmp_path, "stop", word, **SLURM)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "does not run" in done.stderr

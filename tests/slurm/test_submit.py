@@ -1,4 +1,4 @@
-"""`python -m slurm submit`: what is asked for, what is refused before the queue, and what then runs."""
+"""`python -m slurm submit`: the request, what is refused before the queue, and what then runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2")
 def submit(
     config: Path, *words: str, cluster: Cluster | None = None, home: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """As typed; with a cluster of the tests, or where there is none."""
+    """Run it as typed, with a cluster of the tests or without any."""
     env = environment(cluster) if cluster else {**os.environ, "PATH": str(Path(sys.executable).parent)}
     env["XDG_CONFIG_HOME"] = str(home or config.parent)
     command = [sys.executable, "-m", "slurm", "submit", str(config), *words]
@@ -50,7 +50,7 @@ def script(config: Path, *words: str, home: Path | None = None) -> str:
 @pytest.mark.full
 def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    request = [*SMALL, "slurm.sbatch={export: NONE}", "slurm.setup=[export OMP_NUM_THREADS=1]"]  # as some sites are
+    request = [*SMALL, "slurm.sbatch={export: NONE}", "slurm.setup=[export OMP_NUM_THREADS=1]"]  # as some sites do
     printed = submit(config, *request, "--dry-run", cluster=cluster)
     done = submit(config, *request, "--wait", cluster=cluster)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,15 +66,15 @@ def test_a_submitted_run_trains_from_its_snapshot(cluster: Cluster, tmp_path: Pa
     assert start["command"][0] == str(snapshot / "trainer/__main__.py")
     assert start["environment"]["OMP_NUM_THREADS"] == "1"
     assert (tmp_path / f"run/slurm/{told['job']}_submission.sh").read_text() == printed.stdout
-    assert not list((tmp_path / "run/slurm").glob("*_1_log.out"))  # one log of all nodes
+    assert not list((tmp_path / "run/slurm").glob("*_1_log.out"))  # one log for all nodes
 
 
 @pytest.mark.full
 def test_another_node_than_the_first_says_its_name(cluster: Cluster, tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    # A task knows its node by name; here the second is told a name that nobody knows.
+    # A task knows its node by name. Here the second task gets a name that nobody knows.
     done = submit(config, *SMALL, "--wait", f"slurm.srun=[--task-prolog={_misnamed(tmp_path)}]", cluster=cluster)
-    assert done.returncode in (1, 2), done.stdout + done.stderr  # srun may count the killed first node instead
+    assert done.returncode in (1, 2), done.stdout + done.stderr  # srun may count the first node, which it killed
     assert "error: gone.invalid: the name of node gone.invalid does not resolve here" in done.stdout
 
 
@@ -172,7 +172,7 @@ def queue_of(cluster: Cluster) -> list[str]:
 
 
 def test_a_full_disk_is_told_and_nothing_submitted(cluster: Cluster, tmp_path: Path, may_mount: None) -> None:
-    """What the job would run has no room in the run folder."""
+    """The run folder has no room for the code that the job would run."""
     place = tmp_path / "run/slurm"
     place.mkdir(parents=True)
     config = write_config(tmp_path)
@@ -342,7 +342,7 @@ def test_limits_of_a_partition() -> None:
         with pytest.raises(UserError, match=told):
             check(request, [found])
     wide = Partition("b", False, True, 16, None, None, 8)
-    check(SlurmSection(nodes=9, partition="a,b"), [found, wide])  # one of the two will do
+    check(SlurmSection(nodes=9, partition="a,b"), [found, wide])  # one of the two is enough
     with pytest.raises(UserError, match="no default partition"):
         check(SlurmSection(), [wide])
 

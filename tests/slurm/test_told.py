@@ -1,4 +1,4 @@
-"""What the user's hooks are told of a life of a job. That they can hold nothing up: tests/launch/test_hooks.py."""
+"""What the user's hooks get about a life of a job. tests/launch/test_hooks.py shows that they cannot delay anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_requeue_is_told(tmp_path: Path) -> None:
     tell(SlurmSection(hook=hook), happened, said.append)
     text = "demo: requeued at step 40 (warning), job 7"
     assert ((tmp_path / "told").read_text(), said) == (f"requeued 40 warning 7: {text}\n", [])
-    tell(SlurmSection(), happened, said.append)  # nobody is
+    tell(SlurmSection(), happened, said.append)  # no hook is called
     assert said == []
 
 
@@ -32,7 +32,7 @@ def test_a_finished_run_is_no_requeue() -> None:
 
 
 def test_a_webhook_is_named_by_its_variable(tmp_path: Path) -> None:
-    """Neither an address, nor a variable that ends up in the run folder."""
+    """Neither an address, nor a variable that is written into the run folder, is accepted."""
     with pytest.raises(ValueError, match="webhook"):
         SlurmSection(webhook="https://chat/secret")
     config = write_config(tmp_path)

@@ -18,7 +18,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(library: Path, tmp_path: Path) -> Iterator[Callable[..., Reader]]:
-    """Makes readers that are gone with the test."""
+    """A function that makes readers, which end with the test."""
     readers: list[Reader] = []
 
     def make(text: str, **env: str) -> Reader:

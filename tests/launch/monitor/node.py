@@ -40,7 +40,7 @@ class Node:
         self.rank.enter(Phase.COMPUTING, 17)
 
     def begin(self) -> None:
-        """From here on the folder holds a run."""
+        """From now on the folder holds a run."""
         self.folder.config.write_text("run: {}\n")
 
     def rows(self, kind: str = "second") -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Reads the GPUs once for each line of its input, and prints what they gave; see standin.py."""
+"""Reads the GPUs once for each line of its input, and prints the readings; see standin.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tell(event: str, line: str | None, **facts: Any) -> None:
 
 gpus = module.Gpus(tell, "auto")
 for command in sys.stdin:
-    if command.strip() == "again":  # the slow readings, and those that were given up for a while, come at once
+    if command.strip() == "again":  # read slow readings, and ask again for lost ones, at once
         readings.NOW_AND_THEN_S = module._AGAIN_S = 0.0
         gpus._again_s = 0.0
     rows = gpus.read()

@@ -17,7 +17,7 @@ import pynvml
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE = Path(__file__).with_name("standin.c")
 
-# Names in the C source, and the structures of nvidia-ml-py that they must equal in every offset.
+# Names in the C source -> the structures of nvidia-ml-py whose offsets they must equal.
 _STRUCTS = {
     "nvmlUtilization_t": pynvml.c_nvmlUtilization_t,
     "nvmlMemory_v2_t": pynvml.c_nvmlMemory_v2_t,
@@ -29,7 +29,7 @@ _STRUCTS = {
 
 
 def build(folder: Path) -> Path:
-    """The folder with the library, for LD_LIBRARY_PATH."""
+    """Compile the library; returns its folder, for LD_LIBRARY_PATH."""
     gcc = shutil.which("gcc")
     assert gcc, "the stand-in for NVML is built by gcc, which is missing: apt-get install gcc libc6-dev"
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def build(folder: Path) -> Path:
 
 
 def layout() -> str:
-    """nvidia-ml-py's constants as macros, and assertions of where it expects each field."""
+    """nvidia-ml-py's constants as macros, and assertions of the offset of each field."""
     wanted = ("NVML_ERROR_", "NVML_FI_DEV_NVLINK", "NVML_VALUE_TYPE", "NVML_CLOCK_", "NVML_MEMORY_ERROR", "NVML_GPM_")
     wanted += ("nvmlMemory_v2", "NVML_SUCCESS", "NVML_TEMPERATURE_GPU", "NVML_VOLATILE_ECC")
     constants = {n: v for n, v in vars(pynvml).items() if n.startswith(wanted) and isinstance(v, int)}
@@ -62,7 +62,7 @@ def _assertions(name: str, struct: Any) -> list[str]:
 
 
 class Reader:
-    """A process that holds `Gpus` and reads it when asked, while the stand-in's file changes."""
+    """A process that holds `Gpus` and reads them when asked, while the stand-in's file changes."""
 
     def __init__(self, library: Path, folder: Path, text: str, env: dict[str, str] | None = None) -> None:
         self._control = folder / "gpus.txt"
@@ -78,14 +78,14 @@ class Reader:
         )
 
     def write(self, text: str) -> None:
-        """Change the GPUs. By a rename, so that no half of it is read."""
+        """Change the GPUs. A rename replaces the file, so that no half of it is read."""
         new = self._control.with_suffix(".new")
         new.write_text(text)
         os.utime(new, ns=(0, time.monotonic_ns()))
         os.replace(new, self._control)
 
     def read(self, text: str | None = None, again: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """(rows, what was told since), after the GPUs became `text`. `again`: as if a minute had passed."""
+        """(rows, events reported since), after the GPUs became `text`. `again`: as if a minute had passed."""
         if text is not None:
             self.write(text)
         assert self._process.stdin is not None

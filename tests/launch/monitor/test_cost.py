@@ -1,4 +1,4 @@
-"""What the monitor costs."""
+"""The cost of the monitor."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def test_a_row_a_second_costs_half_a_percent_of_a_core_at_most(
     (tmp_path / "gpus.txt").write_text("gpus 8\n")
     found = measure(tmp_path, 1.0, 20.0)
     assert found["rows"] >= 19
-    assert found["row_bytes"] > 4000  # all eight are in it
+    assert found["row_bytes"] > 4000  # with all eight GPUs
     assert found["share_pct"] < 0.5

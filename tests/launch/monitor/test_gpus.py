@@ -19,7 +19,7 @@ Make = Callable[..., Reader]
 
 GPU = ["GPU-000000a0-aaaa-bbbb-cccc-000000000000", "GPU-000000a1-aaaa-bbbb-cccc-000000000001"]
 MIG = ["MIG-000000a1-aaaa-bbbb-cccc-000000000000", "MIG-000000a1-aaaa-bbbb-cccc-000000000001"]
-# What each call gives. Without GPM the rates come from counters.
+# The readings that each call gives. Without GPM the rates come from counters.
 GIVES = {
     "nvmlDeviceGetUtilizationRates": {"gpu_pct", "memory_bus_pct"},
     "nvmlDeviceGetMemoryInfo_v2": {"memory_gib", "memory_total_gib"},
@@ -76,7 +76,7 @@ def test_a_call_that_is_not_supported_is_left_out_and_said_once(call: str, reade
     assert told == []
     assert (set(first), set(second)) == (ALL, ALL - GIVES[call])
     (_, second), _ = one.read("gpus 2\n", again=True)
-    assert set(second) == ALL - GIVES[call]  # it is not asked again
+    assert set(second) == ALL - GIVES[call]  # a missing call is not tried again
 
 
 @pytest.mark.parametrize("call", GIVES)
@@ -159,7 +159,7 @@ def test_a_gpu_that_falls_off_the_bus_and_comes_back(reader: Make) -> None:
     (lost,) = told
     assert (lost["event"], lost["gpu"]) == ("gpu_lost", GPU[1])
     assert GPU[1] in str(lost["line"])
-    assert one.read(again=True) == ([rows[0] | one.read()[0][0], rows[1]], [])  # said once
+    assert one.read(again=True) == ([rows[0] | one.read()[0][0], rows[1]], [])  # reported once
     rows, told = one.read("gpus 2\n", again=True)
     assert events(told) == ["gpu_back"]
     assert [set(row) for row in rows] == [ALL, ALL]
@@ -172,13 +172,13 @@ def test_a_driver_that_goes_away_and_comes_back(reader: Make) -> None:
     assert rows == []
     assert events(told) == ["driver_gone"]
     assert one.read() == ([], [])
-    assert one.read(again=True) == ([], [])  # asked again, and still silent
+    assert one.read(again=True) == ([], [])  # asked again, and no answer again
     rows, told = one.read("gpus 2\n", again=True)
     assert events(told) == ["driver_back"]
     assert [row["uuid"] for row in rows] == GPU
 
 
-# Every code that there is, but for those that are the driver's or say that the GPU is another job's.
+# Every code, except those of the driver, and those that mean another job's GPU.
 REFUSALS = sorted(
     value
     for name, value in vars(pynvml).items()
@@ -189,7 +189,7 @@ WHO = ["nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetName"
 
 @pytest.mark.parametrize("call", WHO)
 def test_one_gpu_that_refuses_takes_no_other(call: str, reader: Make) -> None:
-    """Whatever it answers. Its index stays its own, and so do those of the others."""
+    """Whatever code it gives, each GPU keeps its own index."""
     text = "gpus 4\n" + "".join(f"fail {call}@1 {code}\n" for code in REFUSALS[:1])
     one = reader(text)
     one.read()
@@ -218,7 +218,7 @@ def test_one_gpu_that_refuses_takes_no_other(call: str, reader: Make) -> None:
 def test_one_that_refuses_keeps_its_place_among_the_jobs(
     visible: str, lost: list[bool], uuid: str, reader: Make
 ) -> None:
-    """Local rank i computes on the i-th."""
+    """Local rank i computes on the i-th GPU."""
     code = pynvml.NVML_ERROR_RESET_REQUIRED
     rows, told = reader(f"gpus 4\nfail {WHO[0]}@1 {code}\n", CUDA_VISIBLE_DEVICES=visible).read()
     assert ["lost" in row for row in rows] == lost
@@ -284,16 +284,16 @@ def test_beside_dcgm_gpm_is_left_out_and_said(reader: Make, tmp_path: Path) -> N
         ("1", [GPU[1]], None),
         ("1,0", [GPU[1], GPU[0]], None),
         (GPU[1], [GPU[1]], None),
-        ("GPU-000000a1", [GPU[1]], None),  # the beginning of a UUID, as CUDA takes it
+        ("GPU-000000a1", [GPU[1]], None),  # the beginning of a UUID, which CUDA accepts
         ("0,7,1", [GPU[0]], "7"),
         ("-1", [], "-1"),
         ("", [], None),
-        ("GPU-0", [], "GPU-0"),  # means both
+        ("GPU-0", [], "GPU-0"),  # the prefix fits both GPUs
         ("0,-1,1", [GPU[0]], "-1"),
         ("0,none,1", [GPU[0]], "none"),
         ("NoDevFiles", [], "NoDevFiles"),
-        ("1gpu", [GPU[1]], None),  # CUDA reads as many digits as there are
-        (f"0,{GPU[1]}", [GPU[0]], GPU[1]),  # after an index a UUID is none, and the other way round
+        ("1gpu", [GPU[1]], None),  # CUDA reads the leading digits
+        (f"0,{GPU[1]}", [GPU[0]], GPU[1]),  # after an index a UUID counts as none, and the reverse
         (f"{GPU[1]},0", [GPU[1]], "0"),
         ("1,0,1", [], "1"),  # named twice: CUDA then has none
     ],
@@ -305,7 +305,7 @@ def test_only_the_gpus_of_the_job(visible: str, uuids: list[str], unknown: str |
 
 
 def test_another_jobs_gpu_has_no_index(reader: Make) -> None:
-    """As CUDA counts: only what this job may open."""
+    """As CUDA counts: only the GPUs that this job may open."""
     rows, _ = reader("gpus 3\nclosed 0\n", CUDA_VISIBLE_DEVICES="0").read()
     assert [(row["uuid"], row["index"]) for row in rows] == [(GPU[1], 0)]
 
@@ -314,7 +314,7 @@ def test_another_jobs_gpu_has_no_index(reader: Make) -> None:
     ("visible", "uuids"),
     [
         (MIG[1], [MIG[1]]),
-        (f"MIG-{GPU[1]}/8/0", [MIG[1]]),  # drivers before 470 named instances so
+        (f"MIG-{GPU[1]}/8/0", [MIG[1]]),  # drivers before 470 gave instances such names
         (f"{MIG[1]},{GPU[0]}", [MIG[1]]),
         (f"{MIG[1]},{MIG[0]}", [MIG[1], MIG[0]]),
         (None, [GPU[0], *MIG]),
@@ -327,9 +327,9 @@ def test_mig_instances(visible: str | None, uuids: list[str], reader: Make) -> N
     assert [row["uuid"] for row in rows] == uuids
     (instance,) = [row for row in rows if row["uuid"] == MIG[1]]
     assert instance["memory_total_gib"] == 10.0
-    assert set(instance) == ALL - {"gpu_pct", "memory_bus_pct"}  # NVML has none for GPUs that are cut
+    assert set(instance) == ALL - {"gpu_pct", "memory_bus_pct"}  # NVML has none for GPUs cut into instances
 
 
 def test_layouts_are_those_of_nvidia_ml_py() -> None:
-    """They are asserted while the stand-in is compiled; here, that there is something to assert."""
+    """The assertions run while the stand-in is compiled. This checks that there are some."""
     assert layout().count("_Static_assert(offsetof") >= 25

@@ -57,7 +57,7 @@ def test_ranks_that_wait_for_a_save_do_not_hang() -> None:
 
 
 def test_a_suspended_node_has_not_hung() -> None:
-    """The monitor was not there either: the time is not counted."""
+    """The monitor was suspended too, so that time does not count."""
     rows = [(0.0, [beat(0, 7)]), (1.0, [beat(0, 7)]), (3600.0, [beat(0, 7)]), (3601.0, [beat(0, 8)])]
     assert not any(watched(rows))
 
@@ -144,7 +144,7 @@ def hung_run(folder: Path, env: dict[str, str], act: Callable[[Any], None], with
 def test_a_rank_that_hangs_in_its_reader_is_named_with_its_line(tmp_path: Path) -> None:
     env = {"PYTHONPATH": f"{SEEDED}:{ROOT}", "SEEDED": "hang_reader:1:5"}
 
-    # The next attempt hangs at its own fifth step, which it does not reach: it goes on from step 4 to 7.
+    # The next attempt would hang at its own fifth step, which it does not reach: it goes from step 4 to 7.
     write_config(tmp_path, train__steps=7, monitor__hang_s=HANG_S, monitor__interval_s=0.5, checkpoint__every_steps=2)
     with running(LAUNCH, tmp_path, env=env) as run:
         run.wait_for("step 4", lambda: run.step() >= 4)
@@ -176,4 +176,4 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     (hang,) = run.events("hang")
     assert [(r["rank"], r["state"]) for r in hang["ranks"]] == [(0, "T")]
     assert hang["why"] == "its process was stopped"
-    assert (run.attempts()[0] / "stack-00000.txt").stat().st_size > 100  # it was continued to tell
+    assert (run.attempts()[0] / "stack-00000.txt").stat().st_size > 100  # it was continued, and answered

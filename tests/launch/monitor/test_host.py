@@ -36,7 +36,7 @@ def test_one_reading_that_fails_takes_no_other(
     assert values.keys() >= others
     assert not values.keys() & OF[reading]
     left_out = {"memory", "swap"} if reading == "memory" else {reading}
-    assert [e["event"] for e in told] == ["reading_left_out"] * len(left_out)  # once, though it was read twice
+    assert [e["event"] for e in told] == ["reading_left_out"] * len(left_out)  # once, although it was read twice
     assert {e["reading"] for e in told} == left_out
 
 
@@ -56,7 +56,7 @@ def test_a_process_whose_kernel_counts_no_waiting_is_not_gone(monkeypatch: pytes
 
 
 class Times(NamedTuple):
-    """As a machine told them, on which the sum of all less the idle one ran backwards in every eighth row."""
+    """Times that a real machine gave: all time less the idle time ran backwards in every eighth row."""
 
     idle: float
     user: float = 15386.51

@@ -1,4 +1,4 @@
-"""gpu/<node>.jsonl: bounded, whole after a crash, written by one monitor; and the rollup by the minute."""
+"""gpu/<node>.jsonl is bounded, whole after a crash, and written by one monitor. Also the rollup per minute."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_it_never_grows_past_its_bound(tmp_path: Path) -> None:
     assert seconds == sorted(seconds)
     assert max(seconds) == 999.0
     assert minutes == sorted(minutes)
-    assert minutes[0] < seconds[0] - 200  # rollups are kept for longer
+    assert minutes[0] < seconds[0] - 200  # rollups are kept longer than seconds
     assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
 
 
@@ -71,7 +71,7 @@ def test_two_monitors_of_one_node(tmp_path: Path) -> None:
 def test_a_full_disk_loses_rows_and_nothing_else(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "a.jsonl", {}, 20_000)
     full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, journal._file)  # not locked by that name: all of this machine share it
+    os.dup2(full, journal._file)  # no lock on /dev/full itself: every process of this machine shares it
     os.close(full)
     journal.write(row("second", 1))
 

@@ -1,4 +1,4 @@
-"""The monitor as the launcher keeps it: a process beside the ranks, started again when it is lost, never waited for."""
+"""The monitor under its launcher: a process beside the ranks, restarted when it is lost, never waited for."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_rows_rollups_and_ranks(node: Callable[..., Node]) -> None:
     (rank,) = row["ranks"]
     assert (rank["rank"], rank["step"], rank["phase"]) == (0, 17, "computing")
     assert rank["memory_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
-    (minute,) = one.rows("minute")  # the last one, at its end
+    (minute,) = one.rows("minute")  # the last one, written at the end
     assert minute["rows"] == len(one.rows())
     assert [e["error"] for e in one.told("no_gpus")] == ["NVML Shared Library Not Found"]
 
@@ -53,7 +53,7 @@ def test_what_the_gpus_did_is_handed_to_rank_0_by_window(
     other = {"activity_pct": [50.0, 10.0]}
     window = {"kind": "window", "ranks": [], "readings": other}
     append_row(one.folder.gpu / "b.jsonl", window | {"time_s": 1.0, "attempt": 3})  # its clock shows another time
-    append_row(one.folder.gpu / "c.jsonl", window | {"time_s": time.time() + 1.0, "attempt": 2})  # is gone
+    append_row(one.folder.gpu / "c.jsonl", window | {"time_s": time.time() + 1.0, "attempt": 2})  # an old attempt
     append_row(one.folder.gpu / "d.jsonl", {"kind": "node", "version": 2})
     append_row(one.folder.gpu / "e.jsonl", window | {"time_s": 1.0, "attempt": 3, "readings": [1]})
     one.wait_for("readings", one.folder.readings.exists)
@@ -63,13 +63,13 @@ def test_what_the_gpus_did_is_handed_to_rank_0_by_window(
     assert found["b"] == other
     assert [e["file"] for e in one.told("bad_row")] == [str(one.folder.gpu / "e.jsonl")]
     mine = found[node_name()]
-    assert mine["power_w"] == [200.75, 100.0]  # of two GPUs the mean and the lowest
+    assert mine["power_w"] == [200.75, 100.0]  # mean and lowest of two GPUs
     assert mine.keys() >= {"activity_pct", "sm_pct", "tensor_pct", "memory_gib", "sm_clock_mhz"}
     assert one.rows("window")[-1]["readings"] == mine
 
 
 def test_it_waits_for_a_run_that_takes_long_to_begin(node: Callable[..., Node]) -> None:
-    """Data may be prepared for many windows before the folder holds a run."""
+    """Preparing data may take many windows before the folder holds a run."""
     one = node(begun=False, window_s=1.0)
     watched = lambda: (one.heartbeats.monitor() or one.heartbeats.ranks()[0]).beats  # noqa: E731
     one.wait_for("a window and a half", lambda: watched() > 30)
@@ -78,11 +78,11 @@ def test_it_waits_for_a_run_that_takes_long_to_begin(node: Callable[..., Node]) 
     one.begin()
     one.wait_for("a window", lambda: one.rows("window"))
     assert one.told("monitor_lost") == []
-    assert [e["event"] for e in one.told("no_gpus")] == ["no_gpus"]  # what was found before is said now
+    assert [e["event"] for e in one.told("no_gpus")] == ["no_gpus"]  # the earlier findings are reported now
 
 
 def is_over(process: psutil.Process) -> bool:
-    """One that nobody has waited for yet is over, too."""
+    """Whether the process has ended. A zombie counts."""
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
@@ -125,7 +125,7 @@ def test_a_monitor_that_stands_still_is_replaced(node: Callable[..., Node]) -> N
 
 @pytest.mark.parametrize(("stopped", "within_s"), [(False, 1.0), (True, 3.0)])
 def test_ending_it_takes_no_time(stopped: bool, within_s: float, node: Callable[..., Node]) -> None:
-    """Even when it hangs."""
+    """Even when the monitor hangs."""
     one = node()
     one.wait_for("a row", one.rows)
     process = psutil.Process(one.pid())
@@ -145,7 +145,7 @@ def test_a_second_monitor_of_a_node_leaves(node: Callable[..., Node], capfd: pyt
     local.mkdir()
     config = Config.model_validate({**tiny(local), "monitor": {"interval_s": 0.05}})
     second = Keeper(config, one.folder, one.heartbeats, local, Console(rank=0), one.events)
-    second._start()  # `start` would clear the first one's records
+    second._start()  # `start` would clear the first monitor's records
     deadline = time.monotonic() + 20
     while second.process is not None and time.monotonic() < deadline:
         second.poll()
@@ -158,7 +158,7 @@ def test_a_second_monitor_of_a_node_leaves(node: Callable[..., Node], capfd: pyt
 
 
 class Clock:
-    """Stands in for `time`: the third look comes after an hour."""
+    """Stands in for `time`: the third look comes an hour later."""
 
     def __init__(self) -> None:
         self.looks = 0
@@ -196,7 +196,7 @@ def test_signals_to_the_whole_step_leave_it_alone(node: Callable[..., Node]) -> 
 
 
 def test_nothing_is_written_before_there_is_a_run(node: Callable[..., Node]) -> None:
-    """A mistake in the config leaves the folder as it was."""
+    """A mistake in the config leaves the folder unchanged."""
     one = node()
     one.keeper.stop()
     one.folder.config.unlink()

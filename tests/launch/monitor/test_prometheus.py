@@ -1,4 +1,4 @@
-"""The endpoint for Prometheus: read by its own client's parser, from a real monitor over stand-in GPUs."""
+"""The endpoint for Prometheus, read by its client's own parser, from a real monitor over stand-in GPUs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_metric_of_the_dashboard_is_exported(
     (tmp_path / "gpus.txt").write_text("gpus 2\nset nvmlDeviceGetCurrentClocksThrottleReasons@1 64\n")
     one = node(prometheus_port=port)
     rows(one.folder.root, range(1, 5), number=3, mfu=0.41)
-    one.wait_for("rows", lambda: len(one.rows()) > 3)  # GPM and rates take two
+    one.wait_for("rows", lambda: len(one.rows()) > 3)  # GPM and rates need two rows
     told = list(samples(get(port)))
     exported = {sample.name for sample in told}
     wanted = set(re.findall(r"muster_\w+", DASHBOARD.read_text()))
@@ -70,7 +70,7 @@ def test_every_metric_of_the_dashboard_is_exported(
     assert value("muster_run_loss") == pytest.approx(2.996)
     assert abs(value("muster_row_time_s") - time.time()) < 5
     for row_kind, prefix in (("gpus", "muster_gpu_"), ("ranks", "muster_rank_")):
-        for name, reading in written[row_kind][0].items():  # each number of a row is there by its own name
+        for name, reading in written[row_kind][0].items():  # each number of a row has a metric of that name
             if isinstance(reading, int | float) and name not in ("uuid", "index", "rank"):
                 assert prefix + name.removeprefix("gpu_") in exported
 
@@ -86,7 +86,7 @@ def test_a_client_that_says_nothing_keeps_the_others_waiting_for_seconds(node: C
         began, before = time.monotonic(), len(one.rows())
         assert "muster_host_cpu_pct" in get(port)
         assert time.monotonic() - began < 5
-        assert len(one.rows()) > before + 3  # meanwhile the monitor went on
+        assert len(one.rows()) > before + 3  # the monitor went on meanwhile
 
 
 def test_a_port_in_use_is_said_and_the_monitor_goes_on(

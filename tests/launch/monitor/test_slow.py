@@ -1,4 +1,4 @@
-"""Slow and idle ranks: what names them, on made-up windows; and seeded causes in real runs on CPU ranks."""
+"""How slow and idle ranks are found: on made-up windows, and with seeded faults in real runs on CPU ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HEALTHY = RankWindow(
 
 
 def ranks(**changes: Any) -> list[RankWindow]:
-    """Eight ranks, of which rank 5 differs."""
+    """Eight ranks; rank 5 has the changes."""
     return [replace(HEALTHY, rank=n, gpu=f"GPU-{n}", **(changes if n == 5 else {})) for n in range(8)]
 
 
@@ -110,7 +110,7 @@ def test_a_window_is_counted_from_heartbeats() -> None:
 # ---- seeded causes, for real ----------------------------------------------------------------------------------------
 
 WATCH = {"monitor__window_s": 4.0, "monitor__interval_s": 0.25, "monitor__idle_windows": 1}
-# A step of about 60 ms on an idle core, most of it computing.
+# A step takes about 60 ms on an idle core, mostly computing.
 STEADY = {"train__steps": 100_000, "train__global_batch": 64, "model__dim": 96, "run__log_every_steps": 20}
 
 
@@ -123,7 +123,7 @@ def seeded(folder: Path, seed: str | None, **changes: Any) -> Iterator[Running]:
 
 
 def seldom(run: Running, event: str) -> Callable[[], Any]:
-    """Whether it was told. Asked every second: to ask all the time would itself take a rank's CPU."""
+    """Whether the event was recorded. Asked once a second: constant asking would use a rank's CPU."""
 
     def told() -> Any:
         time.sleep(1.0)
@@ -153,7 +153,7 @@ def test_a_cpu_hog_beside_one_rank(tmp_path: Path) -> None:
         for rank, process in run.workers().items():
             for thread in process.threads():
                 os.sched_setaffinity(thread.id, {rank})
-        # Each in a session of its own: the kernel shares a core among sessions first.
+        # Each process in its own session, since the kernel shares a core among sessions first.
         busy = "import time\nend = time.monotonic() + 200\nwhile time.monotonic() < end: pass"
         hogs = [subprocess.Popen([sys.executable, "-c", busy], start_new_session=True) for _ in range(8)]
         try:

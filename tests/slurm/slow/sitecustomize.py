@@ -1,7 +1,7 @@
-"""Makes steps take longer without computing more, so that a fault falls into one, and the same run elsewhere is quick.
+"""Makes steps take longer without more computing, so that a fault hits one. The same run elsewhere stays quick.
 
-Its folder goes in front of PYTHONPATH; SLOW names a file with the seconds that each step waits, and
-those that each commit waits.
+Put this folder first in PYTHONPATH. SLOW names a file with the seconds that each step waits, and the seconds that each
+commit waits.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""Seeds a cause in one rank of a real run: on PYTHONPATH it is imported by every Python process before all else.
+"""Seeds a fault in one rank of a real run. With this folder on PYTHONPATH, every Python process imports this file
+first.
 
-SEEDED is `cause:rank:step`; from that step on the rank is slow, hangs, and so on.
+SEEDED is `fault:rank:step`. From that step on, the rank is slow, or hangs, and so on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _busy(seconds: float) -> None:
 
 def _hang() -> None:
     while True:
-        time.sleep(0.05)  # the line that a stack has to show
+        time.sleep(0.05)  # the line that a stack must show
 
 
 def _seed(cause: str, step: int) -> None:
