@@ -156,7 +156,7 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Te
     """grad * scale in dtype, without a second copy in between.
 
     The scale (1 / target tokens) gets two dimensions. A bare scalar would be converted to grad's own dtype. On a GPU it
-    would be rounded to bf16, and every gradient of the model would be up to 0.4 % too large or too small.
+    would be rounded to bf16: every gradient would be up to 0.4 % too large or too small.
     """
     if grad is None:
         return None

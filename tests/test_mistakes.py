@@ -199,9 +199,7 @@ def test_a_source_that_was_moved(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     assert train(config) == [0]
     built, folder = Config.model_validate(config), RunFolder(tmp_path / "run")
-    assert fingerprints_to_find(built, folder).keys() == {
-        "words"
-    }  # an older cache is searched for these
+    assert fingerprints_to_find(built, folder).keys() == {"words"}  # an older cache is searched for these
     path = str(
         write_config(tmp_path, data__sources=[{**config["data"]["sources"][0], "path": str(tmp_path / "moved")}])
     )

@@ -140,7 +140,7 @@ def _give_up_opening_everything() -> None:
 
 
 def keep(tally: Tally, folder: Path) -> list[Path]:
-    """Write each input that led to a defect, by its hash, and beside it what it led to."""
+    """Write each input that caused a defect, named by its hash, with the defect in a file beside it."""
     kept = []
     for data, told in tally.defects:
         path = folder / tally.kind / hashlib.sha256(data).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Records and prepared facts made up for tests of tasks."""
+"""Made-up records and prepared facts for tests of tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCE = "data.sources=[{name: a, kind: csv, path: a.csv}]"
 
 
 def records(rows: Sequence[Mapping[str, Any]]) -> list[Record]:
-    """As the lines of a table, which begin below its header."""
+    """Records as from the lines of a table, which begin below its header."""
     return [Record(str(n).encode(), f"a.csv, line {n}", dict(row)) for n, row in enumerate(rows, start=2)]
 
 
@@ -27,14 +27,14 @@ def config_of(*overrides: str) -> Config:
 
 
 def prepared_of(facts: Mapping[str, Any]) -> Prepared:
-    """Facts as they are read again."""
+    """Facts in the form in which a start reads them."""
     prepared = Prepared.__new__(Prepared)
     prepared.sources, prepared.facts = [], {"facts": json.loads(json.dumps(dict(facts)))}
     return prepared
 
 
 def scores(*rows: Sequence[float]) -> Any:
-    """A model that answers so, whatever goes in; fp32."""
+    """A model that gives these answers in fp32, whatever its input."""
     import torch
 
     answer = torch.tensor(np.array(rows), dtype=torch.float32, requires_grad=True)

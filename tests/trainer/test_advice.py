@@ -1,4 +1,4 @@
-"""What a message advises is followed here, and helps."""
+"""The advice of a message is followed here, and helps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.schedule import check_rates
 
 
 def advised_of(words: list[str]) -> str:
-    """What the error says to write instead."""
+    """What the error advises to write instead."""
     with pytest.raises(UserError) as error:
         take(config_parser("trainer", ""), words)
     return str(error.value).rpartition(": ")[2]
@@ -52,7 +52,7 @@ def test_what_is_meant_is_taken() -> None:
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("change", ["model.dim=256", "optim.name=sgd", "run.seed=3", "model.dropout=0.5"])
 def test_advice_of_a_folder_begun_with_another_config(change: str, stored: bool, tmp_path: Path) -> None:
-    """A changed shape is not to be admitted where a checkpoint has the old one: it would be refused when it is read."""
+    """A changed shape cannot be admitted while a checkpoint has the old one: loading would refuse it."""
     begun = load("demo", [f"run.dir={tmp_path}/run"])
     folder = RunFolder(Path(begun.run_dir))
     folder.root.mkdir()
@@ -73,10 +73,10 @@ def test_advice_of_a_folder_begun_with_another_config(change: str, stored: bool,
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_a_run_begun_with_another_default_is_told_how_to_keep_it(name: str, tmp_path: Path) -> None:
-    """To admit what nobody changed would change the run: its decay would be gone."""
+    """To admit a change that nobody made would change the run: it would lose its decay."""
     typed = [f"run.dir={tmp_path}", f"optim.name={name}"]
     folder = RunFolder(tmp_path)
-    write_config(load("demo", [*typed, "optim.weight_decay=0.1"]), folder)  # the default of then
+    write_config(load("demo", [*typed, "optim.weight_decay=0.1"]), folder)  # the default of that time
     with pytest.raises(UserError) as error:
         check_folder(load("demo", typed), folder)
     (advised,) = re.findall(r"^(\S+) keeps what it was begun with; or use another run\.dir", str(error.value), re.M)

@@ -1,4 +1,4 @@
-"""Classification: labels and features of records, sums that do not depend on how rows fall, metrics of whole splits."""
+"""Classification: labels and features of records, sums that do not depend on rows' places, metrics of splits."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_sums_are_cross_entropy_and_counts(class_weights: str, label_smoothing: 
     total, columns = task.sums(scores(*logits), batch)
     weights = torch.tensor([2.0, 2 / 3]) if class_weights == "balanced" else torch.ones(2)
     label = torch.tensor([1, 0, 1, 1])
-    # torch's own weighting of smoothed targets weighs each target's class: rows are weighed here
+    # With smoothed targets, torch's own weighting weighs each target's class. Ours weighs rows.
     losses = F.cross_entropy(torch.tensor(logits[:4]), label, reduction="none", label_smoothing=label_smoothing)
     assert total.item() == pytest.approx(float((losses * weights[label]).sum()), rel=1e-6)
     assert columns.dtype == torch.float64
@@ -167,7 +167,7 @@ def test_sums_do_not_depend_on_how_rows_fall() -> None:
     logits = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     _, whole = task.sums(lambda features: logits, batch_of(task, samples))
     first = task.sums(lambda features: logits[:3], batch_of(task, samples[:3]))[1]
-    # two ranks of three rows: the second one fills up with what it has
+    # Two ranks of three rows: the second one fills up with its own row.
     rest = task.sums(lambda features: logits[[3, 3, 3]], batch_of(task, [samples[3]] * 3, real=1))[1]
     torch.testing.assert_close(first + rest, whole)
     assert task.weigh(batch_of(task, samples[:3])) + task.weigh(batch_of(task, [samples[3]] * 3, real=0))

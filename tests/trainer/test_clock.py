@@ -35,7 +35,7 @@ def _as_before() -> Iterator[None]:
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, jump_s: float) -> None:
-    """What a person or a server of time does; libfaketime would break `sleep` as well."""
+    """Set the clock as a person or a time server does. (libfaketime would break `sleep` as well.)"""
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + jump_s)
 
@@ -50,7 +50,7 @@ def test_the_runs_clock_does_not_jump(jump_s: float, monkeypatch: pytest.MonkeyP
 
 
 def test_processes_of_a_launcher_share_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that begins after the jump."""
+    """Also a process that begins after the jump."""
     launcher = clock.now_s()
     monkeypatch.setenv("MUSTER_CLOCK", f"{clock.booted_s():.6f}")
     set_clock(monkeypatch, FIVE_YEARS_S)
@@ -81,7 +81,7 @@ def test_a_runs_stamps_and_its_report_tell_the_time_that_passed(jump_s: float, t
     stamps = [row["time_s"] for row in read_rows(folder.metrics) + read_events(folder)]
     assert max(stamps) - min(stamps) < took_s
     found = goodput(folder)
-    assert 0 < found.allocated_s < took_s + 60  # its server's start is not ours
+    assert 0 < found.allocated_s < took_s + 60  # the start of the test's server does not count
     assert all(0 <= seconds <= found.allocated_s for seconds in found.seconds.values())
 
 
@@ -95,13 +95,13 @@ def test_a_jump_is_noticed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @JUMPS
 def test_a_holder_lives_on_when_the_clock_is_set(jump_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What psutil tells of a process's start is counted from the time of day."""
+    """psutil counts a process's start from the time of day."""
     holder = _self_description("here", 0)
     began_s = psutil.Process().create_time()
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: began_s + jump_s)
     assert alive_here(holder, "here") is True
     assert alive_here(holder | {"started_ticks": holder["started_ticks"] + 1}, "here") is False
-    assert alive_here({k: v for k, v in holder.items() if k != "started_ticks"}, "here") is False  # as it was before
+    assert alive_here({k: v for k, v in holder.items() if k != "started_ticks"}, "here") is False  # as older ones were
 
 
 def test_data_under_preparation_is_no_leftover_when_the_clock_is_set(

@@ -1,4 +1,4 @@
-"""Metrics from sums are those that scikit-learn computes from rows."""
+"""Metrics from sums equal those that scikit-learn computes from rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def confusion_of(labels: list[int], predictions: list[int], classes: int) -> np.
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
-    """Also labels that nobody has or predicts, and all of one."""
+    """Also with labels that nobody has or predicts, and with one label for all."""
     classes = draw(st.integers(2, 6))
     some = st.sampled_from(sorted(draw(st.sets(st.integers(0, classes - 1), min_size=1))))
     count = draw(st.integers(1, 40))
@@ -51,7 +51,7 @@ def test_classification_is_scikit_learns(drawn: tuple[int, list[int], list[int]]
 
 
 def sums_of(targets: np.ndarray, predictions: np.ndarray, mean: float, scale: float) -> dict[str, float]:
-    """As the task makes them: in normalised units."""
+    """Sums as the task makes them, in normalised units."""
     target, error = (targets - mean) / scale, (predictions - targets) / scale
     return {
         "count": float(len(targets)),
@@ -80,7 +80,7 @@ def test_regression_is_scikit_learns(seed: int, count: int, noise: float, far: f
 
 
 def test_targets_that_are_all_alike() -> None:
-    targets = np.full(7, 1000.5)  # which has an exact mean
+    targets = np.full(7, 1000.5)  # their mean is exact
     for predictions in (targets, targets + 1):
         found = regression(sums_of(targets, predictions, 3.0, 2.0), 2.0)["r2"]
         assert found == metrics.r2_score(targets, predictions)
@@ -91,7 +91,7 @@ def test_targets_that_are_all_alike() -> None:
 
 
 def test_far_from_zero_no_digits_are_lost() -> None:
-    """Around the training mean: sums of squares of the targets themselves would keep none of r2's digits."""
+    """Sums around the training mean: sums of squares of the targets themselves would lose all digits of r2."""
     draw = np.random.default_rng(0)
     targets = 1e9 + draw.standard_normal(1000)
     predictions = targets + 0.5 * draw.standard_normal(1000)

@@ -1,4 +1,4 @@
-"""The checks of --debug find what they look for."""
+"""The checks of --debug find their faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch(targets: list[int], documents: list[int], rows: int = 1) -> Batch:
 
 
 class Asked:
-    """An engine that counts what reaches it."""
+    """An engine that counts the batches that reach it."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -40,7 +40,7 @@ class Asked:
 
 
 def check_batch(batch: Batch) -> None:
-    """As `--debug` does it. Raises RunFailed before the engine gets the batch."""
+    """Check a batch as `--debug` does. Raises RunFailed before the engine gets the batch."""
     inner: Any = Asked()
     checked = CheckedEngine(inner, LanguageModelling(LmSection()), None)
     try:
@@ -59,7 +59,7 @@ def test_a_target_of_another_document_is_found() -> None:
 def test_a_batch_without_targets_is_found() -> None:
     with pytest.raises(RunFailed, match=r"^check failed: a micro batch with samples has no target"):
         check_batch(batch([IGNORE] * 4, [0, 0, 1, 1]))
-    check_batch(batch([IGNORE] * 4, [0, 0, 1, 1], rows=0))  # fill-ups alone have none
+    check_batch(batch([IGNORE] * 4, [0, 0, 1, 1], rows=0))  # fill-ups alone have no target
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_classifier_runs_under_all_checks(tmp_path: Path) -> None:
 @under_both
 def test_a_run_that_fails_a_check_exits_1_and_says_which(engine: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
-    config = tiny(tmp_path, model__init_std=3.0, **engine)  # logits far from guessing
+    config = tiny(tmp_path, model__init_std=3.0, **engine)  # the logits are far from those of a new model
     assert run_ranks(1, train_here, config, True, env={"TMPDIR": str(tmp_path / "kept")}) == [1]
     (folder,) = (tmp_path / "kept").glob("muster-debug-*")
     end = json.loads((folder / "run/attempts/000/end.json").read_text())

@@ -1,4 +1,4 @@
-"""What lies under checkpoints/: one reader for runs and all verbs. Links are followed; nothing behind them changes."""
+"""The entries of checkpoints/: runs and all verbs share one reader. Links are followed; their targets never change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from trainer.life.rows import read_rows
 
 
 def save(root: Path, *steps: int, **keep: int) -> list[str]:
-    """Commit these steps; returns what was said."""
+    """Commit these steps; returns the printed lines."""
     said: list[str] = []
     store = CheckpointStore(root, keep=KeepSection(**({"last": 9} | keep)), asynchronous=False, say=said.append)
     for step in steps:
@@ -46,7 +46,7 @@ def shelf_of(root: Path, said: list[str] | None = None, last: int = 9) -> Shelf:
 
 
 def move_away(path: Path, disk: Path) -> Path:
-    """A checkpoint moved to a larger disk and linked back."""
+    """Move a checkpoint to a larger disk, and link it back."""
     disk.mkdir(exist_ok=True)
     shutil.move(path, disk / path.name)
     path.symlink_to(disk / path.name)
@@ -80,7 +80,7 @@ UNUSABLE: list[tuple[str, Callable[[Path], object], str]] = [
     ("step-00000009", a_link_to_a_file, "it is a link to notes, a file, not a folder"),
     ("step-00000009", a_file, "it is a file, not a folder"),
     ("step-00000009", os.mkfifo, "it is a pipe, not a folder"),
-    ("step-0000000９", Path.mkdir, "no checkpoint has such a name"),  # a digit that int() takes
+    ("step-0000000９", Path.mkdir, "no checkpoint has such a name"),  # a digit that int() accepts
     ("step-000000009", Path.mkdir, "no checkpoint has such a name"),
     ("step-9", Path.mkdir, "no checkpoint has such a name"),
 ]
@@ -104,7 +104,7 @@ def test_no_run_goes_on_beside_what_may_be_newer(
         with pytest.raises(UserError, match="is no usable checkpoint"):
             named_checkpoint(tmp_path)
         save(root, *{4} - set(committed_steps(root)))
-    # All verbs say the same, and none is stopped by it.
+    # All verbs report the same, and none is stopped by it.
     assert main(["checkpoint", "list", str(tmp_path)]) == 1
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     with pytest.raises(UserError, match="is no usable checkpoint"):
@@ -132,7 +132,7 @@ def test_what_is_older_or_has_another_name_stops_nothing(tmp_path: Path) -> None
         "step-00000009.tar": Kind.UNUSABLE,
     }
     shutil.rmtree(tmp_path / "step-00000004")
-    with pytest.raises(UserError) as told:  # all the run had may be in the archive
+    with pytest.raises(UserError) as told:  # the archive may hold all that the run had
         shelf_of(tmp_path).newest_good()
     old, archive = (
         f"{tmp_path / 'step-00000002'} is no usable checkpoint (it is a link to nowhere, which is not there)",
@@ -154,8 +154,8 @@ def test_a_checkpoint_behind_a_link_is_read_and_nothing_there_changes(tmp_path: 
     assert shelf.going() == [1, 2]  # it counts among the last
     save(root, 4, last=1)
     assert committed_steps(root) == [3, 4]  # a link is not deleted, as its bytes may be another run's
-    # What is bad there is set aside by name alone, and not written to.
-    shutil.copytree(there, root / "step-00000003.bad-7")  # a good copy, from which it could be mended
+    # A bad checkpoint there is set aside by name alone; its files are not written.
+    shutil.copytree(there, root / "step-00000003.bad-7")  # a good copy, which could repair it
     (there / "model/rank-00000.safetensors").rename(tmp_path / "hidden")
     with pytest.raises(BadCheckpoint, match="not this run's, so it is left as it is"):
         recover(root / "step-00000003", root, (), said.append)
@@ -215,7 +215,7 @@ def test_leftovers_are_removed_without_following_a_link(tmp_path: Path) -> None:
 
 
 def test_no_verb_looks_into_what_a_link_leads_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A link to `/` would have all files of the machine counted."""
+    """A link to `/` would make a verb count all files of the machine."""
     root, looked_at = tmp_path / "run/checkpoints", list[str]()
     root.mkdir(parents=True)
     save(root, 4)
@@ -233,7 +233,7 @@ def test_no_verb_looks_into_what_a_link_leads_to(tmp_path: Path, capsys: pytest.
     assert not any("deep" in path for path in looked_at)
     assert capsys.readouterr().out.count("the file is missing") == 2
     said: list[str] = []
-    found = shelf_of(root, said).newest_good()  # a folder without a checkpoint is a bad one, as it always was
+    found = shelf_of(root, said).newest_good()  # a folder without a checkpoint is a bad one, as always
     assert found is not None
     assert found.step == 4
     assert "set aside as step-00000009.bad-0" in said[0]
@@ -256,7 +256,7 @@ def test_a_folder_whose_name_is_not_its_step_is_bad_to_all(tmp_path: Path, capsy
     found = shelf_of(root).newest_good()
     assert found is not None
     assert found.step == 4
-    (root / "step-00000009.bad-0").rename(tmp_path / "copy")  # a copy may have any name but another step's
+    (root / "step-00000009.bad-0").rename(tmp_path / "copy")  # a copy may have any name except that of another step
     assert main(["checkpoint", "verify", str(tmp_path / "copy")]) == 0
 
 

@@ -1,4 +1,4 @@
-"""What stands in the environment is checked before anything else, by everybody in one way."""
+"""The environment is checked before anything else, by every program in the same way."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def test_what_torchrun_says_is_read() -> None:
 @pytest.mark.parametrize(
     ("told", "local_rank", "local_size"),
     [
-        ({}, 0, 1),  # a task of srun that sees its own GPU alone
+        ({}, 0, 1),  # a task of srun that sees only its own GPU
         ({"LOCAL_RANK": "1"}, 1, 2),
         ({"LOCAL_RANK": "3"}, 3, 4),
         ({"LOCAL_WORLD_SIZE": "2"}, 1, 2),
     ],
 )
 def test_torch_itself_asks_for_no_local_variables(told: dict[str, str], local_rank: int, local_size: int) -> None:
-    """Wrappers of srun and mpirun, and DeepSpeed's launcher, set what `init_method=env://` asks for."""
+    """Wrappers of srun and mpirun, and DeepSpeed's launcher, set only what `init_method=env://` needs."""
     env = {name: value for name, value in RANK_1.items() if not name.startswith("LOCAL_")} | {"RANK": "3"} | told
     found = Ranks.read(env)
     assert (found.rank, found.size, found.local_rank, found.local_size) == (3, 4, local_rank, local_size)
-    assert not found.one_node  # all ranks must say the same, and rank 0 cannot know it
+    assert not found.one_node  # all ranks must give the same answer, and rank 0 cannot know this
     assert found.meeting == ("127.0.0.1", 29500)
     assert Ranks.read(env | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}) == Ranks()
     with pytest.raises(UserError, match="start with torchrun"):
@@ -156,7 +156,7 @@ def test_what_may_stand_there_does() -> None:
 
 
 def trainer(*arguments: str) -> tuple[int, str]:
-    """(exit code, what went to stderr) of `python -m trainer` in this process, with its environment."""
+    """(exit code, standard error) of `python -m trainer` in this process, with its environment."""
     from trainer.__main__ import main
 
     errors = io.StringIO()
@@ -167,17 +167,17 @@ def trainer(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_whatever_the_rank_says_it_itself_unless_there_is_a_rank_0(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`RANK=1 python -m trainer` by hand ended with 2 and not a word."""
+    """`RANK=1 python -m trainer` by hand once ended with 2 and without a word."""
     for name, value in (RANK_1 | {"RANK": rank, "LOCAL_RANK": rank}).items():
         monkeypatch.setenv(name, value)
     code, said = trainer("demo", "train.step=3")
     assert (code, said.count("error: ")) == (2, 1)
-    monkeypatch.setattr("trainer.__main__.die_with_parent", lambda parent: True)  # this process is nobody's rank
+    monkeypatch.setattr("trainer.__main__.die_with_parent", lambda parent: True)  # as if launched
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     code, said = trainer("demo", "train.step=3")
     assert (code, said.count("error: ")) == (2, int(rank == "0"))
     monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")  # of another node: what is wrong there may be right where rank 0 is
+    monkeypatch.setenv("LOCAL_RANK", "0")  # on another node: what is wrong there may be right where rank 0 is
     code, said = trainer("demo", "train.step=3")
     assert (code, said.count("error: ")) == (2, 1)
     monkeypatch.delenv("WORLD_SIZE")
@@ -224,7 +224,7 @@ def reads_of_the_environment(source: str) -> list[int]:
             case ast.Subscript(value=ast.Attribute(attr="environ"), ctx=ast.Load()):
                 found.append(node.lineno)
             case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get"), args=[name, *_]):
-                if not isinstance(name, ast.Name):  # else a user's own, named in a config
+                if not isinstance(name, ast.Name):  # else a user's own variable, named in a config
                     found.append(node.lineno)
             case ast.Compare(comparators=[ast.Attribute(attr="environ")]):
                 found.append(node.lineno)

@@ -1,4 +1,4 @@
-"""Heartbeats: written by a rank, read by another process, gone with the last that holds them."""
+"""Heartbeats: written by a rank, read by another process, and gone with the last process that holds them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_second_is_in_one_phase() -> None:
 
 
 def test_a_reader_never_sees_a_mixture() -> None:
-    """The writer, another process, gives its step the value of its beats."""
+    """The writer, another process, sets its step to the number of its beats."""
     heartbeats = Heartbeats.make(1)
     code = (
         "import sys\nfrom trainer.life.heartbeat import *\nh = Heartbeat.at(sys.argv[1], 0, 0)\n"
@@ -82,7 +82,7 @@ def test_a_reader_never_sees_a_mixture() -> None:
 
 
 def test_a_mixture_is_not_believed() -> None:
-    """A writer that was stopped in the middle of a write: what it said before holds."""
+    """A writer may stop in the middle of a write. Then its last whole record counts."""
     heartbeats = Heartbeats.make(1)
     heartbeat = joined(heartbeats, 0)
     heartbeat.enter(Phase.COMPUTING, 7)
@@ -98,7 +98,7 @@ def test_a_mixture_is_not_believed() -> None:
 
 
 def test_nothing_is_left_when_its_maker_is_killed() -> None:
-    """The records have no name on any disk; a reader that holds them reads on."""
+    """The records have no name on any disk. A reader that holds them can still read."""
     code = "from trainer.life.heartbeat import *\nimport time\nprint(Heartbeats.make(2).path, flush=True)\n"
     code += "time.sleep(60)"
     maker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -119,7 +119,7 @@ def test_a_beat_costs_microseconds() -> None:
     began = time.process_time()
     for step in range(20_000):
         heartbeat.enter(Phase.COMPUTING, step)
-    assert (time.process_time() - began) / 20_000 < 20e-6  # 2 here; a step makes five
+    assert (time.process_time() - began) / 20_000 < 20e-6  # 2 here; a step makes five calls
 
 
 @under_both

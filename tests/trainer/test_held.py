@@ -1,4 +1,4 @@
-"""A folder lives as long as its process, however that ends; what lives and what is another's stays."""
+"""A folder lives as long as its process, however that ends. Folders of living processes and of others stay."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def left(tmp_path: Path) -> Path:
 
 
 def test_what_a_killed_process_left_goes_with_the_next_and_what_lives_stays(left: Path, tmp_path: Path) -> None:
-    elsewhere = left.with_name(f"{PREFIX}another_node-1")  # whose locks may not be seen here
+    elsewhere = left.with_name(f"{PREFIX}another_node-1")  # its locks may not be visible here
     elsewhere.mkdir()
     other_kind = left.with_name(left.name.replace(PREFIX, "muster-cache-"))
     other_kind.mkdir()
@@ -66,7 +66,7 @@ def test_another_users_folder_and_a_link_stay(left: Path, tmp_path: Path, monkey
 def test_a_folder_that_was_removed_before_it_was_locked_is_made_again(
     before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another start may look just then, and find it unlocked."""
+    """Another start may look at this moment, and find it unlocked."""
     place = held.os if before == "open" else held
     real, removed = getattr(place, before), []
 

@@ -1,4 +1,4 @@
-"""One writer per run folder: who is refused, and whose lease is taken over."""
+"""One writer per run folder: which start is refused, and which lease is taken over."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_lease_cut_short_by_a_crash_is_replaced(tmp_path: Path) -> None:
     ("says", "told"),
     [
         ("echo RUNNING", "already running"),
-        ("echo PENDING", "already running"),  # requeued: it will come back for its folder
-        ('[ "$SQUEUE_PARTITION" ] || echo RUNNING', "already running"),  # what a person likes to see hides no job
+        ("echo PENDING", "already running"),  # requeued: it comes back for its folder
+        ('[ "$SQUEUE_PARTITION" ] || echo RUNNING', "already running"),  # a person's display settings must hide no job
         ("echo CANCELLED", None),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "cannot be asked from here"),
@@ -115,9 +115,9 @@ def test_the_other_nodes_find_the_lease_of_their_first(tmp_path: Path, monkeypat
     assert found is not None
     assert found.token == first.token
     for name, value in (("JOB_ID", "8"), ("STEP_ID", "1"), ("RESTART_COUNT", "0")):
-        with monkeypatch.context() as changed:  # another job's, step's or life's is none
+        with monkeypatch.context() as changed:  # another job, step or life does not match
             changed.setenv(f"SLURM_{name}", value)
             with pytest.raises(UserError, match=r"node2: node1 has not taken .* every node sees"):
                 Lease.of_first_node(folder, "node1", "node2", 0.0, lambda: False, print)
-            # told to end, it does not wait for Slurm to kill it
+            # told to end, it does not wait until Slurm kills it
             assert Lease.of_first_node(folder, "node1", "node2", 60.0, lambda: True, print) is None

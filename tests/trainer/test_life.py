@@ -1,4 +1,4 @@
-"""Ends of attempts: what is written, and what becomes of the STOP file."""
+"""Ends of attempts: what is written, and what happens to the STOP file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trainer.life.folder import RunFolder, write_json
     ("end", "moved"),
     [
         (End("stopped", 3, None, False, "stop_file"), True),
-        (End("finished", 3, None, False), True),  # else it would stop the start that trains longer
-        (End("stopped", 3, None, True, "terminate"), False),  # started again by itself: it still has to hear of it
+        (End("finished", 3, None, False), True),  # else it would stop a later start that trains longer
+        (End("stopped", 3, None, True, "terminate"), False),  # started again by itself: that start must find it
         (End("failed", 3, None, True, "rank_failed"), False),
     ],
     ids=lambda v: f"{v.reason}-{v.cause}" if isinstance(v, End) else "",

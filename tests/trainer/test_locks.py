@@ -1,4 +1,4 @@
-"""Filesystems without locks: nothing fails for it, and what only a lock could tell is not guessed."""
+"""Filesystems without locks: nothing fails because of that, and what only a lock could tell is not guessed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_all_goes_on_without_locks(tmp_path: Path) -> None:
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
     with files.temporary_folder(tmp_path) as folder:
         files.remove_leftovers(tmp_path)
-        assert folder.is_dir()  # whether its maker lives cannot be known
+        assert folder.is_dir()  # nobody can know whether its maker lives
     with HeldFolder(tmp_path, "left-") as own, HeldFolder(tmp_path, "left-"):
         remove_left(tmp_path, "left-")
         assert own.is_dir()
@@ -60,7 +60,7 @@ def test_all_goes_on_without_locks(tmp_path: Path) -> None:
 def test_a_file_is_locked_where_only_one_opened_for_writing_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NFSv4, and what NFS does with folders: their locks hold on this node."""
+    """NFSv4, and NFS with folders: such locks hold on this node."""
     real = fcntl.flock
 
     def as_nfs(descriptor: int, how: int) -> None:
@@ -83,7 +83,7 @@ def test_a_file_is_locked_where_only_one_opened_for_writing_can_be(
     held = Lease.take(RunFolder(tmp_path / "run"), "here", 0, print)
     held.release()
     descriptor = os.open(tmp_path / "a.jsonl", os.O_RDONLY)
-    with pytest.raises(OSError, match="Bad file descriptor"):  # as this test has it
+    with pytest.raises(OSError, match="Bad file descriptor"):  # the lock that this test replaces
         lock(descriptor)
     os.close(descriptor)
 
@@ -99,7 +99,7 @@ def test_another_conversion_is_not_taken_for_dead(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_locks")
 def test_two_starts_do_not_both_take_over_a_dead_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second has looked at the dead lease when the first has already put its own there."""
+    """The second start has seen the dead lease, and the first start has just put its own there."""
     folder = RunFolder(tmp_path)
     dead = Lease.take(folder, "here", 0, print)
     content = json.loads(folder.lease.read_text())

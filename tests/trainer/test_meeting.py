@@ -1,4 +1,4 @@
-"""Ranks that wait for each other at the start say for whom, and hear a stop."""
+"""Ranks that wait for each other at the start report for whom, and obey a stop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATIENCE_S = 30.0
 
 
 class Meeting:
-    """Ranks as threads of this process. `said` and `ended` by rank; an error counts as an end."""
+    """Ranks as threads of this process. `said` and `ended` by rank. An error counts as an end."""
 
     def __init__(self, size: int, by_torchrun: bool = False) -> None:
         self.ranks = Ranks(0, size, 0, size, ("127.0.0.1", free_port()), by_torchrun)
@@ -113,7 +113,7 @@ def test_a_stop_is_heard_by_all_that_are_there() -> None:
     one.join(0)
     one.join(1)
     one.wait_for(lambda: one.said[0])
-    one.wishes[1].wish(Cause.INTERRUPT)  # alone this rank does not decide
+    one.wishes[1].wish(Cause.INTERRUPT)  # this rank alone does not decide
     time.sleep(0.5)
     assert one.ended == {}
     one.wishes[0].wish(Cause.WARNING)
@@ -130,7 +130,7 @@ def test_one_that_waits_for_rank_0_hears_its_own_stop() -> None:
 
 
 def test_ranks_that_meet_soon_leave_a_stop_to_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt writes its end.json; a start that is left here leaves no trace."""
+    """An attempt writes its end.json. A start that ends here leaves no trace."""
     monkeypatch.setattr(meeting, "_FIRST_S", 10.0)
     one = Meeting(2)
     one.join(0)
@@ -146,12 +146,12 @@ def test_one_node_never_meets_at_the_name_of_its_host(monkeypatch: pytest.Monkey
     here = Ranks(0, 2, 0, 2, ("pod-nowhere", 29500))
     assert where(here) == ("127.0.0.1", 29500)
     assert where(replace(here, meeting=("pod-nowhere.cluster.local", 1))) == ("127.0.0.1", 1)
-    assert where(replace(here, meeting=("pod-nowhere-2", 1))) == ("pod-nowhere-2", 1)  # whoever that is
-    assert where(replace(here, local_size=1)) == ("pod-nowhere", 29500)  # several nodes: as they were told
+    assert where(replace(here, meeting=("pod-nowhere-2", 1))) == ("pod-nowhere-2", 1)  # another host, whoever that is
+    assert where(replace(here, local_size=1)) == ("pod-nowhere", 29500)  # several nodes: unchanged
 
 
 def _told_to_stop(config: dict[str, Any]) -> tuple[int, str]:
-    """(Exit code, what was said)."""
+    """(exit code, printed text)."""
     meeting._FIRST_S = 0.2  # in this rank
     wish, said = StopWish(), io.StringIO()
     wish.wish(Cause.INTERRUPT)
@@ -176,5 +176,5 @@ def test_a_run_that_is_stopped_while_ranks_wait_ends_as_stopped_and_says_it_once
     assert code == (3 if by == "hand" else 0)
     heard = by == "hand" or rank == "0"
     assert said == f"stopped (interrupt) while rank {rank} waited for others\n" * heard
-    assert request.exists() == (by == "launch run")  # so this node's launcher knows why they left
+    assert request.exists() == (by == "launch run")  # so that this node's launcher knows why they left
     assert not (tmp_path / "run").exists()

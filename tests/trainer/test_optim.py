@@ -53,7 +53,7 @@ def test_norms_and_biases_do_not_decay() -> None:
 
 @pytest.mark.parametrize(("l1", "l2"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2), (0.0, 0.0)])
 def test_penalties_are_the_gradient_of_what_they_say(l1: float, l2: float) -> None:
-    """On matrices alone; a gradient that is not there stays away."""
+    """Only for matrices. A missing gradient stays missing."""
     draw = torch.Generator().manual_seed(0)
     named = {
         name: torch.randn(shape, generator=draw).requires_grad_()
@@ -89,7 +89,7 @@ def test_muon_takes_the_blocks_matrices_alone() -> None:
 
 
 def test_muon_agrees_with_torchs_own() -> None:
-    """torch.optim.Muon on a whole matrix: the same updates but for bf16 rounding in the iteration."""
+    """torch.optim.Muon on a whole matrix: the same updates, except for bf16 rounding in the iteration."""
     torch.manual_seed(0)
     start, grads = torch.randn(24, 16), [torch.randn(24, 16) for _ in range(4)]
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
@@ -103,7 +103,7 @@ def test_muon_agrees_with_torchs_own() -> None:
     assert (ours - start).abs().max() > 0.02
 
 
-# Muon iterates in bf16 (8 bits), so the order in which a gradient was summed moves its updates by up to 1e-3.
+# Muon iterates in bf16 (8 bits), so the order in which a gradient was summed changes its updates by up to 1e-3.
 TOLERANCES = {"adamw": 2e-5, "adam": 2e-5, "sgd": 2e-5, "muon": 5e-3}
 
 
@@ -113,7 +113,7 @@ def test_an_optimizer_gives_the_same_on_two_ranks(name: str, tmp_path: Path) -> 
     for size in (1, 2):
         config = tiny(tmp_path / str(size), optim__name=name, train__steps=8, checkpoint__every_steps=4)
         assert train(config, size) == [0] * size
-        config["train"]["steps"] = 10  # its state goes through a checkpoint
+        config["train"]["steps"] = 10  # its state passes through a checkpoint
         assert train(config, 3 - size) == [0] * (3 - size)
         found.append(losses(config))
     assert len(found[0]) == 10

@@ -32,7 +32,7 @@ def launched_by(pid: int) -> dict[str, str]:
         ({}, True),  # started by hand
         (TORCHRUN, True),
         (launched_by(os.getpid()), True),
-        (launched_by(1), False),  # named one parent, finds itself the child of another
+        (launched_by(1), False),  # it names one parent, and is the child of another
     ],
     ids=["by hand", "torchrun", "its own", "another"],
 )

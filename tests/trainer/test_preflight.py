@@ -1,4 +1,4 @@
-"""What is known to be wrong before a run starts: all of it, at once, with advice that works."""
+"""All that is known to be wrong before a run starts is reported at once, with advice that works."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text_of(found: list[Problem]) -> str:
 
 
 def checkpoint(run: Path, step: int = 6) -> Path:
-    """As much of a checkpoint as is looked at here."""
+    """The parts of a checkpoint that the preflight reads."""
     path = run / f"checkpoints/step-{step:08d}"
     path.mkdir(parents=True)
     (path / "manifest.json").write_text("{}")
@@ -62,7 +62,7 @@ def test_all_are_said_at_once_cheap_ones_first(tmp_path: Path) -> None:
     assert [word in problem.text for word, problem in zip(words, found, strict=True)] == [True] * 6
     assert [problem.elsewhere for problem in found] == [False, False, True, True, True, True]
     assert text_of(found).startswith("6 mistakes:\nparallel.replicate=2")
-    assert text_of([found[0], found[0]]) == found[0].text  # of several runs, each alike
+    assert text_of([found[0], found[0]]) == found[0].text  # several runs with the same mistake
 
 
 def test_what_every_rank_knows_by_itself_reads_nothing(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_made_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_prepared_cache_that_is_closed_to_us_serves(open_path: Path) -> None:
-    """Somebody else's. Where something is to be made, it is refused before the queue."""
+    """Somebody else's cache. If something must be prepared in it, the run is refused before the queue."""
     words, cache = tiny(open_path), open_path / "cache"
     config = Config.model_validate(words)
     prepared = prepare(config, cache, lambda line: None, lambda: False)
@@ -155,7 +155,7 @@ def test_a_prepared_cache_that_is_closed_to_us_serves(open_path: Path) -> None:
 
 
 def named(path: Path) -> str:
-    """What is said of it."""
+    """What is reported about it."""
     with pytest.raises(UserError, match=r"start\.from: ") as raised:
         checkpoint_named(path)
     return str(raised.value)

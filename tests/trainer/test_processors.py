@@ -1,4 +1,4 @@
-"""Threads are counted by what the allocation allows and by what is idle."""
+"""The number of threads depends on what the allocation allows and on what is idle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of 16 processors whose files are in a folder."""
+    """A machine of 16 processors whose kernel files are in a folder."""
     monkeypatch.setattr(cgroups, "ROOT", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     return tmp_path
@@ -91,7 +91,7 @@ def test_a_quota_of_version_1(mount: str, machine: Path) -> None:
 
 
 def stat(busy: list[int], ticks: int) -> str:
-    """/proc/stat after `ticks`, with these processors in use and the others not."""
+    """/proc/stat after `ticks`, in which these processors were busy and the others not."""
     rows = [f"cpu{n} {ticks if n in busy else 0} 0 0 {0 if n in busy else ticks} 0 0 0 0 0 0" for n in range(16)]
     return "\n".join(["cpu 1 2 3 4 5 6 7 8 9 10", *rows, "ctxt 1"]) + "\n"
 
@@ -117,7 +117,7 @@ def test_more_idle_than_allowed_gives_what_is_allowed(machine: Path, monkeypatch
 
 
 def test_a_deterministic_run_gets_as_many_whatever_else_runs(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another number of threads adds in another order."""
+    """Another number of threads sums in another order."""
     monkeypatch.setattr(processors.time, "sleep", lambda seconds: pytest.fail("it looks what is idle"))
     put(machine, {CGROUP: "0::/\n", CPU_MAX: "800000 100000\n"})
     assert [processors.threads(n, deterministic=True).each for n in (1, 2, 3, 8, 16)] == [8, 4, 2, 1, 1]
@@ -125,7 +125,7 @@ def test_a_deterministic_run_gets_as_many_whatever_else_runs(machine: Path, monk
 
 
 def _a_run(config: dict[str, Any], threads: int) -> str:
-    """What a run says that computes with so many."""
+    """The printed text of a run that computes with this many threads."""
     from trainer.life.stop import StopWish
     from trainer.start import start
 
@@ -146,7 +146,7 @@ def test_a_run_says_when_it_goes_on_with_another_number_of_threads(tmp_path: Pat
 
 
 def test_on_one_allowed_core_or_busy_ones_there_is_one_thread() -> None:
-    """The real machine: all its processors are kept busy, then one alone is allowed."""
+    """The real machine: all its processors are kept busy, then only one is allowed."""
     usable = os.sched_getaffinity(0)
     command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
     busy = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in usable]
@@ -165,7 +165,7 @@ def test_on_one_allowed_core_or_busy_ones_there_is_one_thread() -> None:
 
 
 def _a_rank(config: dict[str, Any], user: str | None) -> tuple[int, str]:
-    """(Threads that a rank computes with, what it says), where the processors would give it three."""
+    """(number of threads of a rank, its printed text), where the processors would give it three."""
     import torch
 
     from trainer.ranks import world

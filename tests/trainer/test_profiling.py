@@ -1,4 +1,4 @@
-"""A profile on request: of the steps and ranks that were asked for, and of no others."""
+"""A profile on request covers the requested steps and ranks, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What tasks, batches and engines owe each other: fill-ups change nothing, weights add up, nobody knows the task."""
+"""What tasks, batches and engines must do for each other: fill-ups change nothing, weights add up, none knows the
+task."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def lm(**keys: Any) -> LanguageModelling:
 
 
 MODELS: list[dict[str, Any]] = [{}, {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qkv_bias": True}]
-ROWS = [(1, 1), (1, 3), (2, 1), (3, 2), (5, 3)]  # real ones, fill-ups
+ROWS = [(1, 1), (1, 3), (2, 1), (3, 2), (5, 3)]  # (samples, fill-ups)
 
 
 def tiny(dtype: torch.dtype = torch.float32, **keys: Any) -> Model:
@@ -82,8 +83,8 @@ def learned(task: LanguageModelling, built: Model, batch: Batch) -> dict[str, to
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize(("real", "filled"), ROWS)
 def test_a_fill_up_gives_exact_zeros(real: int, filled: int, document_mask: bool, model: dict[str, Any]) -> None:
-    """Not a bit depends on what it holds: its own gradients are zeros, and the rest is the same whichever sample it
-    repeats."""
+    """No bit depends on the content of a fill-up: its own gradients are zeros, and the rest is the same whichever
+    sample it repeats."""
     task, samples = lm(z_loss=1e-3, loss_chunk_tokens=8), windows(document_mask=document_mask)
     built, places = tiny(**model), [Place(samples, i) for i in range(real)]
     found = []
@@ -104,8 +105,8 @@ def test_a_fill_up_gives_exact_zeros(real: int, filled: int, document_mask: bool
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize(("real", "filled"), ROWS)
 def test_a_fill_up_changes_nothing(real: int, filled: int, document_mask: bool, model: dict[str, Any]) -> None:
-    """Sums and gradients are those of the same rows without it. In fp64, and to its last bits: torch adds up more rows
-    in another order, even where those that were added are zeros."""
+    """Sums and gradients equal those of the same rows without it. In fp64, up to its last bits: torch sums more rows in
+    another order, even where the added rows are zeros."""
     task, samples = lm(z_loss=1e-3, loss_chunk_tokens=8), windows(document_mask=document_mask)
     built, places = tiny(torch.float64, **model), [Place(samples, i) for i in range(real)]
     (plain,) = assemble(task, 0, places, Cut(1, real), places[0])
@@ -122,7 +123,7 @@ def test_a_fill_up_changes_nothing(real: int, filled: int, document_mask: bool, 
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_a_batch_of_fill_ups_alone_is_worth_nothing(document_mask: bool) -> None:
-    """As a rank without samples has it."""
+    """As on a rank without samples."""
     task, samples = lm(z_loss=1e-3), windows(document_mask=document_mask)
     (batch,) = assemble(task, 0, [], Cut(1, 2), Place(samples, 3))
     assert task.weigh(batch) == (0.0,)
@@ -159,7 +160,7 @@ def test_weights_over_any_cut_are_the_count_of_targets(
 
 
 class Noted:
-    """Collates nothing: keeps what it was asked for."""
+    """Collates nothing, and records its arguments."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[Columns], int, list[Row]]] = []
@@ -173,7 +174,7 @@ class Noted:
 
 
 class Numbers:
-    """A sample is its own number and that of its source."""
+    """A sample holds its own number and that of its source."""
 
     def __init__(self, source: int) -> None:
         self.source = source
@@ -228,7 +229,7 @@ BLIND = ["engines", "shown", "loop.py", "step.py", "validation.py", "run.py"]
 
 
 def words(source: str) -> Iterator[str]:
-    """Every name that the code says: of variables, attributes and arguments, what it imports, and whole strings."""
+    """Every name in the code: of variables, attributes, arguments and imports, and whole strings."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (part for alias in node.names for part in (alias.name, *alias.name.split(".")))

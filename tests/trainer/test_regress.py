@@ -1,4 +1,4 @@
-"""Regression: what goes in and out is normalised, what is said is in the target's own units."""
+"""Regression: inputs and targets are normalised, and reported values are in the target's own units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows and small files that a crash, another version or a hand left: passed over, counted, and never waited for."""
+"""Rows and small files that a crash, another version or a person left: skipped, counted, and never waited for."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ BAD_ROWS = [
 
 @pytest.fixture
 def nothing_waits() -> None:
-    """A pipe that is opened would wait for ever."""
+    """Opening a pipe would wait for ever."""
     signal.alarm(20)
     yield
     signal.alarm(0)
@@ -115,7 +115,7 @@ def a_run(root: Path) -> RunFolder:
 
 
 def all_readers(folder: RunFolder) -> str:
-    """What `report`, `watch` and `slurm status` print, in one text."""
+    """The output of `report`, `watch` and `slurm status`, in one text."""
     console = Console(width=200, file=io.StringIO(), highlight=False)
     console.print(Watcher(folder).look(None))
     assert isinstance(console.file, io.StringIO)
@@ -136,7 +136,7 @@ def test_all_who_look_pass_over_the_same_row_and_say_so(name: str, bad: bytes, t
     assert "passed over" not in before
     path = tmp_path / name
     lines = path.read_bytes().splitlines()
-    if name.startswith("gpu"):  # a reader of that file looks at lines of one kind only
+    if name.startswith("gpu"):  # a reader of that file reads lines of one kind only
         bad = bad if bad.startswith(b'{"time_s": 1e300') else b'{"kind": "second", ' + bad
     path.write_bytes(b"\n".join([*lines[:-1], bad, lines[-1], bad, b""]))
     told = all_readers(folder)
@@ -197,7 +197,7 @@ def test_an_end_that_is_none_is_a_failure_and_may_be_written_anew(tmp_path: Path
         (attempt.path / "end.json").write_text(json.dumps(bad))
         assert attempt.end is None
         assert life.attempts_without_progress(RunFolder(tmp_path)) == 1
-        found = view(tmp_path)  # who looks and who decides say the same
+        found = view(tmp_path)  # readers of the run and the decision agree
         assert found.newest is not None
         assert (found.newest.reason, found.newest.requeue) == (None, False)
         assert found.passed_over.files == {attempt.path / "end.json": "not what we write there"}
@@ -210,7 +210,7 @@ def test_only_our_spelling_of_a_number_is_an_attempt(tmp_path: Path) -> None:
     for name in ("000", "001", "1", "0002", "²", "٠٠٣", "9" * 40, "new"):
         (folder.attempts / name).mkdir(parents=True)
     assert life.numbers(folder) == [0, 1]
-    (folder.attempts / "002").touch()  # no attempt can have this number any more
+    (folder.attempts / "002").touch()  # no attempt can get this number now
     assert Attempt.open(folder).number == 3
 
 
@@ -228,7 +228,7 @@ def test_a_lease_that_no_launcher_made_is_refused_by_name(tmp_path: Path) -> Non
     refused("cannot be asked from here")
     fifo_or_folder(folder.lease, os.mkfifo)
     refused("it is a pipe, not a file; if you know")
-    folder.lease.unlink()  # the advice
+    folder.lease.unlink()  # as advised
     for torn in (b"", b'{"token": "t', b"\0" * 100):
         folder.lease.write_bytes(torn)
         Lease.take(folder, "here", 0, print).release()

@@ -1,4 +1,4 @@
-"""What is drawn: TensorBoard's and W&B's own files after a run that was started again, and what is not in them."""
+"""What is drawn: TensorBoard's and W&B's own files after a run that was restarted, and what these must not hold."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ SECRET = "hunter2-0123456789abcdef0123456789abcdef012"
 
 
 def drawn(folder: Path, tag: str = "loss") -> list[tuple[int, float]]:
-    """(Step, value) as TensorBoard itself reads them."""
+    """(step, value) as TensorBoard itself reads them."""
     found = EventAccumulator(str(folder)).Reload()
     return [(event.step, event.value) for event in found.Scalars(tag)]
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Of a file of W&B: blocks of 32 KiB, in them pieces of records: checksum, length, which piece it is."""
+    """The records of a W&B file: blocks of 32 KiB with pieces of records: checksum, length, which piece it is."""
     data, place, rest = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
         left = 32768 - place % 32768
@@ -58,7 +58,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def sent(folder: Path) -> list[dict[str, Any]]:
-    """Rows that W&B has of a run, over all its starts."""
+    """The rows that W&B has of a run, over all its starts."""
     rows = []
     for path in sorted(folder.glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for record in records(path):
@@ -84,7 +84,7 @@ def test_a_run_that_was_started_again_has_each_step_once(engine: dict[str, Any],
     folder = RunFolder(tmp_path / "run")
     assert drawn_run(tmp_path, checkpoint__every_steps=4, **changes) == [0]
     shutil.rmtree(folder.checkpoints / checkpoint_name(6))  # as if it had died: 5 and 6 are made again
-    time.sleep(1.0)  # files of both are named by the second
+    time.sleep(1.0)  # the names of both files hold the second
     changes |= {"train__steps": 8, "run__accept_changes": ["train.steps", "optim.lr"], "optim__lr": 2e-3}
     assert drawn_run(tmp_path, **changes) == [0]
 
@@ -92,17 +92,17 @@ def test_a_run_that_was_started_again_has_each_step_once(engine: dict[str, Any],
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
     assert rows[5]["loss"] != rows[7]["loss"]
     assert [step for step, _ in drawn(folder.tensorboard)] == list(range(1, 9))
-    assert dict(drawn(folder.tensorboard))[6] == pytest.approx(rows[7]["loss"])  # what was made last
+    assert dict(drawn(folder.tensorboard))[6] == pytest.approx(rows[7]["loss"])  # the later value
     there = sent(folder.wandb)
     assert [row["_step"] for row in there] == list(range(1, 9))
-    assert there[5]["loss"] == rows[5]["loss"]  # what was made first: W&B takes no step back
+    assert there[5]["loss"] == rows[5]["loss"]  # the earlier value: W&B takes no step back
     assert {"loss", "grad_norm", "tokens_per_s", "lr", "step_s"} <= there[7].keys()
 
     assert json.loads((folder.wandb / "run.json").read_text())["project"] == "lab"
     (one, two) = sorted(folder.wandb.glob("offline-run-*"))
     assert one.name.rpartition("-")[2] == two.name.rpartition("-")[2]
     text = b"".join(path.read_bytes() for path in folder.wandb.rglob("*") if path.is_file())
-    assert b"seq_len" in text  # the config is in it
+    assert b"seq_len" in text  # it holds the config
     for word in (SECRET.encode(), b"example.org", os.environ["HOME"].encode() + b"/", b"git@"):
         assert word not in text
 
@@ -112,7 +112,7 @@ def test_a_disk_that_was_full_costs_no_later_step(tmp_path: Path) -> None:
     for step in (1, 2):
         board.write(step, {"loss": float(step)})
     board.close()
-    board._writer = None  # as after a write that failed
+    board._writer = None  # as after a failed write
     time.sleep(1.0)
     board.write(3, {"loss": 3.0})
     board.close()
@@ -156,7 +156,7 @@ def test_a_package_that_is_missing_is_said_before_anything_starts(
     ):
         run_node(str(write_config(tmp_path, **change)), [], 2, StopWish())
     assert not (tmp_path / "run").exists()
-    check_series(load("demo", ["run.tensorboard=false"]).run)  # what is not asked for is not missed
+    check_series(load("demo", ["run.tensorboard=false"]).run)  # a package that is not requested is not missed
 
 
 def test_without_a_login_it_is_said_and_nobody_is_asked(tmp_path: Path) -> None:
@@ -218,6 +218,6 @@ def test_readings_that_are_none_stop_no_run(bad: str, tmp_path: Path) -> None:
     readings = Readings(path)
     path.write_text(bad)
     assert readings.new() == {}
-    time.sleep(0.01)  # by its time a file is known to be new
+    time.sleep(0.01)  # its time shows that a file is new
     write_json(path, {"a": {"sm_pct": [2.0, 1.0]}})
     assert readings.new() == {"gpu/a/sm_pct/mean": 2.0, "gpu/a/sm_pct/lowest": 1.0}

@@ -1,4 +1,4 @@
-"""Muster works in any folder: whatever lies there, our own packages and libraries are imported."""
+"""Muster works in any folder: whatever files are there, our own packages and the libraries are imported."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_libraries_that_lie_beside_ours_are_found_and_hide_nothing(tmp_path: Pat
     code = "import sys; sys.path.insert(0, ''); from trainer.host.shadow import stand_apart; stand_apart(); "
     code += "import only_here, colorsys, trainer; print(trainer.__file__)"
     for env in ({}, {"PYTHONPATH": str(tmp_path)}):
-        command = [sys.executable, "-S", "-c", code]  # -S: an editable install would find what is missing
+        command = [sys.executable, "-S", "-c", code]  # -S: an editable install would find a missing module
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
         assert (done.stdout, done.stderr) == (f"{tmp_path}/trainer/__init__.py\n", "")
 
@@ -69,7 +69,7 @@ def test_an_installed_package_that_wrote_over_ours_is_named(tmp_path: Path) -> N
         shutil.copytree(ROOT / package, tmp_path / package)
     (tmp_path / "configs/errors.py").unlink()
     (tmp_path / "configs/__init__.py").write_text("theirs = 1\n")
-    # -S: an editable install would find what is missing.
+    # -S: an editable install would find a missing module.
     command, env = [sys.executable, "-S", "-P", "-m", "launch", "--help"], {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Which of torch's records of collectives a hung rank hands over."""
+"""Which of torch's records of collectives a hung rank gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def recorders(**dumps: Any) -> Any:
 
 
 def test_the_record_that_has_collectives_is_told() -> None:
-    """A torch built for CUDA has two: on the CPU that of NCCL is there, and empty."""
+    """A torch built for CUDA has two records. On the CPU that of NCCL exists, and is empty."""
     assert _flight(recorders(nccl=EMPTY, fr=MADE)) == MADE.encode()
     assert _flight(recorders(nccl=MADE, fr=EMPTY)) == MADE.encode()
     assert _flight(recorders(nccl=MADE.encode(), fr=MADE)) == MADE.encode()

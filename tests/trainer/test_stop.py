@@ -1,4 +1,4 @@
-"""Signals and requests as one process sees them. Whole runs are stopped in tests/life."""
+"""Signals and requests in one process. tests/life stops whole runs."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_the_first_signal_decides() -> None:
 
 
 def test_under_nohup_a_hangup_is_nothing_but_a_warning_is_heard() -> None:
-    """A job script traps USR2 before torchrun; the ranks hear it all the same."""
+    """A job script traps USR2 before torchrun, but the ranks still handle it."""
     assert signalled("SIGHUP", ignored=True) == (0, "None")
     assert signalled("SIGHUP", "SIGUSR2", ignored=True) == (0, "warning")
 
 
 def test_a_launched_worker_hears_its_launcher_alone(tmp_path: Path) -> None:
-    """torchrun's SIGTERM means that another rank failed: no stop, and an end after a moment's patience."""
+    """torchrun's SIGTERM means that another rank failed. It is no stop; the process ends a moment later."""
     request = tmp_path / "request"
     assert signalled("SIGINT", "SIGUSR2", "SIGHUP", request=request) == (0, "None")
     assert signalled("SIGTERM", request=request) == (1, "None")
@@ -68,7 +68,7 @@ def test_stop_file_and_time_limit(tmp_path: Path) -> None:
     wish = StopWish()
     wish.watch(tmp_path / "STOP", limit_s=100.0, began=time.monotonic() - 200.0)
     (tmp_path / "STOP").touch()
-    assert wish.poll() is Cause.STOP_FILE  # a person's word comes before the limit, long over
+    assert wish.poll() is Cause.STOP_FILE  # a person's request wins over the time limit, which has long passed
     limited = StopWish()
     limited.watch(tmp_path / "none", limit_s=100.0, began=time.monotonic() - 200.0)
     assert limited.poll() is Cause.TIME_LIMIT

@@ -1,4 +1,4 @@
-"""Tensor parallelism learns what one process learns, whatever else it is combined with."""
+"""Tensor parallelism learns what one process learns, whatever it is combined with."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def same_curves(ours: dict[str, Any], theirs: dict[str, Any], steps: int = STEPS
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The configs of runs of one process, made."""
+    """The configs of runs that one process has made."""
     made = {}
     for name, shape in SHAPES.items():
         made[name] = tiny(tmp_path_factory.mktemp(name), **COMMON, **shape)
@@ -124,7 +124,7 @@ def test_other_settings_of_the_engine_do_not_matter(way: str, alone: dict[str, d
 
 
 def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
-    """Partial sums are rounded to bf16 before they are added up. Seen: up to 1.6e-4, and 1.2e-4 for FSDP alone."""
+    """Partial sums are rounded to bf16 before they are added. Seen: up to 1.6e-4, and 1.2e-4 for FSDP alone."""
     changes = {**COMMON, **LLAMA, "precision__compute": "bf16"}
     one, four = tiny(tmp_path / "one", **changes), tiny(tmp_path / "four", **changes, parallel__tensor=2)
     assert train(one) == [0]
@@ -134,8 +134,8 @@ def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
 
 
 def test_muon_sees_whole_matrices(tmp_path: Path) -> None:
-    """It iterates in bf16, which blows up the last bits: FSDP alone parts from one process by up to 1.6e-5 in 6 steps,
-    this by 1.3e-5. Half a matrix, or one put together wrongly, parts by more than 1e-3."""
+    """Muon iterates in bf16, which enlarges differences in the last bits. In 6 steps FSDP alone differs from one
+    process by up to 1.6e-5, this by 1.3e-5. Half a matrix, or one put together wrongly, differs by more than 1e-3."""
     changes = {**LLAMA, "train__steps": 6, "optim__name": "muon"}
     one, six = tiny(tmp_path / "one", **changes), tiny(tmp_path / "six", **changes, parallel__tensor=2)
     assert train(one) == [0]
@@ -161,7 +161,7 @@ def test_every_sample_is_given_once_and_noted_once(tmp_path: Path) -> None:
 
 
 def wish_on(rank: int, config: dict[str, Any]) -> int:
-    """A run that one rank alone wishes to leave at step 2."""
+    """A run that only one rank wishes to leave, at step 2."""
     from trainer.data.batch import StepBatch
     from trainer.life.stop import Cause, StopWish
     from trainer.run import Run
@@ -182,7 +182,7 @@ def test_a_wish_of_a_rank_that_counts_nothing_is_heard(tmp_path: Path) -> None:
 
 
 def spoil(config: dict[str, Any]) -> int:
-    """A run in which the loss of step 2 is not finite on the second data rank, as both of its ranks see it."""
+    """A run in which the loss of step 2 is not finite on the second data rank, for both of its ranks."""
     from trainer.data.batch import Batch
     from trainer.life.stop import StopWish
     from trainer.run import Run
@@ -230,7 +230,7 @@ def logits(config: dict[str, Any]) -> list[list[float]]:
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_every_rank_gets_the_logits_of_one_process(shape: str, tmp_path: Path) -> None:
-    """Also for fewer tokens than ranks."""
+    """Also with fewer tokens than ranks."""
     (expected,) = run_ranks(1, logits, tiny(tmp_path, **SHAPES[shape]))
     for found in run_ranks(4, logits, tiny(tmp_path, **SHAPES[shape], parallel__tensor=2)):
         for ours, theirs in zip(found, expected, strict=True):
@@ -238,7 +238,7 @@ def test_every_rank_gets_the_logits_of_one_process(shape: str, tmp_path: Path) -
 
 
 def test_dropout_differs_between_ranks_and_survives_recomputing(tmp_path: Path) -> None:
-    """Each rank draws for tokens and heads of its own; a block that is computed again draws the same."""
+    """Each rank draws for its own tokens and heads. A block that is computed again draws the same."""
     changes = {"train__steps": 4, "model__dropout": 0.3, "parallel__tensor": 2}
     found = []
     for how in ("none", "full"):
@@ -308,7 +308,7 @@ def largest(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def test_no_rank_holds_logits_of_all_words(tmp_path: Path) -> None:
-    """Not even of a chunk: the largest tensor of a forward and backward is a chunk of this rank's words."""
+    """Not even for one chunk: the largest tensor of forward and backward is a chunk of this rank's words."""
     changes = {"model__vocab_size": 4001, "model__dim": 8, "task__loss_chunk_tokens": 16, "task__z_loss": 1e-3}
     assert run_ranks(1, largest, tiny(tmp_path, **changes)) == [(16, 4001)]
     assert run_ranks(2, largest, tiny(tmp_path, **changes, parallel__tensor=2)) == [(16, 2001), (16, 2000)]
@@ -363,7 +363,7 @@ def split_with_a_norm_of_its_own(config: dict[str, Any]) -> str:
     from trainer.start import start
 
     class Scaled(torch.nn.RMSNorm):
-        """What it computes beside the norm would be lost: parts of a norm compute as a norm does."""
+        """Computes more than the norm, which would be lost: parts of a norm compute only the norm."""
 
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)

@@ -19,7 +19,7 @@ from trainer.life.rows import read_rows
 ORDER_OF_SUMMATION = 2e-5  # of losses; see tests/test_train.py
 STEP = 3
 BOTTOM = ["embed.*", "blocks.0.*"]
-# 7 and 13 rows of 2 x 3 ranks are where FSDP's pieces of a tensor group's part are not what torch says of them.
+# With 7 and 13 rows on 2 x 3 ranks, FSDP's pieces of a tensor group's part differ from what torch reports.
 SHAPE: dict[str, Any] = {
     "model__vocab_size": 263,
     "model__mlp_dim": 13,
@@ -36,7 +36,7 @@ SHAPE: dict[str, Any] = {
 
 
 def write(config: dict[str, Any], place: str) -> int:
-    """A run that also puts down what torch says the whole tensors are, when it saves."""
+    """A run that, when it saves, also writes the whole tensors as torch reports them."""
     from trainer.life.stop import StopWish
     from trainer.run import Run
     from trainer.start import start
@@ -83,7 +83,7 @@ def test_every_element_is_written_once_and_at_its_place(layout: str, tmp_path: P
     config = tiny(tmp_path, **{**SHAPE, **changes, "parallel__tensor": 2})
     assert run_ranks(size, write, config, str(tmp_path / "whole")) == [0] * size
     expected = torch.load(tmp_path / "whole", weights_only=True)
-    whole = stored(config, STEP).tensors  # refuses elements that stand there twice, or not at all
+    whole = stored(config, STEP).tensors  # raises for elements that occur twice, or not at all
     assert whole.keys() == expected.keys()
     assert any(key.endswith(".exp_avg") for key in whole)
     for key, tensor in expected.items():
@@ -92,7 +92,7 @@ def test_every_element_is_written_once_and_at_its_place(layout: str, tmp_path: P
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[float]]:
-    """A run written at 2 x 2 up to STEP, and the losses with which one process went on from a copy of it."""
+    """A run written at 2 x 2 up to STEP, and the losses of one process that went on from a copy of it."""
     config = tiny(tmp_path_factory.mktemp("written"), **SHAPE, parallel__tensor=2)
     assert train(config, 4) == [0] * 4
     return config, go_on(config, 1, {}, tmp_path_factory.mktemp("one"))
@@ -141,7 +141,7 @@ def test_resuming_equals_going_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_freezing_and_unfreezing_goes_on_in_tensor_groups_and_out_of_them(tmp_path: Path) -> None:
-    """The bottom is frozen at 2, the head instead of it at 4; restarted at 3 and 5 at other layouts."""
+    """The bottom is frozen at 2, and the head instead at 4. Restarted at 3 and 5 in other layouts."""
     schedule = [{"step": 2, "frozen": BOTTOM}, {"step": 4, "frozen": ["blocks.1.attn.*", "norm.*"]}]
     changes = {**SHAPE, "train__steps": 6, "freeze__frozen": [], "freeze__schedule": schedule}
     changes |= {"checkpoint__every_steps": 1, "checkpoint__keep": {"last": 100}, "optim__warmup_steps": 0}
@@ -161,7 +161,8 @@ def test_freezing_and_unfreezing_goes_on_in_tensor_groups_and_out_of_them(tmp_pa
 
 
 def boxes() -> list[tuple[tuple[int, ...], list[Any]]]:
-    """(sizes, [our box is what is there, torch's is]) of tensors of 2 to 14 rows, cut twice along them or both ways."""
+    """(sizes, [whether our box is right, whether torch's is]) of tensors of 2 to 14 rows, cut twice along rows or both
+    ways."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -192,7 +193,7 @@ def boxes() -> list[tuple[tuple[int, ...], list[Any]]]:
 
 
 def test_boxes_of_what_is_cut_twice() -> None:
-    """Ours are right for every number of rows; torch's are not, which is why there are ours."""
+    """Our boxes are right for every number of rows. torch's are not, so we compute our own."""
     ranks = run_ranks(6, boxes)
     for row in zip(*ranks, strict=True):
         assert all(good[0] for _, good in row), row[0][0]

@@ -1,4 +1,4 @@
-"""A folder or a pipe where a file must be, and the other way round: exit code 2 with the path, before anything runs."""
+"""A folder or a pipe in place of a file, or the reverse: exit code 2 with the path, before anything runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FOLDERS = [
 
 @pytest.fixture(autouse=True)
 def nothing_waits() -> Iterator[None]:
-    """A pipe that is opened would wait for ever."""
+    """Opening a pipe would wait for ever."""
     signal.alarm(60)
     yield
     signal.alarm(0)
@@ -39,7 +39,7 @@ def nothing_waits() -> Iterator[None]:
 
 def a_socket(path: Path) -> None:
     here = Path.cwd()
-    os.chdir(path.parent)  # a socket's path is short
+    os.chdir(path.parent)  # a socket's path must be short
     try:
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(path.name)
@@ -70,7 +70,7 @@ def test_what_is_neither_file_nor_folder_is_refused(
         check_contents(RunFolder(tmp_path))
     assert str(told.value).startswith(f"{tmp_path / name}: ")
     assert what in str(told.value)
-    (tmp_path / name).unlink()  # the advice
+    (tmp_path / name).unlink()  # as advised
     check_contents(RunFolder(tmp_path))
 
 

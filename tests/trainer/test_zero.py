@@ -23,7 +23,7 @@ from trainer.life.folder import RunFolder
 from trainer.life.rows import read_rows
 
 STEPS = 8
-# Of losses between 5 and 5.6; seen: 5e-7 in fp32, where a number's last bit is 4.8e-7, and 1.2e-4 in bf16.
+# For losses between 5 and 5.6. Seen: 5e-7 in fp32, where a number's last bit is 4.8e-7, and 1.2e-4 in bf16.
 TOLERANCE = {"fp32": 5e-6, "bf16": 2e-3}
 FROZEN = {"frozen": ["embed.*", "blocks.0.*"]}
 
@@ -58,7 +58,7 @@ def pools() -> Iterator[dict[int, Pool]]:
 def trained(
     pool: Pool, root: Path, name: str, changes: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """The metrics of a whole run, and the weights that it began with, put together from all ranks."""
+    """The metrics of a whole run, and its first weights, put together from all ranks."""
     config = tiny(root, run__dir=str(root / name), checkpoint__every_steps=0, **changes)
     told = pool.run(go, config, False, timeout_s=240.0)
     assert not told[0].refused, told[0].refused
@@ -100,7 +100,7 @@ def test_losses_and_metrics_are_those_of_fsdp(
 @pytest.mark.full
 @pytest.mark.parametrize("size", [2, 4])
 def test_secondary_partitions_change_no_bit(size: int, pools: dict[int, Pool], tmp_path: Path) -> None:
-    """Of ZeRO++, and a run goes on with them from its checkpoint, and then without them under FSDP."""
+    """ZeRO++'s secondary partitions. A run goes on with them from its checkpoint, and then without them under FSDP."""
     pool = pools.setdefault(size, Pool(size))
     common = {"train__global_batch": 16, "train__micro_batch": 4, "optim__schedule": "constant"}
     zero: dict[str, Any] = {"parallel__engine": "zero", "parallel__zero_stage": 3}
@@ -182,7 +182,7 @@ def test_what_a_recipe_says_alike_is_no_contradiction(tmp_path: Path) -> None:
     assert settings["zero_optimization"] == {"stage": 3, "overlap_comm": True, "memory_efficient_linear": False}
     assert settings["wall_clock_breakdown"] is True
     assert settings["gradient_accumulation_steps"] == settings["train_micro_batch_size_per_gpu"] == 1
-    assert "gradient_clipping" not in settings  # given step by step
+    assert "gradient_clipping" not in settings  # set anew in each step
     assert "train_batch_size" not in settings
 
 

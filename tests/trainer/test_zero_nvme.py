@@ -1,7 +1,7 @@
-"""NVMe offload under ZeRO-3: masters, their state and parameters in DeepSpeed's files between steps, and nothing is
-different. Those marked `full` (`make matrix-zero`) fail where DeepSpeed's extension async_io does not build.
+"""NVMe offload under ZeRO-3: between steps, DeepSpeed's files hold masters, their state and parameters, and no result
+changes. Tests marked `full` (`make matrix-zero`) fail where DeepSpeed's extension async_io does not build.
 
-The models are so large that some tensors swap, which takes 1 MiB on each rank, and so small that others do not.
+The models are large enough that some tensors swap, which takes 1 MiB on each rank, and small enough that others do not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer.life.folder import RunFolder
 from trainer.life.rows import read_rows
 from trainer.ranks.world import World
 
-BUILD_TIME_S = 600.0  # of the extension, at its first start on a machine; here 210 s
+BUILD_TIME_S = 600.0  # of the extension, at its first start on a machine; 210 s here
 pytestmark = pytest.mark.timeout(BUILD_TIME_S + 300)
 MODEL = {"vocab_size": 260, "dim": 256, "layers": 2, "heads": 4, "mlp_dim": 2048, "max_seq_len": 64}
 FROZEN = {"frozen": ["embed.*", "blocks.0.*"]}
@@ -40,7 +40,7 @@ PIPELINED = {"pipeline_read": True, "pipeline_write": True}
 
 
 def nvme(folder: Path, parameters: bool = True, **optimizer: Any) -> dict[str, Any]:
-    """Changes of a config under which all that is large enough swaps, in several groups."""
+    """Changes of a config under which every tensor that is large enough swaps, in several groups."""
     folder.mkdir(parents=True, exist_ok=True)
     place = {"device": "nvme", "nvme_path": str(folder)}
     zero = {"sub_group_size": 600_000, "offload_optimizer": {**place, **optimizer}}
@@ -97,7 +97,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(
 
 
 def without_libaio(config: dict[str, Any]) -> Told:
-    """One attempt on a machine on which the extension does not build."""
+    """One attempt on a machine where the extension does not build."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -106,7 +106,7 @@ def without_libaio(config: dict[str, Any]) -> Told:
 
 
 def test_where_it_cannot_be_nothing_is_touched(pool: Pool, tmp_path: Path) -> None:
-    """One clear line on all ranks: no such folder, and no libaio."""
+    """One clear line on all ranks: no such folder, or no libaio."""
     config = config_of(tmp_path, "run", **nvme(tmp_path / "swap"))
     (tmp_path / "swap").rmdir()
     told = pool.run(go, config, False)
@@ -144,7 +144,7 @@ def test_a_build_that_was_killed_holds_up_no_later_one(tmp_path: Path) -> None:
         assert not (folder / "lock").exists()
         (folder / "lock").touch()
     with _building([folder]):
-        assert (folder / "lock").exists()  # of somebody else, who may be at it
+        assert (folder / "lock").exists()  # another process's, which may be using the folder
 
 
 def test_a_disk_that_is_too_small_is_refused_before_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def build() -> None:
 
 @pytest.fixture(scope="module")
 def extension() -> None:
-    """What is claimed of NVMe is tried, or the test fails."""
+    """Build the extension, or fail the test: a claim about NVMe must be tested."""
     run_ranks(1, build, timeout_s=BUILD_TIME_S)
 
 
@@ -274,7 +274,7 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    """The matrix of checkpoints, of a larger model, with layouts of its own."""
+    """The matrix of checkpoints, with a larger model, and with its own layouts."""
     root = tmp_path_factory.mktemp("matrix")
     with pytest.MonkeyPatch.context() as patched:
         for ranks in (2, 3):
@@ -283,7 +283,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
             patched.setitem(cells.EVERY, f"NVMe {ranks}", (ranks, section))
         for key, value in {"dim": 250, "mlp_dim": 2100}.items():
             patched.setitem(cells.MODEL, key, value)
-        patched.setitem(harness.TOLERANCE, "fp32", 2e-5)  # longer sums than the matrix's own model; seen: 5.1e-6
+        patched.setitem(harness.TOLERANCE, "fp32", 2e-5)  # longer sums than the matrix's own model has; seen: 5.1e-6
         made = Matrix(root)
         yield made
         made.close()

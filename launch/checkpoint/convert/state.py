@@ -202,8 +202,8 @@ def _read_ahead(
 
 
 def _part_elements(content: Content, start: int) -> int:
-    """How many elements to read from `start` on. A part of a Muster checkpoint ends at the end of a block of its file:
-    reading a part of a block reads all of it."""
+    """How many elements to read from `start` on. A part of a Muster checkpoint ends where a block of its file ends:
+    reading within a block reads all of it."""
     width = content.dtype.itemsize
     places = content.places if isinstance(content, _StoredContent) else []
     index = bisect_right(places, (start, math.inf)) - 1

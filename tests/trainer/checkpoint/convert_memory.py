@@ -1,7 +1,7 @@
-"""What memory converting takes: `python convert_memory.py FOLDER MEGABYTES`.
+"""The memory that converting takes: `python convert_memory.py FOLDER MEGABYTES`.
 
-A state of so many MB goes from each kind to each other, each time in a process of its own. Printed as JSON: by how many
-bytes the process's peak memory grew beyond what importing took.
+Converts a state of that size from each kind to each other kind, each time in a new process. Prints as JSON how many
+bytes the peak memory of the process grew beyond its imports.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def peak_bytes() -> int:
 
 
 def in_a_process(folder: Path, source: Path, target: Path, to: Kind) -> int:
-    """The growth of the peak, told by a forked child."""
+    """The growth of the peak, which a forked child reports."""
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
         before = peak_bytes()
         convert(source, target, to)
         os.write(tell, str(peak_bytes() - before).encode())
@@ -43,7 +43,7 @@ def in_a_process(folder: Path, source: Path, target: Path, to: Kind) -> int:
 
 
 def save(root: Path, megabytes: int) -> Path:
-    """Three tensors of a third each, the largest in one piece."""
+    """Save three tensors of a third each. The largest is one piece."""
     count = megabytes * 1_000_000 // 12
 
     def piece(key: str, group: str) -> Piece:
@@ -61,10 +61,10 @@ def save(root: Path, megabytes: int) -> Path:
 
 
 def main(folder: Path, megabytes: int) -> None:
-    import torch.distributed.checkpoint  # noqa: F401 - part of what importing takes
+    import torch.distributed.checkpoint  # noqa: F401 - its import must not count as growth
 
-    os.fsync = lambda descriptor: None  # takes most of the time, and no memory
-    pid = os.fork()  # the state is never in this process
+    os.fsync = lambda descriptor: None  # fsync takes most of the time, and no memory
+    pid = os.fork()  # so that this process never holds the state
     if pid == 0:
         save(folder / "checkpoints", megabytes)
         os._exit(0)

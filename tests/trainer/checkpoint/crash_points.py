@@ -1,6 +1,6 @@
-"""Actions on a folder of checkpoints beside saving; each file operation is a crash point. Prints JSON by action.
+"""Actions on a folder of checkpoints other than a save; each file operation is a crash point. Prints JSON by action.
 
-A program of its own (`python crash_points.py names|kill|kill-all|record FOLDER`): a process with threads may not fork.
+It runs as a program (`python crash_points.py names|kill|kill-all|record FOLDER`): a process with threads may not fork.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def tensors(step: int) -> dict[str, tuple[Group, torch.Tensor]]:
 
 
 def save(store: CheckpointStore, step: int, held: Sequence[str] = ("w", "w.exp_avg", "f")) -> None:
-    """One process saves what it holds; frozen tensors are linked to the last save of the same store."""
+    """One process saves the tensors it holds. Frozen tensors are linked to the last save of the same store."""
     whole = {key: tensors(step)[key] for key in held}
     pieces = [Piece(k, g, t, tuple(t.shape), (0,) * t.ndim, tuple(t.shape)) for k, (g, t) in whole.items()]
     state = RunState(position={"consumed_samples": 8 * step}, step_counts={"w": step}, trained_steps={"f": 0})
@@ -67,7 +67,7 @@ def shelf_of(root: Path, keep: KeepSection = EVERYTHING) -> Shelf:
 
 
 def is_whole(path: Path) -> None:
-    """Assert that a checkpoint holds exactly its step, every block of it checked."""
+    """Check every block of a checkpoint, and assert that it holds exactly its step."""
     checkpoint = Checkpoint(path)
     checkpoint.verify()
     expected = tensors(checkpoint.step)
@@ -79,7 +79,7 @@ def is_whole(path: Path) -> None:
 
 
 def flip(path: Path, byte: int) -> None:
-    """Flip a bit in place: whoever shares the bytes has it too."""
+    """Flip a bit in place, so that every name of these bytes has the change."""
     with path.open("r+b") as file:
         content = bytearray(file.read())
         content[byte] ^= 4
@@ -89,7 +89,7 @@ def flip(path: Path, byte: int) -> None:
 
 @dataclass(frozen=True)
 class Action:
-    """`prepare` makes the state before, in the process that then acts. `judge` says what a start finds, "before" or
+    """`prepare` makes the state before, in the process that then acts. `judge` returns what a start finds, "before" or
     "after", and raises AssertionError or BadCheckpoint when it is neither."""
 
     prepare: Callable[[Path], Any]
@@ -98,7 +98,7 @@ class Action:
 
 
 def _newest(root: Path, bad: tuple[str, ...] = ()) -> int:
-    """The start's own way: clean up, take the newest good one. All that carries a committed name must be whole."""
+    """Clean up and take the newest good one, as a start does. Everything with a committed name must be whole."""
     shelf = shelf_of(root)
     shelf.clean()
     for step in shelf.steps():
@@ -110,7 +110,7 @@ def _newest(root: Path, bad: tuple[str, ...] = ()) -> int:
     return found.step
 
 
-# ---- a save whose frozen file is a link to the last one's, and which prunes the one before that
+# ---- a save whose frozen file is a link to that of the save before, and which prunes the save before that
 
 
 def _two_saves(root: Path) -> CheckpointStore:
@@ -121,7 +121,7 @@ def _two_saves(root: Path) -> CheckpointStore:
 
 
 def _one_of_before(root: Path) -> CheckpointStore:
-    """What is frozen lies in the files of an attempt before, and no rank holds it."""
+    """Files of an earlier attempt hold the frozen tensors, and no rank holds them."""
     save(store_of(root, 1), 2)
     store = store_of(root, 2, KeepSection(last=2, best=False))
     store.adopt(Checkpoint(root / "step-00000002"), {"f": "f"}, lineage=True, foreign=False)
@@ -167,7 +167,7 @@ def _two_bad(root: Path) -> None:
     _five(root)
     flip(root / "step-00000005/manifest.json", 40)
     (root / "step-00000004" / MODEL).unlink()
-    (root / "step-00000005.bad-0").mkdir()  # such a name is taken already
+    (root / "step-00000005.bad-0").mkdir()  # this name is already taken
 
 
 def _judge_reject(root: Path) -> str:
@@ -223,7 +223,7 @@ def _judge_recovery(root: Path) -> str:
         is_whole(path.parent.parent)
     except BadCheckpoint:
         label = "before"
-        if path.exists():  # the very bytes that were there, nothing half written
+        if path.exists():  # the same bytes as before, nothing half written
             assert path.stat().st_size
             flip(path, -1)
             is_whole(path.parent.parent)
@@ -235,14 +235,14 @@ def _judge_recovery(root: Path) -> str:
     return label
 
 
-# ---- converting into each kind, from each kind: the source stays, the target is whole or not there
+# ---- converting into each kind, from each kind: the source stays, the target is whole or missing
 
 
 def _sources(root: Path) -> None:
     save(store_of(root, 1), 1)
     for kind in ("torch", "dcp"):
         convert(root / "step-00000001", root / f"source.{kind}", kind)
-    (root / "target.partial-convert").mkdir()  # of a conversion that was killed
+    (root / "target.partial-convert").mkdir()  # left by a conversion that was killed
     (root / "target.partial-convert/x").write_bytes(b"half")
 
 
@@ -251,7 +251,7 @@ def _converted(source: str, to: Kind) -> Action:
         is_whole(root / "step-00000001")
         there = (root / "target").exists()
         if not there:
-            convert(root / source, root / "target", to)  # again, past what was left
+            convert(root / source, root / "target", to)  # again, although there are leftovers
         assert {entry.name for entry in root.iterdir()} == {"step-00000001", "source.torch", "source.dcp", "target"}
         state = open_state(root / "target")
         try:
@@ -285,7 +285,7 @@ ACTIONS = {
 
 
 def forked(work: Callable[[], object]) -> int:
-    """Run in a forked process; its exit code, negative for a signal."""
+    """Run in a forked process; returns its exit code, negative for a signal."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -302,7 +302,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def prepared(action: Action, folder: Path) -> tuple[Path, Any]:
-    """The state before, made once: on disk below `folder/run`, a copy of it in `folder/before`, the rest in memory."""
+    """The state before, made once: on disk in `folder/run`, with a copy in `folder/before`, the rest in memory."""
     root = folder / "run" / "checkpoints"
     state = action.prepare(root)
     assert threading.active_count() == 1, "a process may only be forked without other threads"
@@ -311,12 +311,12 @@ def prepared(action: Action, folder: Path) -> tuple[Path, Any]:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Two names of one file stay that, which shutil does not know."""
+    """Copy a tree so that two names of one file stay one file. shutil would copy it twice."""
     subprocess.run(["cp", "-a", str(source), str(target)], check=True)
 
 
 def names_of(action: Action, folder: Path) -> list[str]:
-    """The operations of the action, between two marks."""
+    """The names of the action's operations, between two marks."""
     root, state = prepared(action, folder)
     (folder / "mark-begin").mkdir()
     names = [row[0] for row in recorded(action, root, state)]
@@ -326,7 +326,7 @@ def names_of(action: Action, folder: Path) -> list[str]:
 
 
 def recorded(action: Action, root: Path, state: Any) -> list[list[Any]]:
-    """Every operation of the action, which is done."""
+    """Do the action; returns every operation of it."""
     rows: list[list[Any]] = []
 
     @contextmanager
@@ -346,7 +346,7 @@ def record(action: Action, folder: Path) -> list[list[Any]]:
 
 
 def killed_at(action: Action, root: Path, state: Any, point: int, points: int) -> None:
-    """The action, and SIGKILL right before operation number `point`, or after the last one of them."""
+    """Do the action, and send SIGKILL right before operation number `point`, or after the last one."""
     seen, lock = -1, threading.RLock()
 
     @contextmanager
@@ -365,15 +365,16 @@ def killed_at(action: Action, root: Path, state: Any, point: int, points: int) -
 
 
 def kill_everywhere(action: Action, folder: Path, every: int = 1) -> dict[str, Any]:
-    """A crash before each operation and after the last, and what a start finds then. (One process acts: right after an
-    operation is right before the next.) Of the writes in the middle of a file, only one in `every`."""
+    """Crash before each operation and after the last, and record what a start then finds. (One process acts, so
+    right after an operation is right before the next.) Of the writes in the middle of a file, crash at one in
+    `every` only."""
     root, state = prepared(action, folder)
     counted = folder / "operations"
     assert forked(lambda: counted.write_text(json.dumps([row[:2] for row in recorded(action, root, state)]))) == 0
     operations, found = json.loads(counted.read_text()), []
     names = [name for name, _ in operations]
     for point in range(len(operations) + 1):
-        last = operations[max(0, point - 2) : point + 1]  # of one file: threads take turns, each with a file of its own
+        last = operations[max(0, point - 2) : point + 1]  # of one file: threads take turns, and each has its own file
         if point % every and len(last) == 3 and last == [["write", last[0][1]]] * 3:
             continue
         shutil.rmtree(folder / "run")

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/trainer/checkpoint/deepspeed_folder.py FOLDER --stage 3 --dtype bf16
 
-It imports nothing of Muster, so that any version of DeepSpeed can run it. `FOLDER/told.pt` is gathered by DeepSpeed's
-own accessors on the ranks: each parameter, `<parameter>.exp_avg`, `<parameter>.exp_avg_sq` and buffer.
+It imports nothing of Muster, so that any version of DeepSpeed can run it. `FOLDER/told.pt` comes from DeepSpeed's own
+accessors on the ranks. It holds each parameter, `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`, and each buffer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Net(nn.Module):
-    """No size divides by 2 or 3, some are smaller than the ranks are many. The head is tied to the embedding."""
+    """No size divides by 2 or 3, and some are smaller than the number of ranks. The head is tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Net(nn.Module):
         self.head = nn.Linear(5, 11, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("shift", torch.linspace(-1, 1, 5))
-        self.register_buffer("seen", torch.tensor(0))  # an integer, without dimensions
+        self.register_buffer("seen", torch.tensor(0))  # an integer without dimensions
         self.register_buffer("scratch", torch.ones(3), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 def groups(net: nn.Module) -> list[dict[str, Any]]:
-    """Two parameter groups, as everybody has them."""
+    """The usual two parameter groups."""
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if name.endswith("weight")]
     return [
@@ -64,7 +64,7 @@ def write(
     frozen: tuple[str, ...] = FROZEN,
     more: dict[str, Any] | None = None,
 ) -> None:
-    """One rank's part. `frozen` are patterns, `more` further settings."""
+    """One rank's part. `frozen`: patterns; `more`: further settings."""
     warnings.simplefilter("ignore")
     import deepspeed
 
@@ -99,7 +99,7 @@ def write(
         engine.step()
     engine.save_checkpoint(folder, client_state={"epoch": 2})
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
-        # Its accessors know the optimizer state that there was after the first group's first step: of that group alone.
+        # Its accessors know only the optimizer state from after the first group's first step: that of this group alone.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     told = gathered(engine.module, stage)
@@ -109,7 +109,7 @@ def write(
 
 
 def gathered(net: nn.Module, stage: int) -> dict[str, torch.Tensor]:
-    """A collective."""
+    """Whole parameters, states and buffers by name. A collective."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -1,7 +1,7 @@
-"""What the golden checkpoint of format 1 holds, and how it was made.
+"""The content of the golden checkpoint of format 1, and how it was made.
 
-It was written once, by `python tests/trainer/checkpoint/golden_state.py FOLDER`, and stays: later versions must read
-it. Every value follows from a formula, so that no random generator and no reader of ours is needed to check it.
+`python tests/trainer/checkpoint/golden_state.py FOLDER` wrote it once, and it stays: later versions must read it. Every
+value follows from a formula, so that the check needs no random generator and no reader of ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FOLDER = Path(__file__).with_name("golden") / "step-00000500"
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """Every tensor, whole: parameters cut several ways, one of each dtype, a scalar, one without elements."""
+    """Every tensor, whole: parameters cut in several ways, one of each dtype, a scalar, one without elements."""
     state = {
         "blocks.0.wq.weight": torch.arange(35, dtype=torch.float32).reshape(7, 5) / 8,
         "blocks.0.wq.weight.exp_avg": -torch.arange(35, dtype=torch.float32).reshape(7, 5),
@@ -36,7 +36,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def pieces(rank: int) -> list[Piece]:
-    """Rank 0 and 1 of 2: rows cut 4 and 3, a moment as flat ranges, columns frozen, the rest on both."""
+    """The pieces of rank 0 or 1: rows cut 4 and 3, a moment as flat ranges, columns frozen, the rest on both."""
     full = tensors()
     rows, flat, columns = [
         (slice(0, 4), slice(0, 17), slice(0, 2)),

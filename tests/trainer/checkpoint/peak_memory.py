@@ -1,4 +1,4 @@
-"""Saves 200 MB of tensors twice and prints their bytes and by how many bytes the process's peak memory grew."""
+"""Saves 200 MB of tensors twice. Prints their bytes, and by how many bytes the process's peak memory grew."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A filesystem that keeps only what it promised: after a power loss any subset of what was not fsynced may be there.
+"""A filesystem that keeps only what it promised: after a power loss it may hold any subset of what was not fsynced.
 
-Replays the operations that a save made. Bytes are durable when their file was fsynced, names when their folder was.
-What is pending (each write, each change of a folder) is kept, lost or, for writes, kept in part or as zeros, as chosen.
+It replays the operations of a save. Bytes are durable once their file was fsynced, names once their folder was. Each
+pending write or folder change is kept or lost, as chosen. A pending write may also be kept in part, or as zeros.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-EXHAUSTIVE_UP_TO = 4  # pending changes: below this every combination is tried
+EXHAUSTIVE_UP_TO = 4  # pending changes: up to this number every combination is tried
 RANDOM_CHOICES = 6
 
 
 @dataclass(frozen=True)
 class Step:
-    """One recorded operation, paths relative to the run folder."""
+    """One recorded operation. Paths are relative to the run folder."""
 
     name: str
     path: str
@@ -29,7 +29,7 @@ class Step:
 
 @dataclass
 class Node:
-    """A file or a folder: what is durable of it, and what is pending, in order."""
+    """A file or a folder: its durable content, and its pending changes in order."""
 
     is_folder: bool
     content: bytes = b""
@@ -44,7 +44,7 @@ class Disk:
 
     @classmethod
     def of(cls, folder: Path) -> Disk:
-        """What lies below `folder`, all of it durable. Two names of one file stay that."""
+        """Everything below `folder`, all of it durable. Two names of one file stay one file."""
         disk = cls()
         files: dict[tuple[int, int], Node] = {}
 
@@ -62,7 +62,7 @@ class Disk:
         return disk
 
     def run(self, step: Step) -> None:
-        """Do one operation as the running system sees it; only the two fsyncs make anything durable."""
+        """Do one operation as the running system sees it. Only the two fsyncs make anything durable."""
         folder, name = self._folder(step.path), PurePosixPath(step.path).name
         if step.name in ("mkdir", "create"):
             self._set(folder, name, Node(is_folder=step.name == "mkdir"))
@@ -88,11 +88,11 @@ class Disk:
             raise AssertionError(step.name)
 
     def pending(self) -> list[tuple[Node, int]]:
-        """Every pending change that could still be seen: (node, index)."""
+        """Every pending change that a name could still show: (node, index)."""
         return [(node, index) for node in self._nodes() for index in range(len(node.pending))]
 
     def after_power_loss(self, kept: dict[tuple[int, int], str]) -> dict[str, bytes | None]:
-        """The tree that is found when pending changes went as chosen: path -> content, None for folders."""
+        """The tree after a power loss, with the chosen fates of pending changes: path -> content, None for folders."""
         found: dict[str, bytes | None] = {}
 
         def walk(node: Node, path: str) -> None:
@@ -134,7 +134,7 @@ class Disk:
 
 
 def _settle(node: Node, fates: Sequence[str]) -> None:
-    """Apply pending changes by fate: kept, lost, and for writes also half (the first bytes) or zeros."""
+    """Apply pending changes by their fate: kept, lost, and for writes also half (the first bytes) or zeros."""
     for (kind, name, child, offset, data), fate in zip(node.pending, fates, strict=True):
         if fate == "lost":
             continue
@@ -155,8 +155,8 @@ def _settle(node: Node, fates: Sequence[str]) -> None:
 
 
 def choices(disk: Disk, rng: random.Random) -> Iterator[dict[tuple[int, int], str]]:
-    """Ways in which the pending changes may go: all of them when there are few; otherwise all, none, all but each one,
-    each one alone, and random mixes with torn writes."""
+    """Choices of fates for the pending changes: all combinations when there are few changes. Otherwise all kept, none,
+    all but each one, each one alone, and random mixes with torn writes."""
     pending = [((id(node), index), node.pending[index][0] == "write") for node, index in disk.pending()]
     keys = [key for key, _ in pending]
     if len(pending) <= EXHAUSTIVE_UP_TO:
@@ -177,7 +177,7 @@ def choices(disk: Disk, rng: random.Random) -> Iterator[dict[tuple[int, int], st
 
 
 def materialise(tree: dict[str, bytes | None], folder: Path) -> None:
-    """Make the tree real below `folder`."""
+    """Write the tree below `folder`."""
     for path, content in tree.items():
         if content is None:
             (folder / path).mkdir(parents=True, exist_ok=True)

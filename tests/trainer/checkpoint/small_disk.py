@@ -1,5 +1,5 @@
-"""Saves to a filesystem of a few MB until it is full, makes room, and saves again. Run inside a mount namespace of its
-own (`unshare --mount`); prints what happened as JSON."""
+"""Saves to a filesystem of a few MB until it is full, makes room, and saves again. Run this inside its own mount
+namespace (`unshare --mount`). Prints what happened as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of one kind into another, bit for bit; the other kinds are read by PyTorch's own readers."""
+"""Checkpoints converted from one kind to another, bit for bit. PyTorch's own readers read the other kinds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def by_library(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a converted checkpoint, read by the safetensors library: they are whole, at offset 0."""
+    """Every tensor of a converted checkpoint, read by the safetensors library. All are whole, at offset 0."""
     found = {}
     for path in sorted(checkpoint.glob("*/*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -51,15 +51,15 @@ def by_library(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def told(manifest: Manifest) -> dict[str, Any]:
-    """All that a manifest says, except where the bytes lie."""
+    """Everything in a manifest, except where the bytes are."""
     text = manifest.model_dump(mode="json")
     tensors = {key: (t.group, t.dtype, manifest.shape_of(key), t.trained_step) for key, t in manifest.tensors.items()}
     return {k: v for k, v in text.items() if k not in ("files", "partitions", "checksums", "tensors")} | {"t": tensors}
 
 
 def cut_state(root: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Two ranks' pieces: rows, columns, flat ranges; tied, frozen, a buffer, different step counts, sizes that do not
-    divide; several times the part in which it streams."""
+    """A checkpoint of two ranks' pieces: rows, columns and flat ranges; tied, frozen, a buffer, different step counts.
+    Its sizes do not divide, and it is several times as large as a part of the stream."""
     torch.manual_seed(0)
     full = {
         "embed.weight": torch.randn(331, 7),
@@ -113,7 +113,7 @@ def cut_state(root: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("through", ["torch", "dcp"])
 def test_there_and_back(tmp_path: Path, through: Any) -> None:
-    """Everything comes back: bits, groups, step counts, ties, position, config."""
+    """Everything survives both ways: bits, groups, step counts, ties, position, config."""
     source, full = cut_state(tmp_path / "checkpoints")
     convert(source, tmp_path / "between", through)
     convert(tmp_path / "between", tmp_path / "back", "muster")
@@ -161,7 +161,7 @@ def test_into_a_file_that_torch_loads(tmp_path: Path) -> None:
 
 
 class Net(nn.Module):
-    """Tied, of odd sizes, with a buffer."""
+    """A net with tied weights, odd sizes and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def state_of_net(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """In Muster's names, from torch's own objects."""
+    """The state by Muster's names, from torch's own objects."""
     found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -198,7 +198,7 @@ def state_of_net(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def test_into_a_folder_that_dcp_loads_into_a_model(tmp_path: Path) -> None:
-    """The recipe of PyTorch's tutorials: get_state_dict, dcp.load, set_state_dict; then the same next step."""
+    """The recipe of PyTorch's tutorials: get_state_dict, dcp.load, set_state_dict. Then the next step is the same."""
     model, optimizer = trained()
     parts = get_state_dict(model, optimizer)
     torch.save({"model": parts[0], "optim": parts[1], "step": 3}, tmp_path / "a.pt")
@@ -232,7 +232,7 @@ def test_from_a_dcp_folder_of_one_process(tmp_path: Path) -> None:
 
 
 def check_net(folder: Path, expected: dict[str, torch.Tensor], updates: int) -> None:
-    """A converted checkpoint of the net holds exactly its state."""
+    """Check that a converted checkpoint of the net holds exactly its state."""
     checkpoint = Checkpoint(folder)
     checkpoint.verify()
     found = by_library(folder)
@@ -245,7 +245,7 @@ def check_net(folder: Path, expected: dict[str, torch.Tensor], updates: int) -> 
 
 
 def test_a_flat_dict_keeps_its_names(tmp_path: Path) -> None:
-    """Names that begin with "model." are left alone where nothing says that the word is not part of them."""
+    """Names that begin with "model." stay unchanged where nothing shows that the word is not part of them."""
     tensors = {"model.layers.0.w": torch.randn(3, 4), "lm_head.weight": torch.randn(2)}
     torch.save(tensors, tmp_path / "a.pt")
     dcp.save(dict(tensors), checkpoint_id=tmp_path / "d", no_dist=True)
@@ -279,7 +279,7 @@ def test_strided_tied_and_shared_tensors_of_torch_save(tmp_path: Path) -> None:
 
 
 def test_optimizer_state_by_number(tmp_path: Path) -> None:
-    """With names beside the numbers it is known whose it is; without them it is refused, and the weights can be had."""
+    """With names beside the numbers it is converted. Without them it is refused, but the weights are not."""
     model, _ = trained(0)
     optimizer = torch.optim.AdamW(model.named_parameters())
     step(model, optimizer)
@@ -296,7 +296,7 @@ def test_optimizer_state_by_number(tmp_path: Path) -> None:
 
 
 def test_small_bounds_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files, chunks and parts far smaller than a tensor: what a state of terabytes meets."""
+    """Files, chunks and parts far smaller than a tensor, as with a state of terabytes."""
     source, full = cut_state(tmp_path / "checkpoints")
     monkeypatch.setattr(convert_dcp, "FILE_LIMIT_BYTES", 1 << 20)
     monkeypatch.setattr(convert_dcp, "CHUNK_LIMIT_BYTES", 1 << 20)
@@ -334,7 +334,7 @@ def test_a_stream_is_read_ahead_but_never_mixed_up(tmp_path: Path, monkeypatch: 
 
 
 def test_no_block_of_a_checkpoint_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts end where blocks end, so that checking whole blocks costs nothing."""
+    """Parts end where blocks end, so that checking whole blocks costs nothing extra."""
     full = torch.randn(5_000_000)
     store = CheckpointStore(tmp_path / "checkpoints", asynchronous=False)
     store.save(1, [Piece("w", "model", full, (5_000_000,), (0,), (5_000_000,))], RunState())

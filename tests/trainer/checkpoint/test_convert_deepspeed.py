@@ -1,6 +1,6 @@
-"""Folders that DeepSpeed wrote, read without DeepSpeed: by the version that is installed, and by one of 2023.
+"""Folders that DeepSpeed wrote, read without DeepSpeed: from the installed version, and from one of 2023.
 
-What they must hold was gathered on the ranks that wrote them, by DeepSpeed's own accessors (`deepspeed_folder.py`).
+DeepSpeed's own accessors gathered the expected content on the ranks that wrote the folders (`deepspeed_folder.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CASES: list[tuple[int, int, str, dict[str, Any]]] = [(2, stage, "bf16", {}) for 
 FURTHER: list[tuple[int, int, str, dict[str, Any]]] = [
     *((ranks, stage, "fp32", {}) for ranks in (1, 2, 3) for stage in STAGES),
     *((3, stage, "bf16", {}) for stage in STAGES),
-    *((ranks, 1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}) for ranks in (2, 3)),  # a class of its own
+    *((ranks, 1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}) for ranks in (2, 3)),  # its own class
     (3, 2, "bf16", {"zero_optimization": {"round_robin_gradients": True}}),
     (2, 1, "fp32", {"zero_optimization": {"elastic_checkpoint": True}}),
     (2, 2, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
@@ -48,7 +48,7 @@ FURTHER: list[tuple[int, int, str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, Pool]]:
-    """Ranks under plain DeepSpeed, by their number."""
+    """Number of ranks -> a pool under plain DeepSpeed."""
     made: dict[int, Pool] = {}
     yield made
     for pool in made.values():
@@ -57,7 +57,7 @@ def pools() -> Iterator[dict[int, Pool]]:
 
 @pytest.fixture(scope="module")
 def trainers() -> Iterator[Pool]:
-    """Ranks under our trainer, which sets up its own process group."""
+    """A pool under our trainer, which sets up its own process group."""
     pool = Pool(2)
     yield pool
     pool.close()
@@ -69,7 +69,7 @@ def convert(source: Path, target: Path, *words: str) -> Stored:
 
 
 def check(stored: Stored, told: dict[str, torch.Tensor], frozen: set[str], count: int = STEPS) -> None:
-    """The checkpoint holds what the ranks held, bit for bit in the same number formats, and nothing else."""
+    """Check that the checkpoint holds what the ranks held, with the same bits and number formats, and nothing else."""
     aliases, tensors, manifest = stored.manifest["aliases"], stored.tensors, stored.manifest
     assert told.keys() - aliases.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -104,7 +104,7 @@ def test_what_is_written_today(
     check(convert(tmp_path / "d", tmp_path / "m"), told, set(FROZEN))
     weights = convert(tmp_path / "d" / f"global_step{STEPS}", tmp_path / "w", "--take", "weights")
     assert weights.tensors.keys() == {name for name in told if ".exp_avg" not in name} - {"head.weight"}
-    # DeepSpeed's own way to whole weights: at stage 1 what is frozen is not in it
+    # DeepSpeed's own way to whole weights leaves out frozen ones at stage 1.
     if not more:
         theirs = pool.run(their_weights, str(tmp_path / "d"))[0]
         assert set(FROZEN) - theirs == (set(FROZEN) if stage == 1 else set())
@@ -119,7 +119,7 @@ def their_weights(folder: str) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_was_written_in_2023(stage: int, tmp_path: Path) -> None:
     told = torch.load(OLD / f"stage-{stage}/told.pt", weights_only=True)
-    # it made an optimizer step of zeros before the first, which torch's AdamW counts
+    # It made an optimizer step of zeros before the first step, which torch's AdamW counts.
     check(convert(OLD / f"stage-{stage}", tmp_path / "m"), told, set(FROZEN), STEPS + 1)
 
 
@@ -138,7 +138,7 @@ def decoder() -> nn.Module:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_goes_on_from_it(stage: int, pools: dict[int, Pool], trainers: Pool, tmp_path: Path) -> None:
-    """Weights, frozen ones and optimizer state are in the ranks' memory bit for bit, and the run trains on."""
+    """All weights and optimizer state reach the ranks' memory bit for bit, and the run trains on."""
     pool, frozen = pools.setdefault(2, Pool(2)), ("blocks.0.*",)
     pool.run(write, str(tmp_path / "d"), stage, "bf16", decoder, frozen)
     stored = convert(tmp_path / "d", tmp_path / "m")
@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_it(stage: int, pools: dict[int, Pool], trainers: Poo
 
 @pytest.fixture(params=STAGES)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of an old folder, to be spoilt."""
+    """A copy of an old folder, for a test to damage."""
     shutil.copytree(OLD / f"stage-{request.param}", tmp_path / "d")
     return tmp_path / "d"
 
@@ -180,7 +180,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def refused(folder: Path, capsys: Capture) -> str:
-    """What is said: one or two lines, exit code 2, and nothing is left."""
+    """Check that the conversion is refused in one or two lines with exit code 2, and leaves nothing; returns them."""
     before = sorted(folder.parent.iterdir())
     capsys.readouterr()
     assert main(["checkpoint", "convert", str(folder), str(folder.parent / "m"), "--from", "deepspeed"]) == 2
@@ -235,7 +235,7 @@ def test_latest(folder: Path, capsys: Capture) -> None:
 
 
 def test_a_folder_named_as_a_checkpoint_of_ours(tmp_path: Path, capsys: Capture) -> None:
-    """Under a tag such as `step-500`, which would be a damaged checkpoint of ours."""
+    """DeepSpeed's tag may be `step-500`, which would be the name of a damaged checkpoint of ours."""
     shutil.copytree(OLD / "stage-2", tmp_path / "d")
     for tag in ("step-500", f"step-{STEPS:08d}"):
         folder = next(path for path in (tmp_path / "d").iterdir() if path.is_dir())
@@ -273,7 +273,7 @@ def test_files_of_different_runs(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_another_model(folder: Path, capsys: Capture) -> None:
-    """Shapes that ask for more than the ranks hold, or for less."""
+    """Shapes that need more elements than the ranks hold, or fewer."""
     for path in files(folder, "*model*"):
         changed(path, lambda root: root["param_shapes"][0].update({"out.weight": torch.Size([50, 7])}))
     assert "elements: of another model" in refused(folder, capsys)
@@ -315,7 +315,7 @@ def test_nothing_in_it_is_run(folder: Path, capsys: Capture) -> None:
 
 
 def test_every_damaged_master_and_state_is_noticed(folder: Path, capsys: Capture) -> None:
-    """One flipped bit in each tensor that is read, also in padding between and behind parameters."""
+    """One flipped bit in each tensor that is read, also in padding between and after parameters."""
     for path in files(folder, "*optim*"):
         before = path.read_bytes()
         with zipfile.ZipFile(path) as archive:

@@ -1,6 +1,6 @@
-"""What others put into checkpoints: pickles that would run something, archives and numbers that lie, damaged bytes.
+"""Hostile input in checkpoints: pickles that would run code, archives and numbers that are false, damaged bytes.
 
-Each hostile pickle would create a file. PyTorch's own way of opening it is tried too, so that the test can fail.
+Each hostile pickle would create a file. PyTorch's own way of opening is tried too, which shows that the test can fail.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Hostile:
 
 
 def refused(source: Path, target: Path, mark: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Convert and diff say no, in two lines at most, and nothing was run or left."""
+    """Check that convert and diff refuse, in at most two lines, and that nothing was run or left behind."""
     capsys.readouterr()
     for verb in (["convert", str(source), str(target), "--to", "muster"], ["diff", str(source), str(source)]):
         assert main(["checkpoint", *verb]) == 2
@@ -55,7 +55,7 @@ def refused(source: Path, target: Path, mark: Path, capsys: pytest.CaptureFixtur
 
 
 def replaced(archive: Path, name: str, content: bytes) -> None:
-    """The same archive with another record."""
+    """Replace a record of the archive."""
     with zipfile.ZipFile(archive) as old:
         records = {entry.filename: old.read(entry) for entry in old.infolist()}
     with zipfile.ZipFile(archive, "w") as new:
@@ -123,7 +123,7 @@ def test_hostile_value_in_a_distcp(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_hostile_tensor_in_a_distcp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The place where a tensor should be holds another archive."""
+    """Another archive stands where a tensor should be."""
     folder, mark = dcp_folder(tmp_path / "d"), tmp_path / "ran"
     with (folder / ".metadata").open("rb") as file:
         metadata: Metadata = pickle.load(file)
@@ -148,7 +148,7 @@ def test_paths_stay_inside_the_folder(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "not the name of a file in the folder" in refused(folder, tmp_path / "m", tmp_path / "ran", capsys)
 
 
-# Pickles of opcodes that no pickler writes: they change what the reader holds, or call what is no function.
+# Pickles of opcodes that no pickler writes. They change an object of the reader, or call what is no function.
 OPCODES = [
     pytest.param(b"\x80\x02ctorch\nSize\n}X\x08\x00\x00\x00functionNsb.", id="state of a callable"),
     pytest.param(b"\x80\x02ctorch\nSize\nN}X\x08\x00\x00\x00functionNs\x86b.", id="slots of a callable"),
@@ -177,7 +177,7 @@ def test_pickles_of_no_pickler(content: bytes) -> None:
 
 
 def test_enums_as_python_wrote_them_before_3_11_4() -> None:
-    """As `getattr(the enum, the member's name)`, where later ones call the enum with its value."""
+    """As `getattr(the enum, the member's name)`, where later versions call the enum with its value."""
     names: Names = {("a", "Kind"): Enumeration((("one", 1), ("two", 2)))}
     old = lambda name: f"cbuiltins\ngetattr\n(ca\nKind\nV{name}\ntR.".encode()  # noqa: E731
     assert unpickle("x", old("two"), names) == unpickle("x", b"ca\nKind\n(I2\ntR.", names) == 2
@@ -187,7 +187,7 @@ def test_enums_as_python_wrote_them_before_3_11_4() -> None:
 
 
 def drain(path: Path) -> dict[str, bytes]:
-    """Read all of it, as converting does."""
+    """Read all of a checkpoint, as a conversion does."""
     state = open_state(path)
     try:
         found = {}
@@ -204,7 +204,7 @@ def drain(path: Path) -> dict[str, bytes]:
 def test_damaged_files_are_refused_or_read_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Any bytes changed, cut or added anywhere: never other numbers, never an error that is not the user's."""
+    """Any bytes changed, cut or added anywhere: never other numbers, and never an error other than UserError."""
     folder = tmp_path_factory.mktemp("damaged", numbered=True)
     torch.save({"model": {"w": torch.arange(12.0), "h": torch.ones(3, 2).t()}, "step": 4}, folder / "a.pt")
     expected = drain(folder / "a.pt")
@@ -229,7 +229,7 @@ def test_a_storage_of_another_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pt", "dcp"])
 def test_a_flipped_bit_is_found(tmp_path: Path, kind: str) -> None:
-    """PyTorch's own readers do not look at these checksums."""
+    """PyTorch's own readers do not check these checksums."""
     weights = torch.arange(1000.0)
     if kind == "pt":
         path = tmp_path / "a.pt"

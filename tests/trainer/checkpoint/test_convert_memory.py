@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent.parent
 
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """Beyond what importing takes; a third of the state, its largest tensor, is more than the bound."""
+    """Measured beyond the imports. The largest tensor, a third of the state, is larger than the bound."""
     done = subprocess.run(
         [sys.executable, convert_memory.__file__, str(tmp_path), "300"],
         cwd=ROOT,

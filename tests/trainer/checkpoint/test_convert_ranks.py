@@ -1,6 +1,6 @@
 """Folders that torch.distributed.checkpoint wrote on several ranks: FSDP2 with AdamW, and tensors cut along columns.
 
-What they must hold is gathered by torch itself on the ranks that wrote them.
+torch itself gathers the expected content on the ranks that wrote them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.checkpoint.load.checkpoint import Checkpoint
 
 
 def write_fsdp(folder: str, flatten: bool, told: str) -> None:
-    """Train and save as PyTorch's tutorial does; rank 0 writes the whole state, in Muster's names, to `told`."""
+    """Train and save as PyTorch's tutorial does. Rank 0 writes the whole state, by Muster's names, to `told`."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     torch.manual_seed(5)
@@ -59,7 +59,7 @@ def test_fsdp2_and_adamw(tmp_path: Path, ranks: int, flatten: bool) -> None:
 
 
 def cuts() -> dict[str, tuple[tuple[int, ...], list[Any]]]:
-    """Whole shapes and how they lie on a mesh of 2 x 1 or 2 x 2: rows, columns, both, copies."""
+    """Name -> (whole shape, placements on a mesh of 2 x 1 or 2 x 2): rows, columns, both, copies."""
     return {
         "rows": ((5, 7), [Shard(0), Replicate()]),
         "columns": ((5, 7), [Shard(1), Replicate()]),
@@ -87,7 +87,7 @@ def whole(shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tensors_cut_along_any_dimension(tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run_ranks(ranks, write_cut, str(tmp_path / "d"))
-    monkeypatch.setattr("launch.checkpoint.convert.state.PART_BYTES", 40)  # parts that begin and end inside of rows
+    monkeypatch.setattr("launch.checkpoint.convert.state.PART_BYTES", 40)  # parts then begin and end inside rows
     convert(tmp_path / "d", tmp_path / "m", "muster")
     checkpoint = Checkpoint(tmp_path / "m")
     checkpoint.verify()

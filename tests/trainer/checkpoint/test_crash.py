@@ -1,4 +1,4 @@
-"""Every file operation of a two-rank save is a crash point: killed there, the run finds a whole checkpoint."""
+"""Every file operation of a two-rank save is a crash point: after a kill there, the run finds a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any
 
 import two_ranks
 
-# What strace is asked to show: every call that can change a file or a folder, ours or not.
+# The calls that strace shows: every one that can change a file or a folder, ours or not.
 TRACED = (
     "mkdir,mkdirat,open,openat,openat2,creat,write,pwrite64,writev,pwritev,pwritev2,fsync,fdatasync,sync,syncfs,"
     "sync_file_range,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,rmdir,truncate,ftruncate,"
     "fallocate,chmod,fchmod,fchmodat,chown,fchown,fchownat,utimensat,copy_file_range,sendfile,splice,mknod,mknodat"
 )
-# How the layer's operations appear as system calls.
+# The system calls that the disk layer's operations make.
 AS_CALL = {"create": "openat", "fsync_dir": "fsync"}
 
 
 def traced_calls(trace: str, folder: str) -> Counter[str]:
-    """Calls between the marks that name a path below `folder`. An open counts where it makes or empties a file: what is
-    only locked is opened for writing, too."""
+    """Calls between the marks that name a path below `folder`. An open counts only if it makes or empties a file: a
+    file that is only locked is opened for writing, too."""
     calls: Counter[str] = Counter()
     counting = False
     for line in trace.splitlines():
@@ -44,7 +44,7 @@ def traced_calls(trace: str, folder: str) -> Counter[str]:
 
 
 def told_by(program: ModuleType, what: str, folder: Path, prefix: list[str] | None = None) -> Any:
-    """Run a program of this folder on its own, and return the JSON that it printed."""
+    """Run a program of this folder, and return the JSON that it printed."""
     command = [*(prefix or []), sys.executable, str(program.__file__), what, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
@@ -53,7 +53,7 @@ def told_by(program: ModuleType, what: str, folder: Path, prefix: list[str] | No
 
 
 def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
-    """strace sees the same save from outside: no operation goes past the disk layer, so no crash point is missed."""
+    """strace sees the same save from outside. No operation bypasses the disk layer, so no crash point is missed."""
     strace = shutil.which("strace")
     assert strace, "strace is needed to count system calls (apt-get install strace)"
     trace = tmp_path / "trace"
@@ -66,8 +66,8 @@ def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
 
 
 def test_killed_at_every_operation(tmp_path: Path) -> None:
-    """SIGKILL right before and right after each operation of each rank: the old checkpoint or the new one is whole, and
-    which of them is decided by the rename alone."""
+    """SIGKILL right before and right after each operation of each rank. The old checkpoint or the new one is whole, and
+    the rename alone decides which."""
     result = told_by(two_ranks, "kill", tmp_path)
     names, found = result["names"], result["found"]
     commit = names[0].index("rename")

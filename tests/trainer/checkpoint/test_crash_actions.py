@@ -1,5 +1,5 @@
-"""Killed or without power at any file operation of a linked save, of pruning, of setting aside, of recovering or of
-converting: a start finds the folder as it was before or as it was meant to be, and nothing half done."""
+"""Killed, or without power, at any file operation of a linked save, of pruning, of setting aside, of recovering or of
+converting. A start finds the folder either as before or as intended, and nothing half done."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from trainer.checkpoint.format.errors import BadCheckpoint
 
 @pytest.mark.parametrize("points", ["kill", pytest.param("kill-all", marks=pytest.mark.full)])
 def test_killed_at_every_operation(tmp_path: Path, points: str) -> None:
-    """(But for most of the writes of one and the same file, which `make faults` adds.)"""
+    """(Without most of the writes of one and the same file, which `make faults` adds.)"""
     for action, result in told_by(crash_points, points, tmp_path).items():
         names, found = result["names"], result["found"]
         print(f"{action}: {len(names)} operations, killed at {len(found)} of {len(names) + 1} points: {Counter(found)}")
         assert len(found) == len(names) + 1 or (points == "kill" and "convert" in action and len(found) > 10)
         assert found[0] == "before"
         assert found[-1] == "after"
-        assert found == sorted(found, reverse=True), action  # once after, never before again
+        assert found == sorted(found, reverse=True), action  # once "after" is found, "before" never comes back
 
 
 def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
-    """strace sees the same actions from outside: no operation goes past the disk layer."""
+    """strace sees the same actions from outside: no operation bypasses the disk layer."""
     strace = shutil.which("strace")
     assert strace, "strace is needed to count system calls (apt-get install strace)"
     trace = tmp_path / "trace"
@@ -47,7 +47,7 @@ def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Step]]]:
-    """By action the folder as it was before, and every operation."""
+    """Action -> the folder before it, and every operation of it."""
     folder = tmp_path_factory.mktemp("record")
     found = {}
     for action, rows in told_by(crash_points, "record", folder).items():
@@ -61,7 +61,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
 
 
 class Judge:
-    """Says what a start finds in a tree. Trees repeat a lot, so each is made and read once."""
+    """Tells what a start finds in a tree. Trees repeat often, so each one is made and read once."""
 
     def __init__(self, action: str, folder: Path) -> None:
         self._judge, self._folder = crash_points.ACTIONS[action].judge, folder
@@ -69,7 +69,7 @@ class Judge:
 
     def find(self, tree: dict[str, bytes | None]) -> str:
         """ "before", "after", or what is wrong."""
-        # what lies under a partial name is removed unread: one tree for whatever is in it
+        # A start removes a partial name unread, so its content does not distinguish trees.
         key = hash(
             frozenset((path, b"" if content and ".partial-" in path else content) for path, content in tree.items())
         )
@@ -84,8 +84,8 @@ class Judge:
 
 
 def lose_power_everywhere(disk: Disk, steps: list[Step], judge: Judge, first: int = 0) -> Iterator[str]:
-    """What goes wrong over every prefix of the operations, from `first` on, and the choices of what survives. Once all
-    were done it must be as after."""
+    """The faults over every prefix of the operations, from `first` on, and all choices of what survives. After all
+    operations a start must find "after"."""
     rng = random.Random(7)
     for index, step in enumerate(steps):
         disk.run(step)
@@ -112,12 +112,12 @@ def test_power_loss_at_every_operation(
 @pytest.mark.full
 @pytest.mark.parametrize("action", crash_points.ACTIONS)
 def test_no_fsync_can_be_left_out(recorded: dict[str, tuple[Path, list[Step]]], tmp_path: Path, action: str) -> None:
-    """Without any one of them some power loss leaves what is neither before nor after, or undoes what was done."""
+    """Without any one fsync, some power loss leaves neither "before" nor "after", or undoes the action."""
     before, steps = recorded[action]
     kinds: dict[str, list[int]] = {}
     for index, step in enumerate(steps):
         if step.name.startswith("fsync"):
-            follows = re.sub(r"\d+", "n", steps[index - 1].target)  # two renames in a row need but one of their syncs
+            follows = re.sub(r"\d+", "n", steps[index - 1].target)  # two renames in a row need only one of their syncs
             kinds.setdefault(f"{step.name} {step.path} after {follows}", []).append(index)
     needless, judge = [], Judge(action, tmp_path / "found")
     for kind, left_out in kinds.items():

@@ -1,5 +1,6 @@
-"""Every kind of fault in every place of a checkpoint, met by two ranks: named, it is refused; continuing, all ranks
-alike fall back, or recover the file, or refuse. In no cell is anything else loaded than a whole checkpoint."""
+"""Every kind of fault in every place of a checkpoint, met by two ranks. If the checkpoint is named, it is refused. If a
+run continues, all ranks fall back, recover the file or refuse, and all do the same. Nothing but a whole checkpoint is
+loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ PLACES = ("model", "header", "frozen", "optim", "checksums.json", "manifest.json
 
 @dataclass(frozen=True)
 class Cell:
-    """What is done to the newest checkpoint, and what continuing from it, or naming it, then does."""
+    """One fault of the newest checkpoint: what continuing from the checkpoint does, and what naming it does."""
 
     kind: str
     place: str
@@ -52,7 +53,7 @@ class Cell:
 
 
 def in_place(folder: Path, place: str) -> Path:
-    """The file of a place."""
+    """The file in a place of the checkpoint."""
     group = "model" if place == "header" else place
     return folder / place if place.endswith(".json") else sorted((folder / group).iterdir())[0]
 
@@ -68,7 +69,7 @@ def instead(path: Path, make: Callable[[Path], object]) -> None:
 
 
 def device(path: Path) -> None:
-    """An endless one; a socket where devices cannot be made."""
+    """Make a device that never ends; a socket where devices cannot be made."""
     try:
         os.mknod(path, 0o020666, os.makedev(1, 5))
     except PermissionError:
@@ -77,7 +78,7 @@ def device(path: Path) -> None:
 
 def a_socket(path: Path) -> None:
     here = os.getcwd()
-    os.chdir(path.parent)  # the names of sockets are short
+    os.chdir(path.parent)  # the names of sockets must be short
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
         made.bind(path.name)
     os.chdir(here)
@@ -126,7 +127,7 @@ def resign(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def move_out(folder: Path, path: str) -> None:
-    """A right file, in a place outside the folder, that a manifest with a right digest names."""
+    """Move a right file out of the folder. A manifest with a right digest names its new place."""
     file = in_place(folder, "model")
     shutil.copy(file, folder.parent / "outside.safetensors")
     resign(folder, lambda m: rename_file(m, str(file.relative_to(folder)), path.format(parent=folder.parent)))
@@ -151,7 +152,7 @@ WHOLE: dict[str, tuple[Callable[[Path, Path], object], str, str]] = {
     "a step's name on another's": (
         lambda f, _: (shutil.rmtree(f), shutil.copytree(f.with_name(checkpoint_name(1)), f)),
         FALLS_BACK,
-        REFUSED,  # a copy may be called anything else, but not as another step is
+        REFUSED,  # a copy may have any name except that of another step
     ),
     "another model": (lambda f, foreign: (shutil.rmtree(f), shutil.copytree(foreign, f)), REFUSED, REFUSED),
     "signed again, another step in its loop": (
@@ -188,7 +189,7 @@ CELLS = [
     *(Cell(kind, "header", FALLS_BACK) for kind in HEADER_KINDS),
     *(Cell(kind, "whole", continuing, named) for kind, (_, continuing, named) in WHOLE.items()),
 ]
-# Some of each place in every test run, all of them by `make faults`.
+# Every test run checks some cells of each place, `make faults` all of them.
 PARAMETERS = [
     pytest.param(cell, id=cell.name, marks=() if cell.place == "whole" or index % 4 == 0 else pytest.mark.full)
     for index, cell in enumerate(CELLS)
@@ -207,7 +208,7 @@ def damage(cell: Cell, folder: Path, foreign: Path) -> None:
 
 
 def obey_permissions() -> None:
-    """As root, too: without these capabilities the mode bits hold for it as for anyone."""
+    """Drop the capabilities that let root ignore mode bits."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     held = (ctypes.c_uint32 * 6)()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -227,7 +228,7 @@ def content_of(engine: Engine) -> str:
 
 
 def go_through(config: dict[str, Any], sound: Path, folder: Path, names: list[str]) -> Any:
-    """On each rank: build the run once, then begin again and again in a folder with one cell's damage."""
+    """On each rank: build the run once, then begin for each cell, in a folder with its damage."""
     obey_permissions()
     results: dict[str, Any] = {}
 
@@ -267,7 +268,7 @@ def go_through(config: dict[str, Any], sound: Path, folder: Path, names: list[st
             root, said = folder / name / "checkpoints", list[str]()
 
             def copied() -> None:
-                shutil.copytree(sound / "checkpoints", root)  # no links: each file stands for itself
+                shutil.copytree(sound / "checkpoints", root)  # no links, so that each file is separate
                 make(root)
 
             self.world.from_first(copied)
@@ -291,7 +292,7 @@ def keep(root: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every cell that is asked for, by every rank."""
+    """Every requested cell, as each rank saw it."""
     callspecs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     names = [spec.params["cell"].name for spec in callspecs if spec is not None and "cell" in spec.params]
     folder = tmp_path_factory.mktemp("faults")

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is refused by name, never loaded; the run falls back to the one before."""
+"""A damaged checkpoint is named and refused, never loaded. The run falls back to the checkpoint before."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_damage_seen_at_opening_falls_back(tmp_path: Path, kind: str) -> None:
 
 
 def block_damage(folder: Path) -> list[tuple[str, str, Callable[[], object]]]:
-    """What only reading blocks can see: (file, tensor that lies there, what is done)."""
+    """Damage that only reading blocks can see: (file, a tensor in it, the action)."""
     other = folder.parent / "step-00000001"
     return [
         (MODEL, "a", lambda: flip(folder / MODEL, -1, 0)),
@@ -120,7 +120,7 @@ def block_damage(folder: Path) -> list[tuple[str, str, Callable[[], object]]]:
         (MODEL, "a", lambda: flip(folder / MODEL, 30)),  # the header's text
         (OPTIM, "a.m", lambda: flip(folder / OPTIM, BLOCK_BYTES - 1)),
         (OPTIM, "a.m", lambda: flip(folder / OPTIM, BLOCK_BYTES)),
-        (MODEL, "a", lambda: shutil.copy(other / MODEL, folder / MODEL)),  # swapped with another step's
+        (MODEL, "a", lambda: shutil.copy(other / MODEL, folder / MODEL)),  # swapped with that of another step
         (OPTIM, "a.m", lambda: (folder / OPTIM).write_bytes(bytes((folder / OPTIM).stat().st_size))),  # zero-filled
     ]
 
@@ -179,7 +179,7 @@ def test_a_file_that_changes_under_the_reader_is_bad(tmp_path: Path) -> None:
 
 
 def resigned(change: Callable[[dict[str, object]], object], path: Path) -> bytes:
-    """A manifest changed on purpose, its digest made right again: only the strict checks are left."""
+    """A manifest with a change and a right digest, so that only the strict checks can find the change."""
     fields = json.loads(path.read_bytes())
     change(fields)
     return signed(fields)
@@ -242,7 +242,7 @@ JSON = st.recursive(
 @given(st.data())
 @settings(max_examples=300)
 def test_fuzzed_manifests(sound: Path, data: st.DataObject) -> None:
-    """A value anywhere in it replaced by anything: BadCheckpoint, or a manifest that holds together."""
+    """Any value in it replaced by anything gives BadCheckpoint, or a manifest that holds together."""
     fields = json.loads((sound / "manifest.json").read_bytes())
     node: object = fields
     while isinstance(node, dict | list) and node:
@@ -295,7 +295,7 @@ ENTRY = {"dtype": st.sampled_from(["F32", "I8", "X", 3]), "shape": JSON, "data_o
 @example(header(b'{"a":{"dtype":"I8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}'), 6000)
 @settings(max_examples=400)
 def test_fuzzed_headers(raw: bytes, size: int) -> None:
-    """BadCheckpoint, or entries that fill the file exactly."""
+    """Gives BadCheckpoint, or entries that fill the file exactly."""
     try:
         entries = parse_header("f", raw, size)
     except BadCheckpoint:

@@ -1,4 +1,4 @@
-"""The golden checkpoint of format 1: every later version must read it, and so must anyone's safetensors reader."""
+"""The golden checkpoint of format 1: every later version must read it, and so must any reader of safetensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_it_reads() -> None:
 
 
 def with_the_library(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensors put together from the file names and keys alone, by the safetensors library."""
+    """Tensors put together by the safetensors library, from the file names and keys alone."""
     found: dict[str, torch.Tensor] = {}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors().items()}
     for file in sorted(folder.glob("*/*.safetensors")):
@@ -62,7 +62,7 @@ def test_the_safetensors_library_reads_the_same() -> None:
 
 
 def test_what_is_written_today_is_the_same_bytes(tmp_path: Path) -> None:
-    """Format 1 does not drift: only the time of saving may differ."""
+    """Format 1 does not change: only the time of saving may differ."""
     golden_state.make(tmp_path / "checkpoints")
     folder = tmp_path / "checkpoints" / FOLDER.name
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""What `keep` deletes: never the last checkpoint that opens, and nothing that another one needs."""
+"""`keep` never deletes the last checkpoint that opens, nor one that another needs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_only_those_that_open_count_among_the_last(tmp_path: Path) -> None:
     (tmp_path / "c/step-00000004" / MODEL).unlink()
     flip(tmp_path / "c/step-00000003/manifest.json", 40)
     store = store_of(tmp_path / "c", said, last=2)
-    assert store.shelf.going() == [1]  # 5 and 2 open; 4 and 3, between them, are not deleted either
-    assert store.shelf.steps() == [1, 2, 3, 4, 5]  # asking deletes nothing
+    assert store.shelf.going() == [1]  # 5 and 2 open; 4 and 3 between them are not deleted either
+    assert store.shelf.steps() == [1, 2, 3, 4, 5]  # `going` deletes nothing
     save(store, 6)
     assert store.shelf.steps() == [5, 6]
     assert said == []
@@ -79,11 +79,11 @@ def test_a_save_opens_the_new_checkpoint_only(tmp_path: Path, monkeypatch: pytes
     assert len(opened) == len(set(opened)) == 9
     shelf = Shelf(tmp_path / "c", KeepSection(last=3), print)
     assert shelf.going() == []
-    assert len(opened) == 9  # nothing to delete, nothing to look at
+    assert len(opened) == 9  # nothing to delete, so nothing is opened
 
 
 def test_what_another_one_refers_to_stays(tmp_path: Path) -> None:
-    """A chain of references inside the run, and one into a folder that is not this run's."""
+    """A chain of references inside the run, and one into another run's folder."""
     for step in (1, 2, 3, 4, 5):
         save(store_of(tmp_path / "c", [], last=9), step)
     refer(tmp_path / "c/step-00000003", tmp_path / "c/step-00000001")
@@ -116,20 +116,20 @@ def shelf_for(root: Path, last: int, best: bool = True) -> Shelf:
 
 
 def test_room_is_asked_for_no_more_saves_than_are_to_come(tmp_path: Path) -> None:
-    """The sizes are shares of what this filesystem has free."""
+    """The sizes are shares of the free space on this filesystem."""
     free = shutil.disk_usage(tmp_path).free
     shelf = shelf_for(tmp_path, last=9)
-    shelf.check_space(free * 4 // 5, 0, saves_to_come=1)  # a run that saves at its end alone
-    shelf.check_space(free * 2, 0, saves_to_come=0)  # one that is finished
+    shelf.check_space(free * 4 // 5, 0, saves_to_come=1)  # a run that saves only at its end
+    shelf.check_space(free * 2, 0, saves_to_come=0)  # a finished run
     with pytest.raises(UserError, match=r"but 2 more checkpoints of .*: free some space or move run\.dir$"):
         shelf.check_space(free * 4 // 5, 0, saves_to_come=2)
     for step in (1, 2):
         save(store_of(tmp_path / "c", [], last=9), step)
-    shelf_for(tmp_path, last=2).check_space(free * 2 // 5, 0, saves_to_come=100)  # 2 of 4 are there
+    shelf_for(tmp_path, last=2).check_space(free * 2 // 5, 0, saves_to_come=100)  # 2 of 4 exist
 
 
 def test_advice_about_room_is_of_use(tmp_path: Path) -> None:
-    """What is named is enough, and where nothing is enough it is not named."""
+    """The named value is enough; where no value is enough, none is named."""
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(UserError, match=r"8 more checkpoints .* or set checkpoint\.keep\.last=4$"):
         shelf_for(tmp_path, last=7, best=False).check_space(free * 2 // 11, 0, saves_to_come=100)

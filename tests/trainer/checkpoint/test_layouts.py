@@ -1,4 +1,4 @@
-"""Any writer layout into any reader layout, bit for bit."""
+"""A checkpoint of any layout reads into any other layout, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(tuple)
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Random bits, NaNs of all kinds included; booleans are 0 or 1."""
+    """Random bits, with NaNs of all kinds; booleans are 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (math.prod(shape) * dtype.itemsize,), generator=generator)
     return raw.to(torch.uint8).view(dtype).reshape(shape)
@@ -33,7 +33,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
-    """A dimension cut anywhere, into parts that may be empty: (offset, size) each."""
+    """A dimension cut anywhere, into parts that may be empty: (offset, size) of each."""
     marks = sorted(draw(st.lists(st.integers(0, size), max_size=3)))
     edges = [0, *marks, size]
     return [(low, high - low) for low, high in itertools.pairwise(edges)]
@@ -41,7 +41,7 @@ def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
 
 @st.composite
 def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[Piece]]:
-    """A tensor and pieces that make it up: a grid of boxes, or flat ranges; some with replicas, all of them there."""
+    """A tensor and pieces that make it up: a grid of boxes, or flat ranges; some with replicas, all of which exist."""
     shape, dtype = draw(SHAPES), DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
     full = random_tensor(shape, dtype, draw(st.integers(0, 2**31)))
     group = draw(st.sampled_from(GROUPS))
@@ -85,7 +85,7 @@ def test_any_cut_reads_back_as_any_box_or_range(written: tuple[torch.Tensor, lis
 
 @pytest.mark.parametrize("rows", [1, 700, 3000])
 def test_reading_across_blocks(tmp_path: Path, rows: int) -> None:
-    """Tensors of several 4 MiB blocks: columns, odd ranges and whole rows; only touched blocks are read."""
+    """Tensors of several 4 MiB blocks: columns, odd ranges and whole rows. Only touched blocks are read."""
     full = torch.randn(3000, 1111)
     small = torch.arange(5, dtype=torch.int16)
     pieces = [Piece("a", "model", full[:rows], (3000, 1111), (0, 0), (rows, 1111))]
@@ -129,7 +129,7 @@ def test_a_range_is_few_boxes_in_order(shape: tuple[int, ...], data: st.DataObje
 @given(st.data())
 @settings(max_examples=200)
 def test_tiling_faults_are_found(data: st.DataObject) -> None:
-    """Against counting elements one by one."""
+    """Compared with counting elements one by one."""
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
     boxes = []
     for _ in range(data.draw(st.integers(0, 4))):

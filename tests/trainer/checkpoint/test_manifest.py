@@ -1,4 +1,4 @@
-"""A manifest is believed only where it agrees with itself, whatever its digest says, and by all who read it alike."""
+"""A manifest is accepted only if it agrees with itself, whatever its digest, and all readers decide alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def save(run: Path, *steps: int) -> None:
-    """Checkpoints as a run writes them."""
+    """Save checkpoints as a run does."""
     run.mkdir()
     store = CheckpointStore(run / "checkpoints", asynchronous=False, keep=KeepSection(last=9))
     for step in steps:
@@ -127,7 +127,7 @@ def test_all_who_read_it_refuse_it_alike(tmp_path: Path, edit: str, capsys: pyte
 
 
 def test_what_no_run_wrote_has_no_loop() -> None:
-    """As the golden checkpoint, or one that was converted: step and position are the manifest's own."""
+    """Such as the golden checkpoint, or a converted one: step and position are the manifest's own."""
     told = {"step": 500, "position": {"consumed_samples": 4000}, "loop": {"best_loss": 2.5, "nonfinite": 0}}
     empty = {"files": [], "partitions": [], "tensors": {}, "checksums": "0" * 32}
     found = decode("m", sealed(json.dumps(told | empty).encode()))
@@ -139,13 +139,13 @@ def test_the_loop_is_written_down_once() -> None:
     assert list(LOOP) == list(Progress().state())
     assert len(LOOP) == len(fields(Progress))
     state = Progress(3, 24, 1, 2, best_score=-0.75, validations_without_better=2)
-    assert state.state()["best_loss"] == -0.75  # as format 1 calls it
+    assert state.state()["best_loss"] == -0.75  # the name in format 1
     told = {"step": 3, "position": {"consumed_samples": 24}, "loop": state.state(), "files": [], "partitions": []}
     assert Progress.of(Manifest(tensors={}, checksums="0" * 32, **told)) == state
 
 
 def twice(text: bytes, key: str, value: str) -> bytes:
-    """The same value of a key once more, right behind it."""
+    """The same key and value once more, right after it."""
     one = f'"{key}":{value}'.encode()
     assert text.count(one) == 1
     return text.replace(one, one + b"," + one)
@@ -207,19 +207,19 @@ def value_at(at: tuple[Any, ...]) -> Any:
     return node
 
 
-# of the places, those that many things rest on as often as all the others together
+# The places that much depends on are drawn as often as all others together.
 SHALLOW = [at for at in PLACES if at[0] not in ("config", "model", "files", "partitions", "tensors")]
 
 
 @given(st.sampled_from(PLACES) | st.sampled_from(SHALLOW), ANYTHING | st.sampled_from(PLACES).map(value_at))
 @settings(max_examples=400)
 def test_one_field_replaced_and_signed_again(at: tuple[Any, ...], value: Any) -> None:
-    """It is read as what it says, or refused by BadCheckpoint; step and position are never others."""
+    """It is read as what it says, or raises BadCheckpoint. Step and position never change."""
     manifest_signed(json.dumps({"at": at, "value": value}).encode())
 
 
 def test_one_field_left_out_and_signed_again() -> None:
-    """Each in turn: refused, or step and position are those of before."""
+    """Each field in turn: it is refused, or step and position stay the same."""
     read = 0
     for at in PLACES:
         tree = json.loads(SAVED)

@@ -1,6 +1,6 @@
-"""A hostile pickle in every place that some loader would open runs nothing here: it is refused or left alone.
+"""A hostile pickle, in every place that some loader would open, runs nothing here: it is refused or left alone.
 
-The pickle would create a file. Whoever opens the folder does so in a process of its own, as a person would.
+The pickle would create a file. Each command that opens the folder runs in a new process, as a person would run it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAMES = (
 
 
 class Hostile:
-    """Unpickled, it creates a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -50,7 +50,7 @@ class Hostile:
 
 
 def kinds(proof: Path) -> dict[str, bytes]:
-    """The pickle alone, of two protocols, in an archive of torch.save, and as a program."""
+    """The pickle in several forms: alone in two protocols, in an archive of torch.save, and as a program."""
     content = pickle.dumps(Hostile(proof))
     return {
         "pickle": content,
@@ -84,7 +84,7 @@ def test_the_pickles_are_hostile(tmp_path: Path) -> None:
 
 
 def strew(folder: Path, content: bytes) -> None:
-    """The content in every place, whatever was there."""
+    """Write the content in every place, over whatever was there."""
     for name in NAMES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -114,7 +114,7 @@ VERBS: dict[str, list[str]] = {
 
 
 def in_one_process(calls: list[list[str]]) -> list[tuple[int, str]]:
-    """Exit code and words of each call of `launch`, made one after the other by one child of its own."""
+    """Exit code and output of each call of `launch`. One child process makes all calls, one after the other."""
     program = (
         "import contextlib, io, json, sys\n"
         "from launch.__main__ import main\n"
@@ -154,7 +154,7 @@ def test_no_verb_runs_anything(tmp_path: Path) -> None:
         bad, dcp = folder / "run/checkpoints/step-00000003", folder / "dcp"
         strew(bad, content)
         strew(folder / "run", content)
-        (folder / "run/manifest.json").unlink()  # else it were a checkpoint itself
+        (folder / "run/manifest.json").unlink()  # else the folder would itself be a checkpoint
         strew(dcp, content)
         (dcp / "manifest.json").unlink()
         names = {"run": folder / "run", "ckpt": bad, "good": good, "dcp": dcp}
@@ -172,7 +172,7 @@ def test_no_verb_runs_anything(tmp_path: Path) -> None:
 
 
 def start_with(configs: list[dict[str, Any]]) -> list[str]:
-    """On a rank: what became of each start."""
+    """On a rank: the result of each start."""
     found = []
     for config in configs:
         try:
@@ -184,8 +184,8 @@ def start_with(configs: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["pickle", "archive"])
 def test_no_start_runs_anything(tmp_path: Path, kind: str) -> None:
-    """Named, such a folder or file is refused; continuing, the run falls back, and leaves alone what it does not
-    know."""
+    """A named folder or file of this kind is refused. A run that continues falls back, and does not touch what it does
+    not know."""
     proof = tmp_path / "proof"
     content = kinds(proof)[kind]
     config = tiny(tmp_path, train__steps=2, checkpoint__every_steps=1)

@@ -1,4 +1,4 @@
-"""The load plan: every tensor ends in one place, and a difference is refused unless it is named."""
+"""The load plan: every tensor ends in one place, and a difference is refused unless the config names it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """w trained (4 updates); f frozen after 2 updates; g frozen, never trained; new trains since just now; b a buffer;
-    head goes by the name of tied as well."""
+    """w trained (4 updates). f was frozen after 2 updates. g is frozen and never trained. new trains only since now. b
+    is a buffer, and head has the second name tied."""
     store = CheckpointStore(tmp_path_factory.mktemp("plan") / "checkpoints", asynchronous=False)
 
     def whole(key: str, group: Any) -> Piece:
@@ -47,7 +47,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def make(manifest: Manifest, trains: str, everything: bool = True, **start: Any) -> Plan:
-    """The plan for a run in which these of w, f, g, new, head train; `start` may also change shapes and dtypes."""
+    """The plan for a run in which `trains` of w, f, g, new, head train. `start` may also change shapes and dtypes."""
     shapes, dtypes = start.pop("shapes", {}), start.pop("dtypes", {})
     names = start.pop("names", "w f g new head b").split()
     tensors = {n: TensorInfo(shapes.get(n, (4,)), dtypes.get(n, FP32)) for n in names}
@@ -69,7 +69,7 @@ def test_the_same_freezing_finds_everything(manifest: Manifest) -> None:
 
 
 def test_every_stored_tensor_has_exactly_one_place(manifest: Manifest) -> None:
-    """Whatever trains now: read for the engine, or carried; none is dropped and none made up."""
+    """Whatever trains now, each one is read for the engine or carried. None is dropped and none invented."""
     for trains in ("w", "f", "g", "w f", "w f g new head", "new", "head g"):
         found = make(manifest, trains)
         found.refuse()
@@ -139,7 +139,7 @@ def test_a_replaced_tensor_begins_anew(manifest: Manifest) -> None:
 
 
 def test_lost_state_is_not_taken_for_new(manifest: Manifest) -> None:
-    """A parameter whose state is gone although it was trained is refused, not begun at 0 in silence."""
+    """A trained parameter whose state is missing is refused, and does not silently begin at 0."""
     without = {key: tensor for key, tensor in manifest.tensors.items() if not key.startswith("w.exp")}
     broken = manifest.model_copy(update={"tensors": without})
     with pytest.raises(UserError, match=r"missing: w.exp_avg \(optimizer state\)"):
@@ -150,7 +150,7 @@ def test_lost_state_is_not_taken_for_new(manifest: Manifest) -> None:
 
 
 def test_state_of_another_shape_is_refused(manifest: Manifest) -> None:
-    """Rather than read into a place that it does not fill."""
+    """It must not be read into a place that it does not fill."""
     flat = Partition(shape=[2, 2], pieces=[FlatPiece(file=0, start=0, length=4)])
     moved = manifest.tensors["w.exp_avg"].model_copy(update={"partition": len(manifest.partitions)})
     changes = {"partitions": [*manifest.partitions, flat], "tensors": manifest.tensors | {"w.exp_avg": moved}}
@@ -163,7 +163,7 @@ def test_a_wider_format_is_exact_and_only_said(manifest: Manifest) -> None:
     found.refuse()
     assert found.notes["widened"].keys() == {"w", "w.exp_avg", "w.exp_avg_sq"}
     frozen = make(manifest, "w", dtypes={"f": BF16})
-    frozen.refuse()  # of what is frozen only the copy in memory is rounded
+    frozen.refuse()  # only the copy in memory of a frozen tensor is rounded
     assert "f" in frozen.carried
 
 

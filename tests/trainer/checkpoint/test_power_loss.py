@@ -1,7 +1,7 @@
-"""Power loss at every point of two saves: only what was fsynced is sure, and that is enough.
+"""Power loss at every point of two saves: only fsynced content is sure, and that is enough.
 
-The code's own operations are recorded once; the tests then lose power after each, keeping any subset of the rest. The
-same test with an fsync left out, or the rename moved forward, must find a broken checkpoint: each fsync is needed.
+The code's own operations are recorded once. The tests then lose power after each operation, and keep any subset of the
+rest. The same test without one fsync, or with an earlier rename, must find a broken checkpoint: each fsync is needed.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
 
 
 class Judge:
-    """Says what a start finds in a tree. Trees repeat a lot, so each is made and read once."""
+    """Tells what a start finds in a tree. Trees repeat often, so each one is made and read once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: dict[int, tuple[int | None, str | None]] = {}
 
     def find(self, tree: dict[str, bytes | None]) -> tuple[int | None, str | None]:
-        """(step that a start goes on from, or None; what is wrong, or None). Wrong is any committed name that is not
+        """(step from which a start goes on, or None; the fault, or None). A fault is any committed name that is not
         whole, bit for bit, even when a newer one is good."""
         key = hash(frozenset(tree.items()))
         if key not in self._known:
@@ -74,8 +74,8 @@ class Judge:
 
 
 def lose_power_everywhere(steps: list[Step], judge: Judge, first: int = 0) -> Iterator[str]:
-    """What goes wrong, over every prefix of the operations from `first` on and the choices of what survives. From the
-    operation after a commit's rename on (its fsync, where nobody left it out) the new checkpoint must be there."""
+    """The faults over every prefix of the operations from `first` on, and all choices of what survives. From the
+    operation after a commit's rename on (its fsync, unless the test left it out), the new checkpoint must exist."""
     rng = random.Random(7)
     disk = Disk()
     sure: int | None = None
@@ -103,8 +103,8 @@ def test_power_loss_at_every_operation(steps: list[Step], tmp_path: Path) -> Non
 
 
 def syncs(steps: list[Step]) -> dict[str, set[int]]:
-    """The fsyncs of the code by what they make durable: which of the recorded operations. Those of the folder of
-    checkpoints are told apart by what they follow, all others by their path (both ranks sync a folder they share)."""
+    """The fsyncs of the code: what they make durable -> numbers of the operations. Those of the folder of checkpoints
+    differ by the operation before them, all others by their path (both ranks sync a folder that they share)."""
     found: dict[str, set[int]] = {}
     for index, step in enumerate(steps):
         if step.name.startswith("fsync"):
@@ -115,7 +115,7 @@ def syncs(steps: list[Step]) -> dict[str, set[int]]:
 
 @pytest.mark.full
 def test_no_fsync_can_be_left_out(steps: list[Step], tmp_path: Path) -> None:
-    """Without any one of them some power loss leaves a checkpoint that is not whole, or loses a committed one."""
+    """Without any one fsync, some power loss leaves a checkpoint that is not whole, or loses a committed one."""
     judge = Judge(tmp_path / "run")
     needless = []
     for name, left_out in syncs(steps).items():
@@ -128,7 +128,7 @@ def test_no_fsync_can_be_left_out(steps: list[Step], tmp_path: Path) -> None:
 
 
 def test_an_early_rename_is_found(steps: list[Step], tmp_path: Path) -> None:
-    """Were the commit's rename to come before the manifest is written, a power loss would leave a broken checkpoint."""
+    """If the commit's rename came before the manifest was written, a power loss would leave a broken checkpoint."""
     commit = max(index for index, step in enumerate(steps) if step.name == "rename" and ".partial-" in step.path)
     rename = steps[commit]
     early = max(i for i, s in enumerate(steps) if s.name == "create" and s.path == f"{rename.path}/manifest.json")

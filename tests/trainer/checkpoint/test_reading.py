@@ -1,4 +1,4 @@
-"""Reading many boxes at once: right, every touched block once, no other block, and a bad one named."""
+"""Reading many boxes at once is right, reads each touched block once and no other, and names a bad block."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDE = 3 * BLOCK_BYTES // 4  # elements of a row that is three blocks long
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Tensors of 45 MB by three ranks: rows, columns, ranges, many small ones, and rows wider than a block."""
+    """Tensors of 45 MB by three ranks: rows, columns, ranges, many small ones, and rows longer than a block."""
     torch.manual_seed(1)
     full = {
         "rows": torch.randn(1500, 1000),
@@ -90,8 +90,8 @@ def test_many_boxes_at_once(
     monkeypatch: pytest.MonkeyPatch,
     threads: int,
 ) -> None:
-    """Into tensors of all kinds: contiguous, turned, with gaps, of another dtype; boxes may overlap. Each block that is
-    touched is read exactly once, and no other."""
+    """Read into tensors of all kinds: contiguous, transposed, with gaps, of another dtype; boxes may overlap. Each
+    touched block is read exactly once, and no other."""
     path, full = saved
     monkeypatch.setattr(reading, "READING_THREADS", threads)
     checkpoint = Checkpoint(path)
@@ -119,7 +119,7 @@ def test_many_boxes_at_once(
 
 
 def blocks_read(ranges: list[tuple[int, int, int]]) -> Counter[tuple[int, int]]:
-    """How many bytes were read of each block of each file."""
+    """How many bytes of each block of each file were read."""
     found: Counter[tuple[int, int]] = Counter()
     for inode, start, end in ranges:
         assert start // BLOCK_BYTES == (end - 1) // BLOCK_BYTES
@@ -128,7 +128,7 @@ def blocks_read(ranges: list[tuple[int, int, int]]) -> Counter[tuple[int, int]]:
 
 
 def blocks_touched(checkpoint: Checkpoint, boxes: list[Wanted]) -> Counter[tuple[int, int]]:
-    """Each block that holds an element of one of the boxes, and its size; by looking at every element."""
+    """Each block that holds an element of one of the boxes, and its size. Found by looking at every element."""
     found: Counter[tuple[int, int]] = Counter()
     for one in boxes:
         width = WIDTHS[checkpoint.manifest.dtype_of(one.key)]

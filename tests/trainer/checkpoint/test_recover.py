@@ -1,4 +1,4 @@
-"""A bad file is made whole from other copies of the same bytes, block by block, or refused as before."""
+"""A bad file is repaired from other copies of the same bytes, block by block, or refused as before."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from trainer.life.events import read_events
 from trainer.life.folder import RunFolder
 
 MODEL, FROZEN = "model/rank-00000.safetensors", "frozen/rank-00000.safetensors"
-FIXED = torch.arange(2 * BLOCK_BYTES // 4 + 1000, dtype=torch.float32)  # two blocks and a bit
+FIXED = torch.arange(2 * BLOCK_BYTES // 4 + 1000, dtype=torch.float32)  # two blocks and a part of one
 
 
 def save(root: Path, step: int, attempt: int | None = None, links: CheckpointStore | None = None) -> CheckpointStore:
-    """A step of its own attempt, so that its frozen tensors are written afresh; or linked to what a store has saved."""
+    """Save a step in its own attempt, which writes the frozen tensors anew; or linked to a store's last save."""
     keep = KeepSection(last=9)
     store = links or CheckpointStore(
         root, attempt=attempt or step, asynchronous=False, keep=keep, say=lambda line: None
@@ -107,7 +107,7 @@ def test_what_reading_notices_is_recovered(shelf: Shelf, kind: str) -> None:
     READING[kind](path)
     assert shelf.mend(3, {path})
     is_whole(shelf, 3)
-    flip(path, 30)  # bad again in the same start: something is wrong with more than the bytes
+    flip(path, 30)  # bad again in the same start: the bytes are not the cause
     assert not shelf.mend(3, {path})
 
 
@@ -133,7 +133,7 @@ def test_another_name_of_the_same_bytes_is_no_copy(tmp_path: Path) -> None:
     assert not shelf.mend(2, {path})
     with pytest.raises(BadCheckpoint, match=rf"bytes 0 to {BLOCK_BYTES}.*no other copy"):
         recover(shelf.path(2), root, {path}, print)
-    save(root, 3)  # a fresh copy
+    save(root, 3)  # a new copy
     assert Shelf(root, KeepSection(last=9), print).mend(2, {path})
     is_whole(shelf, 2)
 
@@ -147,7 +147,7 @@ def flip_in_place(path: Path, byte: int) -> None:
 
 
 def test_without_a_copy_it_is_refused_and_nothing_changes(shelf: Shelf) -> None:
-    """A model file differs from step to step, though its size is the same: no block of another one will do."""
+    """A model file differs from step to step, though its size is equal: no block of another one fits."""
     path = shelf.path(3) / MODEL
     flip(path, -1)
     before = path.read_bytes()
@@ -162,7 +162,7 @@ def test_without_a_copy_it_is_refused_and_nothing_changes(shelf: Shelf) -> None:
 
 
 def test_a_copy_counts_by_its_blocks_not_by_its_checksums(shelf: Shelf) -> None:
-    """The other folders' tables say the right hashes, but their blocks are bad too; and the other way round."""
+    """Other folders' checksums are right but their blocks are bad, and the reverse."""
     path = shelf.path(3) / FROZEN
     for step in (1, 2, 3):
         flip(shelf.path(step) / FROZEN, 100)
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_describes_itself_badly_is_not_recovered(shelf: Shelf)
 
 
 def test_a_save_that_takes_over_a_bad_file_is_mended_for_the_next(shelf: Shelf) -> None:
-    """What is frozen need not be read when a run starts, only when its files are copied: the save that meets the bad
+    """A frozen tensor need not be read when a run starts, only when its files are copied. The save that meets the bad
     block fails, and the next one succeeds."""
     said: list[str] = []
     store = CheckpointStore(shelf.root, attempt=9, keep=KeepSection(last=9), asynchronous=False, say=said.append)
@@ -220,7 +220,7 @@ def test_a_save_that_takes_over_a_bad_file_is_mended_for_the_next(shelf: Shelf) 
 
 
 def test_no_room_for_the_copy_is_a_persons_matter(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Falling back would throw away steps that some room would save."""
+    """Falling back would throw away steps that some free space would save."""
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
@@ -247,7 +247,7 @@ def test_a_run_goes_on_from_a_recovered_checkpoint(size: int, tmp_path: Path) ->
     config |= {"train": {**config["train"], "steps": 2}, "checkpoint": {"every_steps": 2}}
     assert train(config, size) == [0] * size
     config["train"]["steps"] = 4
-    assert train(config, size) == [0] * size  # another attempt: a copy of its own
+    assert train(config, size) == [0] * size  # another attempt has its own copy
     newest = tmp_path / "run/checkpoints/step-00000004"
     flip(sorted((newest / "frozen").iterdir())[-1], -1)
     config["train"]["steps"] = 6

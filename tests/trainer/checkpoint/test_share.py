@@ -1,4 +1,4 @@
-"""A rank's files: bounded, several of a group, written by threads, and cut where a piece is larger than the bound."""
+"""A rank's files: of a limited size, several per group, written by threads, with pieces beyond the limit cut."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def whole(key: str, group: Group, tensor: torch.Tensor) -> Piece:
 
 
 def odd_pieces() -> tuple[list[Piece], dict[str, torch.Tensor]]:
-    """Pieces around the bound in every direction, and the whole tensors that they make."""
+    """Pieces around the limit in every dimension, and the whole tensors that they make."""
     torch.manual_seed(0)
     full = {
         "rows": torch.randn(37, 5),
@@ -129,7 +129,7 @@ def test_an_error_in_one_thread_fails_the_save_after_all_have_ended(
 
 
 def test_files_are_written_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three files meet in the middle of being written, which no one thread could do."""
+    """Three files meet in the middle of being written, which a single thread could not do."""
     monkeypatch.setattr(share, "WRITING_THREADS", 3)
     meeting = threading.Barrier(3, timeout=20)
     write_file = share.write_file

@@ -1,4 +1,4 @@
-"""A filesystem that really is full, and then has room again."""
+"""A filesystem that is really full, and then has room again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import small_disk
 
 @pytest.mark.full
 def test_saving_on_a_full_disk_and_on(tmp_path: Path) -> None:
-    """Needs a mount namespace, which root may make, and users where the kernel lets them (unshare --user)."""
+    """Needs a mount namespace. Root may make one, and users where the kernel lets them (unshare --user)."""
     namespace = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Saving: what is kept, what is linked, what happens when it cannot be done."""
+"""Saving: which checkpoints are kept, which files are linked, and what happens when a save fails."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def save(store: CheckpointStore, step: int, metric: float | None = None, state: 
 
 @pytest.fixture
 def failing() -> Iterator[list[str]]:
-    """Operations whose name stands in the list fail with "no space left"."""
+    """Operations whose name is in the list fail with "no space left"."""
     names: list[str] = []
 
     @contextmanager
@@ -103,8 +103,8 @@ def test_frozen_tensors_are_linked_and_now_and_then_fresh(tmp_path: Path) -> Non
 
 
 def test_what_trains_again_is_written_again(tmp_path: Path) -> None:
-    """A frozen tensor lies in a file until the store is told that it is held again; then its new values are written,
-    and when it freezes once more these are what is linked."""
+    """A frozen tensor stays in its file until the store hears that the tensor trains again. Then its new values are
+    written, and later saves link to them once it is frozen again."""
     store = CheckpointStore(tmp_path / "checkpoints", keep=KeepSection(last=50))
     first = save(store, 1)
     assert save(store, 2).bytes_written < first.bytes_written
@@ -156,7 +156,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_the_next_save_succeeds(
 
 
 def test_every_single_write_may_be_the_one_that_fails(tmp_path: Path) -> None:
-    """ENOSPC at each operation of a save in turn: never half a commit."""
+    """ENOSPC at each operation of a save in turn never gives half a commit."""
     for point in range(200):
         store = CheckpointStore(tmp_path / str(point), keep=KeepSection(last=1))
         assert save(store, 1).ok
@@ -188,10 +188,10 @@ def test_every_single_write_may_be_the_one_that_fails(tmp_path: Path) -> None:
 
 
 def test_a_real_full_disk(tmp_path: Path) -> None:
-    """On a filesystem of 1 MiB, where it can be mounted (as root); a write fails in the middle of a file."""
+    """On a filesystem of 1 MiB, where it can be mounted (as root): a write fails in the middle of a file."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)], capture_output=True)
     if mounted.returncode:
-        return  # the observer's tests above stand for it
+        return  # the tests with an observer above must do
     try:
         store = CheckpointStore(tmp_path / "checkpoints")
         assert save(store, 1).ok
@@ -349,7 +349,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 
 
 def test_host_memory_of_a_save_is_one_copy_and_a_block(tmp_path: Path) -> None:
-    """200 MB change, 100 MB are frozen; the peak grows by 200 MB, a block and little else, also at a second save."""
+    """200 MB change, 100 MB are frozen. The peak grows by 200 MB, a block and little else, also at a second save."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).with_name("peak_memory.py")
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)

@@ -1,7 +1,7 @@
-"""Two forked ranks that save: what the crash tests kill, trace and record.
+"""Two forked ranks that save. The crash tests kill, trace and record them.
 
-Run as a program of its own (`python two_ranks.py names|record|kill FOLDER`, JSON on stdout), because ranks may only be
-forked by a process without other threads.
+It runs as a program (`python two_ranks.py names|record|kill FOLDER`, JSON on stdout): only a process without other
+threads may fork ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEEP = KeepSection(last=1, best=False)
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
-    """The whole state at a step. The frozen tensor is the same at each."""
+    """The whole state at a step. The frozen tensor never changes."""
     generator = torch.Generator().manual_seed(step)
     fixed = torch.Generator().manual_seed(99)
     return {
@@ -48,7 +48,8 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 
 def pieces(step: int, rank: int) -> list[Piece]:
-    """Rank 0 and 1 of 2: `w` cut unevenly, `b` on both, the moment as flat ranges, the frozen one cut by columns."""
+    """The pieces of rank 0 or 1: `w` cut unevenly, `b` on both, the moment as flat ranges, columns of the frozen
+    one."""
     full = tensors(step)
     rows = slice(0, 3) if rank == 0 else slice(3, 5)
     flat = slice(0, 7) if rank == 0 else slice(7, 15)
@@ -65,7 +66,7 @@ def run_state(step: int) -> RunState:
 
 
 def is_whole(checkpoint: Checkpoint) -> None:
-    """Assert that a checkpoint holds exactly its step, every block of it checked."""
+    """Check every block of a checkpoint, and assert that it holds exactly its step."""
     checkpoint.verify()
     expected = tensors(checkpoint.step)
     assert checkpoint.manifest.tensors.keys() == expected.keys()
@@ -82,7 +83,7 @@ def must_succeed(store: CheckpointStore) -> None:
 
 @dataclass
 class Rank:
-    """A forked rank. It says when the first save is committed, waits for a go, saves again and leaves."""
+    """A forked rank. It reports that the first save is committed, waits for a signal, saves again and leaves."""
 
     pid: int
     said: int
@@ -95,7 +96,7 @@ class Rank:
         os.write(self.go, b"g")
 
     def reap(self) -> int:
-        """Wait for the end: the exit code, negative for a signal."""
+        """Wait for the end; returns the exit code, negative for a signal."""
         _, status = os.waitpid(self.pid, 0)
         os.close(self.said)
         os.close(self.go)
@@ -135,7 +136,7 @@ def fork_rank(root: Path, rank: int, watch: Callable[[int], None], whole: bool =
 
 
 def two_saves(root: Path, watch: Callable[[int], None], between: Callable[[], None], whole: bool) -> list[Rank]:
-    """Fork both ranks and let them go when the first save is committed, after `between`."""
+    """Fork both ranks. When the first save is committed, run `between` and let them go on."""
     ranks = [fork_rank(root, rank, watch, whole) for rank in (0, 1)]
     for rank in ranks:
         rank.first_save_done()
@@ -146,7 +147,7 @@ def two_saves(root: Path, watch: Callable[[int], None], between: Callable[[], No
 
 
 def names_of_operations(folder: Path) -> list[list[str]]:
-    """Save twice below `folder`; the names of each rank's operations in the second save. Marks frame that save."""
+    """Save twice below `folder`; returns the names of each rank's operations in the second save, which marks frame."""
     share.WRITING_THREADS = 1
 
     def watch(rank: int) -> None:
@@ -166,8 +167,8 @@ def names_of_operations(folder: Path) -> list[list[str]]:
 
 
 def record(folder: Path) -> None:
-    """Save twice below `folder`; its file `log` gets every operation of both ranks, whose threads write at the same
-    time, in the order in which they happened, one a line."""
+    """Save twice below `folder`. Its file `log` gets every operation of both ranks, one per line, in their real order.
+    The ranks' threads write at the same time."""
     log, lock = folder / "log", folder / "lock"
     lock.touch()
 
@@ -175,7 +176,7 @@ def record(folder: Path) -> None:
         @contextmanager
         def observe(operation: disk.Operation) -> Iterator[None]:
             with lock.open() as held:
-                fcntl.flock(held, fcntl.LOCK_EX)  # one operation at a time over both ranks: the order is the real one
+                fcntl.flock(held, fcntl.LOCK_EX)  # one at a time over both ranks, so that the order is the real one
                 data = None if operation.data is None else bytes(operation.data).hex()
                 row = [operation.name, operation.path, operation.target, operation.offset, data]
                 with log.open("a") as file:
@@ -190,8 +191,8 @@ def record(folder: Path) -> None:
 
 
 def crash(root: Path, victim: int, point: int, after: bool) -> None:
-    """Two saves; `victim` is killed right before (or right `after`) operation number `point` of its second. The other
-    rank follows at once, as when a node dies, or (`after`) goes on for a while, as when only a process does."""
+    """Save twice. `victim` is killed right before (or right `after`) operation number `point` of its second save. The
+    other rank is killed at once, as when a node dies, or (`after`) goes on for a while, as when only a process dies."""
 
     def watch(rank: int) -> None:
         seen = -1
@@ -218,7 +219,7 @@ def crash(root: Path, victim: int, point: int, after: bool) -> None:
 
 
 def recover(root: Path) -> int:
-    """What a start does; returns the step it finds, whole, after which the run goes on saving."""
+    """Recover as a start does, check the checkpoint, and save again. Returns the step found."""
     said: list[str] = []
     shelf = Shelf(root, KEEP, said.append)
     shelf.clean()
@@ -239,8 +240,8 @@ def recover(root: Path) -> int:
 
 
 def kill_everywhere(folder: Path, workers: int = 4) -> list[tuple[int, int, bool, int]]:
-    """A crash at each operation of each rank, before and after: (victim, point, after, step that was found). One thread
-    writes, as the same number must mean the same operation in every trial."""
+    """Crash at each operation of each rank, before and after: (victim, point, after, step found). One thread writes,
+    since a number must mean the same operation in every trial."""
     share.WRITING_THREADS = 1
     names = names_of_operations(folder)
     trials = [(v, point, after) for v in (0, 1) for point in range(len(names[v])) for after in (False, True)]
@@ -251,7 +252,7 @@ def kill_everywhere(folder: Path, workers: int = 4) -> list[tuple[int, int, bool
 
 
 def fork_worker(folder: Path, index: int, trials: list[tuple[int, int, bool]]) -> int:
-    """A process that goes through its part of the trials, most of which is waiting."""
+    """A process that runs its part of the trials. Most of that time is waiting."""
     pid = os.fork()
     if pid:
         return pid
@@ -274,7 +275,7 @@ def fork_worker(folder: Path, index: int, trials: list[tuple[int, int, bool]]) -
 
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    share.FILE_BYTES = 40  # so that a rank writes several files of a group
+    share.FILE_BYTES = 40  # so that a rank writes several files per group
     if what == "names":
         print(json.dumps(names_of_operations(folder)))
     elif what == "record":

@@ -38,7 +38,7 @@ def jsonl(path: Path, documents: int = 40, words: int = 60, seed: int = 1) -> Pa
 
 
 def config(*sources: dict[str, Any], **keys: Any) -> Config:
-    """A config of tiny everything; keys are dotted with `__`: data__seq_len=16."""
+    """A config where everything is tiny. Keys are dotted with `__`: data__seq_len=16."""
     raw: dict[str, Any] = {
         "model": {"vocab_size": 300, "dim": 8, "layers": 1, "heads": 1, "mlp_dim": 8, "max_seq_len": 4096},
         "data": {"seq_len": 16, "validation_fraction": 0.2, "sources": list(sources)},

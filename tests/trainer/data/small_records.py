@@ -27,7 +27,7 @@ def nothing(line: str) -> None:
 
 
 class Table:
-    """Columns of numbers, less the mean of the training records; the label by its place among those."""
+    """Columns of numbers minus the mean of the training records, and the index of the label among theirs."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
@@ -57,7 +57,7 @@ class Table:
 
 
 class Images:
-    """Needs no survey, and does not look."""
+    """Needs no survey, and reads no record in it."""
 
     def about(self) -> dict[str, Any]:
         return {}
@@ -78,7 +78,7 @@ class NoWork(Table):
 
 
 def config(*sources: dict[str, Any], validate: int = 0, **data: Any) -> Config:
-    """As it will be for a task of records: today every config has a language model."""
+    """A config as it will be for a task of records: today every config has a language model."""
     raw = {
         "model": {"vocab_size": 300, "dim": 8, "layers": 1, "heads": 1, "mlp_dim": 8, "max_seq_len": 64},
         "data": {"seq_len": 8, "sources": [{"name": "documents", "path": "x"}]},
@@ -114,7 +114,7 @@ def fingerprints(index: Path) -> list[str]:
 
 
 def held(samples: ColumnSamples, mean: float = 0.0) -> list[int]:
-    """Which rows, by y."""
+    """The number of each row that the samples hold, from its y."""
     return [round(4 * float(samples.read(i)["x"][1])) for i in range(len(samples))]
 
 

@@ -1,4 +1,4 @@
-"""The store of samples: what is written is read again, whatever its shape."""
+"""The store of samples: what is written can be read, whatever its shape."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_is_written_is_read(samples: list[Sample]) -> None:
 
 
 def test_a_column_that_becomes_ragged_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offsets of the samples before are made up for, in pieces."""
+    """The offsets of the earlier samples are then written, in parts."""
     monkeypatch.setattr(module, "_FLUSH", 3)
     check(tmp_path, [{"x": np.full((2, 2), i)} for i in range(8)] + [{"x": np.full((n, 2), n)} for n in (0, 5, 1, 2)])
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path, sample: Sample) -> Non
 
 
 def test_damaged_files_are_seen(tmp_path: Path) -> None:
-    """A file of another node may be short for a while: `Prepared.open` tries again on ValueError."""
+    """A file from another node may be short for a while: `Prepared.open` tries again on ValueError."""
     samples = [{"x": np.arange(i, dtype=np.int64), "y": np.arange(2)} for i in range(3)]
     facts = write(tmp_path, samples)
     other = tmp_path / "other"

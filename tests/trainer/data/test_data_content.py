@@ -1,4 +1,4 @@
-"""Files that are gone or are something else than their source's kind says: named, and refused before any work."""
+"""Files that are missing, or do not fit their source's kind, are named and refused before any work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.data.prepare import prepare
 
 
 def refusal(kind: str, path: Path, pattern: str = "**/*") -> list[str]:
-    """The lines in which preparing a source is refused; none of it may be left in the cache."""
+    """The lines with which preparing a source is refused. The cache must then hold nothing of it."""
     cache = path.parent / "cache"
     with pytest.raises(UserError) as e:
         prepared(cache, config({"name": "s", "kind": kind, "path": str(path), "pattern": pattern}))
@@ -58,7 +58,7 @@ def test_dead_links_are_named_three_and_counted(tmp_path: Path) -> None:
         link.unlink()
     assert "1 of its 4 files cannot be read: part (a link to" in refusal("text", folder, "**/*.txt")[0]
     (folder / "part").unlink()
-    # Neither a name that the pattern leaves out nor a folder that it does not reach is missed.
+    # A name that the pattern leaves out, or a folder that it does not reach, is not missed.
     prepared(tmp_path / "cache", config({"name": "s", "path": str(folder), "pattern": "**/*.txt"}))
 
 
@@ -163,7 +163,7 @@ def test_what_is_no_text_is_refused_by_name(tmp_path: Path, what: str) -> None:
         if (kind, what) != ("tokens", "a .npy array"):
             said, _ = refusal(kind, folder)
             assert f"has kind {kind}, but 1 of its 1 files are something else: a.bin ({what})" in said
-    # Among others one is enough: the pattern that the message shows leaves it out.
+    # One such file among others is enough. The pattern in the message leaves it out.
     for i in range(3):
         (folder / f"{i}.txt").write_text(f"a text {i} " * 20)
     said, advice = refusal("text", folder)
@@ -193,7 +193,7 @@ def test_the_kind_that_fits_is_named_and_works(tmp_path: Path, content: bytes, k
 
 
 def test_token_files_that_are_none_are_refused_in_our_words(tmp_path: Path) -> None:
-    """numpy would speak of `allow_pickle`, which loads code."""
+    """numpy's message would name `allow_pickle`, which loads code."""
     good = npy(np.arange(300))
     objects = io.BytesIO()
     np.save(objects, np.array([{}], dtype=object), allow_pickle=True)

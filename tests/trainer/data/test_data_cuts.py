@@ -1,4 +1,4 @@
-"""Long texts are cut only where no id changes: pieces give the ids of the whole, for every tokenizer."""
+"""Long texts are cut only where no id changes: the pieces give the ids of the whole text, for every tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.data.open_tokens import tokens_of
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import JsonTokenizer
 
-# What cuts, normalizers and patterns could stumble over, and the words between.
+# Words, and the texts between them that cuts, normalizers and patterns could get wrong.
 ATOMS = [
     *("a", "b", "the", "foo", "Жук", "й", "가", "각", "世", "界。", "23", "1", "'s", "'", "!", "/", ".", "！", "🌍"),
     *(" ", " ", " ", " ", " ", "  ", "\n", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x1c", "\x00"),
@@ -72,7 +72,7 @@ def trained(model: Any, normalizer: Any, pre_tokenizer: Any, added: list[AddedTo
 
 
 def sentence_piece(added: list[AddedToken] | None = None, learn: Any = None, **changes: Any) -> Tokenizer:
-    """A BPE over blanks marked by ▁, as Llama 2 and Gemma have it: words are learned, then nothing splits."""
+    """A BPE over blanks marked by ▁, as in Llama 2 and Gemma: it learns words, then nothing splits the text."""
     model = models.BPE(unk_token="<unk>", fuse_unk=True)
     spec = json.loads(trained(model, None, learn or pre_tokenizers.Metaspace()).to_str())
     spec |= {"pre_tokenizer": None, **changes}
@@ -82,7 +82,7 @@ def sentence_piece(added: list[AddedToken] | None = None, learn: Any = None, **c
 
 
 def step(value: Any) -> Any:
-    """A normalizer or pre-tokenizer as a tokenizer.json spells it."""
+    """A normalizer or pre-tokenizer in the form of a tokenizer.json."""
     return json.loads(value.__getstate__())
 
 
@@ -98,7 +98,7 @@ GEMMA = {"normalizer": step(MARK), "pre_tokenizer": step(pre_tokenizers.Split(" 
 
 
 def cut_tokenizers() -> Iterator[tuple[str, Tokenizer]]:
-    """Those whose long texts are cut."""
+    """Tokenizers whose long texts are cut."""
     byte_level = pre_tokenizers.ByteLevel
     yield "gpt2", trained(models.BPE(), None, byte_level(add_prefix_space=False))
     yield "gpt2-prefix", trained(models.BPE(), None, byte_level(add_prefix_space=True))
@@ -139,7 +139,7 @@ def cut_tokenizers() -> Iterator[tuple[str, Tokenizer]]:
 
 
 def whole_tokenizers() -> Iterator[tuple[str, Tokenizer]]:
-    """Those where a cut could change ids: that are given a whole text."""
+    """Tokenizers where a cut could change ids, so they get the whole text."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = pre_tokenizers.WhitespaceSplit()
     yield "deepseek", trained(models.BPE(), None, split(DEEPSEEK))
@@ -177,7 +177,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, JsonTokenizer]:
 
 
 def differences(tokenizer: JsonTokenizer, text: str, places: re.Pattern[bytes]) -> tuple[int, list[bytes]]:
-    """(cuts made, the pieces if their ids are not those of the whole) with tiny pieces."""
+    """(number of cuts, the pieces if their ids differ from those of the whole text), with tiny pieces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuts, "PIECE_BYTES", 3)
         parts = list(pieces([text.encode()], places))
@@ -200,7 +200,7 @@ def test_where_a_cut_could_change_ids_there_is_none(
     cut: dict[str, JsonTokenizer], whole: dict[str, JsonTokenizer]
 ) -> None:
     assert {name for name, tokenizer in whole.items() if tokenizer.places is not NOWHERE} == set()
-    # And these texts would find a wrong place: cut as GPT-2 is, such tokenizers give other ids.
+    # These texts would find a wrong place: such tokenizers give other ids when texts are cut as for GPT-2.
     wrong = {
         name
         for name, tokenizer in (whole | {"llama2": cut["llama2"]}).items()
@@ -229,7 +229,7 @@ def test_pieces_join_to_the_text_however_it_is_read(content: bytes, chunk: int, 
 
 
 def test_a_long_text_is_prepared_as_its_whole(tmp_path: Path) -> None:
-    """Through files and batches: a text of many pieces, with a dummy prefix that must stand once."""
+    """Through files and batches: a text of many pieces, with a dummy prefix that must occur once."""
     text = "the model learns text, code\n" * 10_000
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/long.txt").write_text(text)

@@ -1,4 +1,4 @@
-"""Too little data: the advice that is given is followed here, and works."""
+"""Too little data: each advice of the error is followed here, and works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def corpus(folder: Path, *documents: str) -> dict[str, Any]:
 
 
 def refused(cfg: Config, cache: Path) -> tuple[str, list[list[str]]]:
-    """What is said, and each way that is advised, as overrides."""
+    """The error's text, and each advised way as overrides."""
     with pytest.raises(UserError) as e:
         prepared(cache, cfg)
     what, advice = str(e.value).splitlines()
@@ -48,7 +48,7 @@ LONG = [f"{i} " + "word " * 30 for i in range(3)]
 @pytest.mark.parametrize(
     ("documents", "keys", "ways"),
     [
-        # Validation: one document, two, many short ones of which none is held out, and some that are short of a sample.
+        # Validation: one document; two; many short ones, none of them held out; some shorter than a sample.
         (LONG[:1], {"data__validation_fraction": 0.01, **VALIDATES}, 1),
         (LONG[:2], {"data__validation_fraction": 0.01, **VALIDATES}, 1),
         ([f"{i} words" for i in range(400)], {"data__validation_fraction": 1e-9, **VALIDATES}, 2),

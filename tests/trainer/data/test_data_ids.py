@@ -1,4 +1,4 @@
-"""Token ids that are there already need no tokenizer, only the number of the one that ends a document."""
+"""Existing token ids need no tokenizer, only the id that ends a document."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_readmes_own_command_takes_a_folder_of_ids(tmp_path: Path, monkeypatch: 
     cfg = load(preset, overrides)
     (tmp_path / "tokens").mkdir()
     held_out = False
-    for i in range(100_000):  # until the hash of one is below the share that is held out
+    for i in range(100_000):  # until a document's hash is below the held-out share
         document = np.full(10_000, i, dtype="<u4")
         share = int.from_bytes(hashlib.blake2b(document.data, digest_size=16).digest()[:8], "little") / 2**64
         if i == 0 or share < cfg.data.validation_fraction:
@@ -60,7 +60,7 @@ def test_ids_are_checked_against_the_models_vocabulary_alone(tmp_path: Path) -> 
     small = config(source, **keys, model__vocab_size=60)
     with pytest.raises(UserError, match="token id 60 at position 40 is beyond the vocabulary"):
         prepared(tmp_path / "elsewhere", small)
-    # They were good for the model that they were prepared for; what an older Muster prepared does not say the largest.
+    # They fit the model that they were prepared for. A folder of an older Muster does not record the largest id.
     with pytest.raises(UserError, match="holds token id 78, beyond the vocabulary"):
         prepared(tmp_path / "cache", small)
     meta = files.read_json(p.sources[0].folder / "meta.json")
@@ -89,7 +89,7 @@ def test_what_needs_a_tokenizer_says_so(sources: list[str], keys: dict[str, Any]
 
 
 def test_a_run_that_named_a_tokenizer_for_its_ids_goes_on_without_it(tmp_path: Path) -> None:
-    """What the presets said before: the prepared ids are the same, so their fingerprint is."""
+    """As the presets did before. The prepared ids are equal, so their fingerprint is equal too."""
     source = ids(tmp_path / "ids", end_token=0)
     old = config(source, data__tokenizer=str(bpe(tmp_path / "t.json")))
     new = config(source, data__tokenizer="none", data__end_token="0")
@@ -103,5 +103,5 @@ def test_a_run_that_named_a_tokenizer_for_its_ids_goes_on_without_it(tmp_path: P
     }
     text = [{"name": "t", "path": str(tmp_path)}]
     write_config(config(*text, data__tokenizer=str(tmp_path / "t.json")), folder)
-    with pytest.raises(UserError, match="another config"):  # where text is tokenised another one is another run
+    with pytest.raises(UserError, match="another config"):  # where text is tokenised, it would be another run
         check_folder(config(*text, data__tokenizer="bytes"), folder)

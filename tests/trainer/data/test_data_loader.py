@@ -105,7 +105,7 @@ def test_all_ranks_together_hold_each_sample_of_the_order_once(
             assert batch.consumed_samples == start + (i + 1) * global_batch
         assert sum(ranks[r][i].weights[0] for r in range(world_size)) == alone[i].weights[0]
         assert alone[i].weights[0] == sum(t != IGNORE for row in expected for t in row[1])
-        # The samples are those that the order names.
+        # The samples are the ones that the order names.
         for row, s, k in zip(expected, source, sample, strict=True):
             tokens = tokens_of(p.sources[s], "train").tokens
             assert row[0] == tokens[k * 16 : k * 16 + 16].tolist()
@@ -129,7 +129,7 @@ def test_going_on_at_any_step_and_world_size_gives_the_same(corpus: Any) -> None
 def test_layout_pads_no_more_than_it_must(share: int, micro_batch: int, world_size: int) -> None:
     cut = Cut.of(share * world_size, micro_batch, world_size)
     assert cut.size <= micro_batch
-    assert cut.batches == -(-share // micro_batch)  # as few forwards as can be
+    assert cut.batches == -(-share // micro_batch)  # as few forwards as possible
     assert 0 <= cut.batches * cut.size - share < cut.batches
 
 
@@ -156,7 +156,7 @@ def test_more_ranks_than_samples_get_empty_ones(corpus: Any) -> None:
     value=st.sampled_from([0, 256]),
 )
 def test_samples_against_a_plain_reading(lengths: list[int], seq_len: int, value: int) -> None:
-    """No target crosses a document; what a token is worth plays no part (here all are equal, or all end tokens)."""
+    """No target crosses a document. Token values do not matter (here all are equal, or all are end tokens)."""
     owner = np.repeat(np.arange(len(lengths)), lengths)
     text = np.arange(len(owner), dtype=np.uint16) % 250 if value == 0 else np.full(len(owner), 256, np.uint16)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
@@ -228,7 +228,7 @@ def ended(thread: threading.Thread) -> bool:
 def test_close_ends_the_thread_whatever_it_is_at(corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     p, make = corpus
     full = loader_of(p, make(), 0, 0, 0, 1)
-    time.sleep(0.1)  # the queue is full by now
+    time.sleep(0.1)  # the queue is full now
     started_s = time.perf_counter()
     full.close()
     full.close()
@@ -283,7 +283,7 @@ def test_the_wait_is_measured_and_batches_are_made_ahead(corpus: Any, monkeypatc
     while len(made) < 5 and time.monotonic() < deadline_s:
         time.sleep(0.05)
     time.sleep(0.25)
-    assert len(made) == 5  # one taken, three in the queue, one in hand
+    assert len(made) == 5  # one taken, three in the queue, one in the thread
     next(loader)
     assert loader.wait_s < 0.05
     loader.close()

@@ -1,4 +1,4 @@
-"""A corpus at another path: what was prepared serves when its content is the same, and only then."""
+"""A corpus at another path: the prepared data is used if the content is equal, and only then."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_moved_and_renamed_documents_are_the_same_source(tmp_path: Path, monkeyp
     first = prepared(tmp_path / "cache", config({"name": "t", "path": str(folder)}))
     folder.rename(tmp_path / "moved")
     cfg = config({"name": "t", "path": str(tmp_path / "moved")})
-    with monkeypatch.context() as patch:  # what was prepared before the move serves, once its files were compared
+    with monkeypatch.context() as patch:  # data prepared before the move is used, once its files were compared
         patch.setattr("trainer.data.prepare.read_file", refuse_to_read)
         assert prepared(tmp_path / "cache", cfg).fingerprints == first.fingerprints
         patch.setattr("trainer.data.cached.hash_file", refuse_to_read)
@@ -44,7 +44,7 @@ def test_moved_and_renamed_documents_are_the_same_source(tmp_path: Path, monkeyp
 
 
 def test_files_elsewhere_of_the_same_size_and_time_are_another_source(tmp_path: Path) -> None:
-    """Shards have one size, and copying tools set all times alike: only what they hold tells them apart."""
+    """Shards have equal sizes, and copying tools set equal times: only the content distinguishes them."""
     found = []
     for name, first_id in (("a", 5), ("b", 105)):
         (tmp_path / name).mkdir()

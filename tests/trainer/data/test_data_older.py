@@ -1,4 +1,4 @@
-"""Folders of the cache that an older Muster prepared: used where the ids are the same, else only by their own run."""
+"""Folders of the cache from an older Muster: used where the ids are equal, else only by their own run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refuse_to_read(*args: Any) -> None:
 
 
 def as_of_old(folder: Path, fingerprint: str) -> Path:
-    """A prepared folder made to look like one of the first way of cutting, which knew no key `cuts`."""
+    """Change a prepared folder so that it looks like one of the first way of cutting, which had no key `cuts`."""
     meta = files.read_json(folder / "meta.json")
     del meta["cuts"]
     files.write_json(folder / "meta.json", meta | {"fingerprint": fingerprint})
@@ -45,7 +45,7 @@ def test_long_texts_prepared_in_the_older_way_serve_only_the_run_that_began_with
 def test_what_the_older_way_prepared_alike_is_used(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes are bytes wherever a text is cut, and short texts never were."""
+    """The place of a cut does not change bytes, and short texts were never cut."""
     words = "the model learns\n" * (20_000 if tokenizer == "bytes" else 5)
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text(words)
@@ -59,7 +59,7 @@ def test_what_the_older_way_prepared_alike_is_used(
 def test_lines_prepared_in_the_older_way_are_looked_at_once_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only reading tells how long lines are. When none is, the fingerprint is that of before."""
+    """Only reading shows how long the lines are. If none is long, the fingerprint stays the same."""
     path = jsonl(tmp_path / "x.jsonl", documents=900)
     assert path.stat().st_size > 128 << 10
     keys = {"data__tokenizer": str(bpe(tmp_path / "t.json"))}
@@ -72,7 +72,7 @@ def test_lines_prepared_in_the_older_way_are_looked_at_once_more(
 
 
 def test_keys_of_records_are_not_noted_of_documents(tmp_path: Path) -> None:
-    """What was prepared before `split` and `labels` of a source came is looked for by these keys, and found."""
+    """Data prepared before `split` and `labels` became keys of a source is still found."""
     (tmp_path / "a.txt").write_text("the model learns\n" * 50)
     (source,) = prepared(tmp_path / "cache", config({"name": "t", "path": str(tmp_path / "a.txt")})).sources
     assert set(source.meta["source"]) == {"name", "kind", "path", "pattern", "field"}

@@ -1,4 +1,4 @@
-"""The global order: a bijection per epoch, exact quotas, nothing but (seed, sizes, weights) in it."""
+"""The global order: a bijection per epoch and exact quotas, which depend only on (seed, sizes, weights)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_neighbours_are_torn_apart() -> None:
     assert abs(np.corrcoef(out, np.arange(100_000))[0, 1]) < 0.02
 
 
-# The smallest share, 0.05 in 200, still gets a draw of each block.
+# The smallest share, 0.05 in 200, still gets a draw in each block.
 sources = st.lists(st.tuples(st.integers(1, 20_000), st.floats(0.05, 50.0)), min_size=1, max_size=5)
 
 
@@ -82,7 +82,7 @@ def test_each_block_holds_its_quotas_and_each_epoch_each_sample_once(
         assert np.array_equal(np.sort(own_epoch), draws // size)
         assert own_sample.min() >= 0
         assert own_sample.max() < size
-        # No sample twice in an epoch: with the counts above, whole epochs hold each sample exactly once.
+        # No sample occurs twice in an epoch. With the counts above, whole epochs hold each sample exactly once.
         assert len(np.unique(own_epoch * size + own_sample)) == len(draws)
 
 
@@ -99,7 +99,7 @@ def test_blocks_seeds_epochs_and_sources_have_permutations_of_their_own() -> Non
     size = 2 * BLOCK_DRAWS  # an epoch of each source is four blocks
 
     def block(seed: int, b: int) -> tuple[list[int], set[int], set[int]]:
-        """Which source stands where in a block, and which samples of both sources are in it."""
+        """Which source is at which place in a block, and which samples of both sources are in it."""
         source, sample, _ = Order([size, size], [1.0, 1.0], seed).draw(
             np.arange(b * BLOCK_DRAWS, (b + 1) * BLOCK_DRAWS)
         )
@@ -115,7 +115,7 @@ def test_blocks_seeds_epochs_and_sources_have_permutations_of_their_own() -> Non
 
 
 def test_the_order_is_the_same_as_ever() -> None:
-    """A change of these digits would move every run that is continued to other samples."""
+    """A change of these digits would give every continued run other samples."""
     source, sample, epoch = Order([1000, 7, 123_457], [1.0, 0.1, 3.3], 42).draw(np.arange(0, 10**9, 49_999))
     digest = hashlib.sha256(np.stack([source, sample, epoch]).astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "3826ab161328a2cc"

@@ -1,4 +1,4 @@
-"""Preparing: what the files hold, when it is done again, and that it can be stopped or killed anywhere."""
+"""Preparing: the content of the files, when it is done again, and that it can be stopped or killed anywhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.data.sources import read_file
 
 
 def texts(source: PreparedSource, side: str) -> list[bytes]:
-    """The documents of a split, read back; checks the end tokens."""
+    """The documents of a split, read back. Checks the end tokens."""
     split = tokens_of(source, side)
     ends = [*split.starts[1:].tolist(), len(split.tokens)]
     found = []
@@ -123,7 +123,7 @@ def test_prepared_data_is_used_again_and_touched_files_are_compared(
 
 def change(file: Path) -> None:
     content = file.read_bytes()
-    file.write_bytes(b"X" + content[1:])  # same size
+    file.write_bytes(b"X" + content[1:])  # of the same size
     touch(file)
 
 
@@ -230,10 +230,10 @@ def test_a_stop_is_seen_soon_and_progress_comes_once_a_second(tmp_path: Path, ki
         lambda: asked_s.append(time.monotonic()) or False,
     )
     asked_s.append(time.monotonic())
-    # Ten times a second or more on a free machine; the bound leaves room for a busy one.
+    # Ten times a second or more on a free machine. The bound leaves room for a busy one.
     assert max(np.diff(asked_s)) < 1.0
     assert np.median(np.diff(asked_s)) < 0.3
-    progress_s = said_s[:-1]  # the last one says that it is done
+    progress_s = said_s[:-1]  # the last line reports the end
     assert all(gap > 0.99 for gap in np.diff(progress_s))
 
 

@@ -84,7 +84,7 @@ def test_damaged_prepared_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_show_late_are_waited_for(tmp_path: Path) -> None:
-    """As on a shared filesystem, where what rank 0 wrote appears a little later on other nodes."""
+    """As on a shared filesystem, where rank 0's files appear a little later on other nodes."""
     cfg = config({"name": "t", "path": str(text_folder(tmp_path / "text"))})
     path = prepare(cfg, tmp_path / "cache", lambda line: None, lambda: False)
     hidden = path.with_suffix(".hidden")

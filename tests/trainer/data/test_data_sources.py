@@ -1,4 +1,4 @@
-"""Documents of each kind of source, and what is said about bad ones."""
+"""Documents of each kind of source, and the errors for bad ones."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_large_file_gives_the_same_document_as_a_small_one(tmp_path: Path, mon
 def test_jsonl(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     lines = [json.dumps({"text": "Grüße", "n": 1}), "", json.dumps({"text": ""}), '{"text": "\\ud800x"}']
-    # What Python's json writes and other fields hold is not ours to refuse: a NaN, a key twice further inside.
+    # We must not refuse what Python's json writes, and what other fields hold: a NaN, or a key twice further inside.
     lines.append('{"text": "as is?", "score": NaN, "limit": -Infinity, "meta": {"a": 1, "a": 2}}')
     file.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     found, reading = documents(Source(name="s", kind="jsonl", path=str(file)))
@@ -136,7 +136,7 @@ def test_bad_jsonl_lines_are_named_by_file_and_line(tmp_path: Path, line: bytes,
 
 
 def test_a_line_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One array on one line, or a file of another kind, would be read into memory whole."""
+    """An array on one line, or a file of another kind, would be read into memory whole."""
     monkeypatch.setattr(sources, "_LINE_BYTES", 1 << 20)
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "' + b"a" * (1 << 20))
     with pytest.raises(UserError, match=r"x\.jsonl:2: a line of more than 1 MiB"):

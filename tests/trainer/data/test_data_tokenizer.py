@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out, and no document can write a special token."""
+"""Tokenizers: decoding gives the encoded text, and no document can write a special token."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_special_strings_in_documents_stay_text(loaded: JsonTokenizer, parts: li
 
 
 def test_special_strings_take_the_ordinary_way(loaded: JsonTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cutting is for vocabularies that need it: elsewhere it could change the ids around the string."""
+    """Only vocabularies that need it are cut: elsewhere a cut could change the ids around the string."""
     monkeypatch.delattr(JsonTokenizer, "_encode_cut")
     (ids,) = loaded.encode([b"a <|endoftext|> b"])
     assert loaded.decode(ids.tolist()) == "a <|endoftext|> b"
@@ -56,7 +56,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(loaded: JsonTokeniz
 
 
 def test_special_strings_that_are_also_ordinary_vocabulary(tmp_path: Path) -> None:
-    """A word-level (or Unigram) model finds `</s>` in its own vocabulary, past the library's switch."""
+    """A word-level (or Unigram) model finds `</s>` in its own vocabulary, despite the library's switch."""
     inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2, "<": 3, "/s>": 4}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.save(str(tmp_path / "t.json"))

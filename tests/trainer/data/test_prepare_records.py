@@ -57,7 +57,7 @@ def test_every_record_stands_in_one_split_and_facts_are_of_the_training_split(tm
 
 
 def test_a_record_keeps_its_side_whatever_is_added(tmp_path: Path) -> None:
-    """And copies stand beside it."""
+    """And copies get the same split."""
     first = config(table(tmp_path / "t.csv", range(30)))
     (before,) = splits(prepare(tmp_path / "cache", first))
     second = config(table(tmp_path / "t.csv", [*range(50, 0, -1), *range(30)]))
@@ -74,7 +74,7 @@ def test_bands_of_a_split_do_not_depend_on_each_other() -> None:
         DataSection(seq_len=8, sources=[source], validation_fraction=0.3, test_fraction=t) for t in (0, 0.3)
     )
     ways = [(split_of(record(i), source, held_out), split_of(record(i), source, tested)) for i in range(2000)]
-    assert {a for a, b in ways if b != a} == {"train"}  # test records come of the training split alone
+    assert {a for a, b in ways if b != a} == {"train"}  # test records come only from the training split
     assert 500 < sum(b == "test" for _, b in ways) < 700
     assert 500 < sum(a == "validation" for a, _ in ways) < 700
 
@@ -108,7 +108,7 @@ def test_csv_and_parquet_of_one_table_give_equal_samples(tmp_path: Path) -> None
     pyarrow.parquet.write_table(pyarrow.csv.read_csv(source["path"]), tmp_path / "t.parquet", row_group_size=7)
     other = {"name": "t", "kind": "parquet", "path": str(tmp_path / "t.parquet")}
     one, two = (splits(prepare(tmp_path / "cache", config(s)))[0] for s in (source, other))
-    # 1.0 is "1" in the one and 1.0 in the other: such records may change sides, the samples are the same
+    # 1.0 is "1" in one file and 1.0 in the other: such records may change splits, but the samples are equal.
     rows = [{k: {y: s[k].read(i) for i, y in enumerate(held(s[k]))} for k in s} for s in (one, two)]
     assert {k: list(v) for k, v in rows[0].items()} == {k: list(v) for k, v in rows[1].items()}
     for split, samples in rows[0].items():
@@ -158,7 +158,7 @@ def test_a_stop_is_heard_and_finished_sources_stay(tmp_path: Path, monkeypatch: 
 
 
 def test_two_that_prepare_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one publishes while this one still encodes."""
+    """The other process publishes while this one still encodes."""
     cfg, cache = config(table(tmp_path / "t.csv")), tmp_path / "cache"
     others: list[Path] = []
 
@@ -202,7 +202,7 @@ def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
     tested = config({**one, "split": "test"})
     refused(lambda: prepare(cache, tested), "no record to train with, of 60", "`split` of a source")
     trained = config({**one, "split": "train"}, validate=5)
-    for _ in range(2):  # prepared, and found
+    for _ in range(2):  # once prepared, once found
         refused(lambda: prepare(cache, trained), "none of 60 records is held out", "validation_fraction")
     missing = config({**one, "path": str(tmp_path / "gone.csv")})
     refused(lambda: prepare(cache, missing), "gone.csv does not exist", "set the path")

@@ -36,7 +36,7 @@ def test_what_was_prepared_is_found_again(tmp_path: Path, monkeypatch: pytest.Mo
         assert sorted(tmp_path.joinpath("cache").iterdir()) == entries
         heavier = prepare(tmp_path / "cache", config({**sources[0], "weight": 3.0}, sources[1]), NoWork())
         assert folders(heavier) == folders(index)
-    with monkeypatch.context() as context:  # touched, and equal: the hash tells, once
+    with monkeypatch.context() as context:  # touched but equal: the hash shows it, once
         touch(tmp_path / "one.csv")
         refuse_to_read(context, hashing=False)
         assert prepare(tmp_path / "cache", config(*sources), NoWork()) == index
@@ -64,9 +64,9 @@ def test_a_changed_file_is_prepared_again(tmp_path: Path, same_size: bool) -> No
     again = prepare(tmp_path / "cache", config(one, two))
     assert again != index
     facts = [files.read_json(i)["facts"] for i in (index, again)]
-    assert (facts[0] == facts[1]) is not same_size  # the new record is held out: what was made of the other file stays
+    assert (facts[0] == facts[1]) is not same_size  # the new record is held out, so the other file's samples stay
     assert [a == b for a, b in zip(fingerprints(again), fingerprints(index), strict=True)] == [False, not same_size]
-    (tmp_path / "one.csv").write_text(text)  # and back
+    (tmp_path / "one.csv").write_text(text)  # back to the first text
     assert prepare(tmp_path / "cache", config(one, two), Table()) == index
 
 
@@ -83,7 +83,7 @@ def test_changed_labels_of_images_are_seen(tmp_path: Path) -> None:
 
 
 def test_facts_of_other_sources_are_not_taken(tmp_path: Path) -> None:
-    """The same table alone, beside another, and beside that one changed: each time other means."""
+    """The same table alone, beside another, and beside that one changed: each time the means differ."""
     one, two = table(tmp_path / "one.csv"), table(tmp_path / "two.csv", range(100, 160))
     cache = tmp_path / "cache"
     indices = [prepare(cache, config(one)), prepare(cache, config(one, two))]
@@ -103,7 +103,7 @@ def test_a_source_that_stood_beside_others_is_prepared_alone(tmp_path: Path) -> 
 
 
 def test_files_that_change_to_and_fro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each content of a file there are several samples: only those made together belong together."""
+    """For each content of a file there are several samples. Only samples made together fit each other."""
     known: dict[tuple[int, int], Path] = {}
     for state in [(0, 0), (0, 1), (1, 1), (1, 0)] * 2:
         one, two = (table(tmp_path / f"{n}.csv", range(100 * n + 7 * i, 100 * n + 60)) for n, i in enumerate(state))

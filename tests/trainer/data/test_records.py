@@ -1,4 +1,4 @@
-"""Records of tables and images: what is read, and in which words bad input is refused."""
+"""Records of tables and images: what is read, and the errors for bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(kind: str, path: Path | str, **keys: Any) -> list[Record]:
 
 
 def refused(act: Callable[[], Any], *parts: str) -> str:
-    """One or two lines that hold all of these, in this order."""
+    """Check that the error is one or two lines with these parts in this order; returns it."""
     with pytest.raises(UserError) as error:
         act()
     said = str(error.value)
@@ -115,7 +115,7 @@ def test_what_csv_writes_is_read(table: Any, end: str, quoting: Any, bom: bool) 
     header, rows = table
     assume(bom or not header[0].startswith("\ufeff"))
     text = io.StringIO()
-    # Always "\r\n" to the writer: it quotes only the characters of its own line end.
+    # Always "\r\n" for the writer: it quotes only the characters of its own line end.
     csv.writer(text, quoting=quoting).writerows([header, *rows])
     content = (
         text.getvalue()

@@ -1,7 +1,7 @@
-"""What DeepSpeed of 2023 misses on a machine without a GPU and under a PyTorch of today.
+"""What DeepSpeed of 2023 lacks on a machine without a GPU and with today's PyTorch.
 
 With this folder and that of an installed DeepSpeed 0.10.0 (and pydantic 1) on PYTHONPATH, `deepspeed_folder.py` writes
-what lies in `deepspeed-0.10.0`.
+the folders `deepspeed-0.10.0`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ for missing in ("intel_extension_for_pytorch", "oneccl_bindings_for_pytorch"):
 
 
 class Nothing:
-    """A stream, or an event."""
+    """Stands in for a stream or an event, and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def __enter__(self) -> None: ...
@@ -53,7 +53,7 @@ HOOKS = {
 
 
 class After:
-    """Changes some modules once they are imported."""
+    """Changes some modules after their import."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name not in HOOKS:
