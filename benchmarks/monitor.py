@@ -113,8 +113,7 @@ def turn(run: RunFolder, monitor: psutil.Process, ranks: list[int], watched: boo
 
 
 def _cpu_s(pid: int) -> float:
-    """CPU seconds of all threads of a process. The scheduler counts nanoseconds; a row takes less than one clock
-    tick."""
+    """CPU seconds of a process's threads. The scheduler counts nanoseconds; a row takes less than one clock tick."""
     threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(path.read_text().split()[0]) for path in threads) / 1e9
 

@@ -68,8 +68,7 @@ def finish(running: tuple[subprocess.Popen[bytes], Path]) -> dict[int, dict[str,
 
 
 def break_and_resume(folder: Path, steps: int) -> dict[int, dict[str, Any]]:
-    """Ctrl-C on 2 processes; kill -9 of one of 3, which restart in place; a STOP file; the remaining steps on one
-    process."""
+    """Ctrl-C on 2 processes; kill -9 of one of 3, which restart in place; a STOP file; the rest on one process."""
     process, _ = start(folder, steps, 2)
     wait_for(folder, steps // 4)
     process.send_signal(signal.SIGINT)

@@ -42,8 +42,7 @@ def cut(size: int, parts: int, rank: int) -> tuple[int, int]:
 
 
 def runs_of(layout: Layout) -> dict[Path, list[tuple[memoryview, int]]]:
-    """File -> (memory, offset in the file) of each run of wanted bytes. Only for boxes of matrices and vectors that lie
-    in files by rows."""
+    """File -> (memory, offset) of each run of wanted bytes, for boxes of matrices and vectors stored by rows."""
     manifest = Checkpoint(layout.path).manifest
     runs: dict[Path, list[tuple[memoryview, int]]] = {}
     for wanted in itertools.chain(*layout.readers):

@@ -62,8 +62,7 @@ def main() -> None:
 
 
 class Shapes:
-    """Name -> shape of the parameters of a preset's model, and the dimension that tensor parallelism cuts (None: not
-    cut)."""
+    """Name -> (shape, dimension that tensor parallelism cuts or None) of the parameters of a preset's model."""
 
     def __init__(self, preset: str, overrides: Sequence[str] = ()) -> None:
         section = load(preset, list(overrides)).model

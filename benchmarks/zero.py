@@ -90,8 +90,7 @@ def start(configs: dict[str, Config]) -> tuple[Any, dict[str, Any]]:
 def in_turn(
     functions: dict[str, Callable[[], None]], rounds: int, world: Any, tidy: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Name -> seconds of each round. Each round runs all functions and begins with the next one. `tidy` is not
-    timed."""
+    """Name -> seconds of each round. Each round runs all functions, beginning with the next. `tidy` is not timed."""
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(rounds):

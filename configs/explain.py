@@ -136,8 +136,8 @@ def nearest(unknown: str, valid: Sequence[str] = ()) -> str | None:
 
 
 class Unknown(NamedTuple):
-    """A key that the schema does not know: its value, the section it stands in, and the sections of another name that
-    could stand there."""
+    """A key that the schema does not know: its value, its section, and sections of other names that could stand
+    there."""
 
     key: str
     node: Node

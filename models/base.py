@@ -32,8 +32,7 @@ class Model:
     initialise: Callable[[str, Tensor, torch.Generator], None]
     # FLOPs of forward and backward for the tensors of a batch, with the parameters that train now.
     flops: Callable[[Mapping[str, Tensor]], float]
-    # (name, dimensions) -> whether the tensor is a matrix. Weight decay applies to it, and Muon too where `muon` is
-    # true.
+    # (name, dimensions) -> whether the tensor is a matrix. Weight decay applies to it, and Muon where `muon` is true.
     matrices: Callable[[str, int], bool]
     muon: Callable[[str, int], bool] = lambda name, dims: False
     # Computes buffers that no checkpoint holds, after memory was allocated.

@@ -62,8 +62,7 @@ class Attention(nn.Module):
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         if self.group > 1 and context.mask is not None:
-            # On CUDA no fused kernel takes both a mask and grouped heads. The copies of k and v are far smaller than T
-            # x T.
+            # On CUDA no fused kernel takes both a mask and grouped heads. Copies of k and v are far smaller than T x T.
             k, v = k.repeat_interleave(self.group, dim=2), v.repeat_interleave(self.group, dim=2)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),

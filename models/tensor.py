@@ -14,7 +14,7 @@ from models.cross_entropy import IGNORE
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Globs over module names. A model need not have every module. Every parameter is in exactly one of the first
+    """Globs over module names. A model need not have every module. Each parameter is in exactly one of the first
     five."""
 
     columns: tuple[str, ...]  # linear layers that give this rank's share of channels: weight and bias cut by rows

@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only with --full (make test-all)")
     config.addinivalue_line("markers", "alone: times something, so no other test runs beside it")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles ours again
-    # Under nohup, or in the background of a script, some signals are ignored, and every process of a test would inherit
+    # Under nohup, or in the background of a script, some signals are ignored, and each process of a test would inherit
     # that.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:

@@ -37,8 +37,7 @@ class Stored:
             named = self._labels(index)
             with safe_open(folder / file["path"], "pt") as opened:
                 labels = set(opened.keys())
-                # A file in another checkpoint may hold more, even tensors that this checkpoint now holds in its own
-                # files.
+                # A file in another checkpoint may hold more, even tensors that this checkpoint now holds itself.
                 assert labels == named if source is None else labels >= named, file["path"]
                 for label in named:
                     key, _, place = label.rpartition("@")

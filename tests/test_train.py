@@ -14,8 +14,8 @@ from trainer.life.folder import RunFolder
 from trainer.life.rows import read_json, read_rows
 
 # The order in which fp32 terms are added differs between layouts. Over 50 steps of this model the losses then differ by
-# about 1e-6 (measured). A lost sample, a wrong divisor or a doubled gradient changes them by more than 1e-2, already in
-# step 2.
+# about 1e-6 (measured). A lost sample, a wrong divisor or a doubled gradient changes them by over 1e-2, already in step
+# 2.
 ORDER_OF_SUMMATION = 2e-5
 STEPS, MORE_STEPS = 8, 50
 

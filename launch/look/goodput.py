@@ -181,8 +181,7 @@ def _last_watched_s(folder: Path, over: PassedOver) -> dict[int, float]:
 
 
 def _begin(attempt: _Attempt, before: _Attempt | None, submitted_s: float | None, total: Goodput) -> float:
-    """Where an attempt's time begins. Adds time in Slurm's queue to `total`. While no job was submitted, no time
-    counts."""
+    """Where an attempt's time begins. Adds time in Slurm's queue to `total`. While no job exists, no time counts."""
     launched = attempt.launched_s
     if before is not None and launched is not None and launched == before.launched_s:
         return before.last_sign_s  # the same launcher restarted it

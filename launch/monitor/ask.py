@@ -132,8 +132,8 @@ def _read(path: str | None) -> bytes:
 
 
 def where(stacks: str) -> tuple[str | None, bool | None]:
-    """(innermost line of the main thread, whether it is in a collective), from faulthandler's text. In each dump the
-    main thread comes last."""
+    """(innermost line of the main thread, whether it is in a collective), from faulthandler's dumps (main thread
+    last)."""
     threads = re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.MULTILINE)
     frames = [match for line in threads[-1].splitlines() if (match := _FRAME.fullmatch(line))]
     if not frames:

@@ -23,8 +23,8 @@ _UNKNOWN_UUID = "unknown-"
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or a MIG instance of one. `gpu` is the whole GPU's handle, `handle` the instance's. A GPU that gave an
-    error for its identity has neither, and `refusal` holds the reason."""
+    """A GPU, or a MIG instance of one. `gpu` is the whole GPU's handle, `handle` the instance's. A GPU that answered
+    with an error when asked for its UUID has neither, and `refusal` holds the reason."""
 
     uuid: str
     index: int  # of the whole GPU among those that this job may open, by PCI address
@@ -41,16 +41,15 @@ class Device:
         return cls(f"{_UNKNOWN_UUID}{place}", index, "", None, None, instance, refusal=str(error))
 
     def is_called(self, name: str) -> bool:
-        """Whether an entry of CUDA_VISIBLE_DEVICES means this device: by index, by UUID, or by the start of the
-        UUID."""
+        """Whether an entry of CUDA_VISIBLE_DEVICES means this device: by index, UUID, or start of the UUID."""
         if name.isdigit():
             return self.instance is None and int(name) == self.index
         return len(name) > 4 and any(full.startswith(name) for full in (self.uuid, *self.other_names))
 
 
 def all_devices() -> list[Device]:
-    """Every GPU that this process may open, each followed by its MIG instances. A GPU that gives an error keeps its
-    index, so that the others keep theirs. Raises NVMLError when the driver itself gives the error."""
+    """Every GPU that this process may open, each followed by its MIG instances. A GPU that answers with an error keeps
+    its index, so that the others keep theirs. Raises NVMLError when the driver itself answers so."""
     found: list[Device] = []
     index = 0
     for number in range(pynvml.nvmlDeviceGetCount()):
@@ -139,8 +138,8 @@ def choose(devices: list[Device], visible: str | None) -> tuple[list[Device], st
     """(the job's devices in the order of its local ranks, the first entry that means no device).
 
     As in CUDA, such an entry hides itself and all entries after it. Without the variable the job has every GPU. Of a
-    GPU that is cut into MIG instances, it has the instances. A GPU may give an error for its UUID: the first such GPU
-    then stands for a UUID that no other GPU has.
+    GPU that is cut into MIG instances, it has the instances. A GPU may not tell its UUID. The first such GPU then
+    stands for a UUID that no other GPU has.
     """
     if visible is None:
         cut = {d.index for d in devices if d.instance is not None}

@@ -94,7 +94,7 @@ class Gpus:
         self._start_gpm(self._gpus)
 
     def _ask_again(self) -> None:
-        """Whether GPUs that gave an error for their identity tell it now. The other GPUs stay as they are."""
+        """Whether GPUs that did not tell their UUID tell it now. The other GPUs stay as they are."""
         self._again_s = time.monotonic() + _AGAIN_S
         try:
             devices, _ = _devices()

@@ -20,8 +20,7 @@ _NODES_S = 10.0  # how long the other nodes' findings may take to arrive
 
 
 class HangWatch:
-    """Call `look` for each row. Only time in which the monitor itself was awake counts: a node that was suspended as a
-    whole has not hung."""
+    """Call `look` for each row. Only time when the monitor was awake counts: a suspended node has not hung."""
 
     def __init__(self, hang_s: float, patient_s: float, interval_s: float) -> None:
         patient = dict.fromkeys((Phase.STARTING, Phase.COMPILING, Phase.SAVING, Phase.LEAVING), max(patient_s, hang_s))
@@ -46,7 +45,7 @@ class HangWatch:
         return bool(over) and all(self.may_hang(b.phase, self._still[b.rank]) for b in beats)
 
     def may_hang(self, phase: Phase, still_s: float) -> bool:
-        """Whether a rank that stands still may hang. False while its phase allows more time."""
+        """Whether a rank may hang: not while it is within the limit of a phase that may take long."""
         return self._limits[phase] <= self._limits[Phase.COMPUTING] or still_s > self._limits[phase]
 
 

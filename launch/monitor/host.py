@@ -35,8 +35,7 @@ class Rates:
 
 
 class Host:
-    """The whole node, with other people's processes. Values that a machine or container does not tell are left out, and
-    reported once."""
+    """The whole node, with other people's processes. Values that cannot be read are left out, and reported once."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self.cpus = psutil.cpu_count() or 1
@@ -123,8 +122,7 @@ class Processes:
 
 
 def _main_thread_s(pid: int) -> dict[str, float]:
-    """Seconds that the main thread was on a core, and that it was ready and waited for one. Empty where the kernel does
-    not count them."""
+    """Seconds that the main thread was on a core, and that it waited for one. Empty where the kernel does not count."""
     try:
         with open(f"/proc/{pid}/task/{pid}/schedstat", "rb") as file:
             on_core, ready = map(int, file.read().split()[:2])

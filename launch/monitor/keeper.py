@@ -78,8 +78,7 @@ class Keeper:
 
     def _start(self) -> None:
         command = [*python(), "-m", "launch.monitor", self._orders.text()]
-        # Pass on the launcher's clock. A clock that the monitor started after the time of day was set would be years
-        # off.
+        # Pass on the launcher's clock. The monitor's own could be years off, after the time of day was set.
         environment = {**os.environ, MUSTER_CLOCK.name: f"{booted_s():.6f}"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         self._started_s = self._beat_s = time.monotonic()

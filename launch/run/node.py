@@ -175,8 +175,7 @@ class Supervisor:
         return code
 
     def _run(self) -> int:
-        """Start agents until an end is agreed. torchrun itself restarts failed workers; this restarts a killed
-        agent."""
+        """Start agents until an end is agreed. torchrun restarts failed workers itself; this restarts an agent."""
         for _ in range(self.config.run.max_restarts + 1):
             before = max(life.numbers(self.folder), default=-1)
             status = self._one_agent()
@@ -311,8 +310,7 @@ class Supervisor:
         while time.monotonic() < deadline:
             attempt = life.newest(self.folder)
             if attempt is not None and attempt.number > before and (end := attempt.end) is not None:
-                # The first node to leave ends the Slurm step on all nodes. Leave only after the node that must release
-                # the lease.
+                # The first node to leave ends the Slurm step on all nodes. The node with the lease must leave first.
                 while not self.nodes.is_first and self.lease.is_held() and time.monotonic() < deadline:
                     time.sleep(_POLL_S)
                 return end

@@ -126,8 +126,8 @@ class After:
         told, died = set(), set()
         for path in self.folder.events.glob("*-launcher.jsonl"):
             node = path.name.removesuffix("-launcher.jsonl")
-            # Chosen by the life in a row. The row's time is of the run's clock, which cannot be compared with another
-            # clock.
+            # Chosen by the life in a row. The row's time is of the run's clock, which no other clock can be compared
+            # with.
             rows = [row["event"] for row in read_rows(path) if "event" in row and self.life.wrote(row)]
             told |= {node} if "stop_passed_on" in rows else set()
             died |= {node} if "agent_died" in rows else set()

@@ -98,8 +98,7 @@ def nodes_of_step(environment: Mapping[str, str]) -> Nodes:
     count, tasks, index = (value or 0 for value in told)
     if tasks != count:
         raise UserError(f"{tasks} tasks on {count} node(s): slurm job wants one a node: srun --ntasks-per-node=1")
-    # The port comes from the job's id, so that jobs that share a node do not meet. Each task of an array has its own
-    # id.
+    # The port comes from the job's id, so that jobs that share a node do not meet. Array tasks have their own ids.
     port = _FIRST_PORT + int(job.id) % _PORTS
     start = f"{job.id}.{job.step}.{job.life}"
     return Nodes(count, index, _first_host(node_list), port, start)

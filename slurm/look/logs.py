@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Log:
-    """The file that a person means: one job's output, or a rank's log. Each attempt has another rank's log."""
+    """The file that a person means: one job's output, or a rank's log, which is a new file in each attempt."""
 
     def __init__(self, word: str, rank: int | None, attempt: int | None) -> None:
         self.folder = folder_named(word)

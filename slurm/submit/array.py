@@ -141,7 +141,7 @@ class ArraySubmission(Submission):
         return shlex.quote(str(self.snapshot)) + '/config-"$SLURM_ARRAY_TASK_ID".yaml'
 
     def problems(self, paths: bool) -> list[Problem]:
-        """The problems of all runs. A path outside the run folders that several configs share is checked once."""
+        """The problems of all runs. Data and `start.from` that several runs share are checked once."""
         found = problems_of(self._check_words, self._check_place)
         seen: set[str] = set()
         for run in self.runs:

@@ -18,8 +18,7 @@ _KEPT = {".py", ".yaml", ".json", ".sbatch"}
 
 
 def files(own: Sequence[str] = ()) -> dict[Path, Path]:
-    """Place in a snapshot -> file, for every file of our packages and of the user's own modules in the current
-    folder."""
+    """Place in a snapshot -> file, for every file of our packages and of the user's modules in the current folder."""
     ours = (path for package in PACKAGES for path in (_ROOT / package).rglob("*"))
     found = {path.relative_to(_ROOT): path for path in ours if path.suffix in _KEPT and path.is_file()}
     found |= {path.relative_to(Path.cwd()): path for name in own for path in own_files(name)}

@@ -156,8 +156,7 @@ class Submission:
 
     def _srun(self) -> list[str]:
         r = self.request
-        # Without --kill-on-bad-exit a node that is left alone would wait for the others. One log holds the output of
-        # all.
+        # Without --kill-on-bad-exit a node that is left alone would wait for the others. One log holds all output.
         words = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--output=all"]
         if r.cpus_per_task is not None:
             words += [f"--cpus-per-task={r.cpus_per_task}"]

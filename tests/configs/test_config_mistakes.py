@@ -321,6 +321,6 @@ def test_any_value_anywhere_is_taken_or_explained(drawn: list[tuple[str, str]]) 
         load("demo", overrides)
     except UserError:
         for line in mistakes("demo", *overrides):
-            # own name: the file's keys are unknown
+            # own name: the file's keys are not known
             own = {("model.name", "{a: 1}"), ("task.name", "{a: 1}")} & {*drawn}
             assert line.startswith("command line: ") or own  # file's keys are unknown

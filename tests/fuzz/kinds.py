@@ -17,8 +17,8 @@ PRESETS = Path(__file__).parents[2] / "configs"
 
 @dataclass(frozen=True)
 class Kind:
-    """`target` returns whether an input was used; targets for texts of a checkpoint return nothing. `further`: seeds
-    beyond the corpus."""
+    """`target` returns whether an input was used, or None for texts of a checkpoint. `further`: seeds beyond the
+    corpus."""
 
     name: str
     target: Callable[[bytes], bool | None]

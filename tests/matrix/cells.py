@@ -186,8 +186,7 @@ def writing(root: Path, folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def reading(root: Path, folder: Path, cell: Cell, checkpoint: Path) -> dict[str, Any]:
-    """The config of the run that reads the checkpoint: a new one that takes everything, or the same in `folder`,
-    resumed."""
+    """The config of the run that reads the checkpoint: a new one with everything, or the same in `folder`, resumed."""
     if cell.variant == "resumed":
         config = writing(root, folder, Cell(cell.reader, cell.reader, cell.pattern, cell.variant))
     else:

@@ -1,5 +1,5 @@
-"""The matrix can fail. A checkpoint with one wrong bit, a key less or another next sample is found, although all its
-checksums are right."""
+"""The matrix can fail: it finds one wrong bit, a missing key or another next sample, although all checksums are
+right."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ def test_forward_and_backward_are_what_torch_counts(
 
 
 def test_queries_alone_still_cost_all_of_attentions_backward(section: Callable[..., DecoderSection]) -> None:
-    """Fused kernels give all gradients of queries, keys and values or none. The plain products on meta leave out two of
-    four."""
+    """Fused kernels give all gradients of queries, keys and values or none. The plain products on meta leave out
+    half."""
     model = on_meta(section(**LARGE))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "blocks.2.attn.wq.weight")

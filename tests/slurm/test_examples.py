@@ -1,5 +1,4 @@
-"""The example script that starts again by itself, for people's own scripts. test_cluster and test_job run the
-others."""
+"""The example that starts again by itself, for people's own scripts. test_cluster and test_job run the others."""
 
 from __future__ import annotations
 

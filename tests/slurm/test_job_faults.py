@@ -41,8 +41,7 @@ def straight(steps: int = STEPS, size: int = 4) -> dict[int, tuple[float, float]
 
 
 def test_warned_and_requeued(cluster: Cluster, tmp_path: Path) -> None:
-    """For `make test`, with one rank per node. The test sends the warning itself, as Slurm looks at time limits twice a
-    minute."""
+    """For `make test`, with one rank per node. The test sends the warning: Slurm looks at limits twice a minute."""
     run = Rehearsed(cluster, tmp_path, "--gpus-per-node=1")
     run.wait_for_step(3)
     call(cluster, "scancel", "--signal=USR2", run.job)

@@ -1,5 +1,4 @@
-"""What tasks, batches and engines must do for each other: fill-ups change nothing, weights add up, none knows the
-task."""
+"""What tasks, batches and engines rely on: fill-ups change nothing, weights add up, none knows the task."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ def learned(task: LanguageModelling, built: Model, batch: Batch) -> dict[str, to
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize(("real", "filled"), ROWS)
 def test_a_fill_up_gives_exact_zeros(real: int, filled: int, document_mask: bool, model: dict[str, Any]) -> None:
-    """No bit depends on the content of a fill-up: its own gradients are zeros, and the rest is the same whichever
-    sample it repeats."""
+    """No bit depends on the content of a fill-up: its own gradients are zeros, and no other gradient depends on it."""
     task, samples = lm(z_loss=1e-3, loss_chunk_tokens=8), windows(document_mask=document_mask)
     built, places = tiny(**model), [Place(samples, i) for i in range(real)]
     found = []

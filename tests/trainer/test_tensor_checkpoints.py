@@ -161,8 +161,7 @@ def test_freezing_and_unfreezing_goes_on_in_tensor_groups_and_out_of_them(tmp_pa
 
 
 def boxes() -> list[tuple[tuple[int, ...], list[Any]]]:
-    """(sizes, [whether our box is right, whether torch's is]) of tensors of 2 to 14 rows, cut twice along rows or both
-    ways."""
+    """(sizes, [our box is right, torch's is]) of tensors of 2 to 14 rows, cut twice along rows or both ways."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

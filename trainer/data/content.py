@@ -60,7 +60,7 @@ def check_content(
     source: Source, found: list[tuple[str, Path]], say: Callable[[str], None], poll: Callable[[], None]
 ) -> None:
     """Look into every file before any is read whole. Raises UserError, with names, when a file cannot be read or
-    plainly does not fit `source.kind`. `say` gets a warning where the file may be meant."""
+    plainly does not fit `source.kind`. `say` gets a warning where the kind may be intended."""
     unreadable: dict[str, str] = {}
     contents: dict[str, str] = {}
     for name, path in found:

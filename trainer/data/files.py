@@ -131,8 +131,7 @@ def remove_leftovers(cache: Path) -> None:
     """Remove temporary files and folders of dead makers: their lock is free, or for a day they had none."""
     for path in cache.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            # Where there is a lock, it alone decides. By age, a new folder could look a year old because the clock was
-            # set.
+            # Where there is a lock, it alone decides. By age, a new folder could look old because the clock was set.
             if path.is_dir() and (_lock_is_free(path / _LOCK) if (path / _LOCK).exists() else _age_s(path) > _STALE_S):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_file() and _age_s(path) > _STALE_S:

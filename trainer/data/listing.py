@@ -190,8 +190,7 @@ class _NoFile:
 
 
 def _walk(source: Source, root: Path, poll: Callable[[], None]) -> Iterator[tuple[str, _NoFile | None]]:
-    """Relative paths of all entries that are no folders, links followed. (Path.glob silently skips linked and
-    unreadable folders.)"""
+    """Relative paths of all entries but folders, links followed. (Path.glob skips linked and unreadable folders.)"""
     left_out = _STDLIB_LEFT_OUT if source.path == STDLIB else set[str]()
     seen: set[tuple[int, int]] = set()
     waiting = [""]

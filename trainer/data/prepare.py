@@ -58,8 +58,7 @@ def prepare(
     with cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(cache)
-        # List all sources before the work on any: a dead link in the last source is reported before the first is
-        # tokenised.
+        # List all sources before the work on any: a dead link in the last is reported before the first is tokenised.
         listed = {s.name: list_files(s, Progress(s.name, say, should_stop).poll) for s in config.data.sources}
         folders = [
             _source_folder(

@@ -20,8 +20,7 @@ Value = str | float | int | np.ndarray | None  # a bool is an int
 
 @dataclass
 class Record:
-    """`digest`: a hash of the content alone, so that copies get the same split. `place`: file and line or row, for
-    messages."""
+    """`digest`: a hash of the content alone, so that copies get the same split. `place`: file and line or row."""
 
     digest: bytes
     place: str

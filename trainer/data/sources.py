@@ -30,8 +30,7 @@ _CHUNK_TOKENS = 1 << 20
 
 @dataclass
 class Document:
-    """`digest`: a hash of the whole content. `chunks` can be iterated once: bytes of text, cut anywhere, or arrays of
-    ids."""
+    """`digest`: a hash of the whole content. `chunks` can be iterated once: bytes of text cut anywhere, or ids."""
 
     digest: bytes
     size_bytes: int

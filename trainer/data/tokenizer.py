@@ -126,14 +126,12 @@ class JsonTokenizer:
         parts = [text[a:b] for a, b in itertools.pairwise(cuts) if b > a]
         ids = [np.array(e.ids, dtype=np.int64) for e in self._inner.encode_batch_fast(parts, add_special_tokens=False)]
         joined = np.concatenate([np.empty(0, np.int64), *ids])
-        # Special ids that remain (a one-character special token, an unknown token marked special) are no document
-        # boundary.
+        # Special ids that remain (a one-character special token, an unknown token marked special) end no document.
         return joined[joined != self.end_token]
 
 
 def load_tokenizer(data: DataSection, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a config. Raises UserError when it is missing, lacks an end token, or has ids beyond the
-    model."""
+    """The tokenizer of a config. Raises UserError when it is missing, lacks an end token, or exceeds the model."""
     if data.tokenizer == "bytes":
         if data.end_token is not None:
             raise UserError("data.end_token has no meaning with data.tokenizer=bytes (256 ends a document); remove it")

@@ -49,8 +49,7 @@ class Windows:
         return self.split.sample_count(self._seq_len)
 
     def read(self, index: int) -> Columns:
-        """`tokens`, `targets` int64 and, where tokens see only their own document, `documents` int32: each
-        (seq_len,)."""
+        """`tokens`, `targets` int64 and, where tokens see only their document, `documents` int32: each (seq_len,)."""
         found = {name: np.empty(self._seq_len, np.int64) for name in ("tokens", "targets")}
         documents = np.empty(self._seq_len, np.int32) if self._document_mask else None
         self.split.write_sample(index, found["tokens"], found["targets"], documents)

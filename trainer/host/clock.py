@@ -35,8 +35,8 @@ def booted_s() -> float:
 
 
 def started_ticks(pid: int) -> int:
-    """When a process began, in ticks since the boot, which no clock setting changes. Raises OSError (no such process,
-    or no /proc)."""
+    """When a process began, in ticks since the boot. Setting a clock does not change it. Raises OSError (no such
+    process, or no /proc)."""
     return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
 
 

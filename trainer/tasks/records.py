@@ -90,8 +90,7 @@ def facts_of(prepared: Prepared) -> Facts:
 
 
 def sized(config: Config, features: int, outputs: int, why: str) -> Config:
-    """The config with the model's sizes. Raises UserError where it has others than the data. `why`: what outputs
-    are."""
+    """The config with the model's sizes. Raises UserError where it has other ones. `why`: what the outputs are."""
     model = config.model
     section, given = ("model.options", model.options) if isinstance(model, OwnModel) else ("model", model.model_dump())
     if given.get("features") not in (None, features):

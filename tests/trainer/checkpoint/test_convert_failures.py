@@ -39,8 +39,8 @@ def small_state(root: Path) -> Path:
 
 @pytest.mark.parametrize("to", ["muster", "torch", "dcp"])
 def test_a_failure_at_any_operation_leaves_nothing(tmp_path: Path, to: Any) -> None:
-    """Each operation on the disk fails once, as on a full disk. The target is then whole or missing, and no thread goes
-    on reading."""
+    """Each operation on the disk fails once, as on a full disk. The target is then whole or missing, and no thread
+    reads on."""
     source, folder = small_state(tmp_path / "checkpoints"), tmp_path / "target"
     folder.mkdir()
     threads = set(threading.enumerate())

@@ -184,8 +184,8 @@ def start_with(configs: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["pickle", "archive"])
 def test_no_start_runs_anything(tmp_path: Path, kind: str) -> None:
-    """A named folder or file of this kind is refused. A run that continues falls back, and does not touch what it does
-    not know."""
+    """A named folder or file of this kind is refused. A run that continues falls back, and leaves unknown entries
+    alone."""
     proof = tmp_path / "proof"
     content = kinds(proof)[kind]
     config = tiny(tmp_path, train__steps=2, checkpoint__every_steps=1)

@@ -48,8 +48,7 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 
 def pieces(step: int, rank: int) -> list[Piece]:
-    """The pieces of rank 0 or 1: `w` cut unevenly, `b` on both, the moment as flat ranges, columns of the frozen
-    one."""
+    """The pieces of rank 0 or 1: `w` cut unevenly, `b` on both, the moment as flat ranges, the frozen one's columns."""
     full = tensors(step)
     rows = slice(0, 3) if rank == 0 else slice(3, 5)
     flat = slice(0, 7) if rank == 0 else slice(7, 15)

@@ -15,8 +15,8 @@ from trainer.checkpoint.format.errors import BadCheckpoint
 
 
 def check_files(files: Iterable[tuple[Path, int]]) -> None:
-    """Raise BadCheckpoint unless each (path, size) is a file of that size in a real folder. Raise UserError when one
-    may not be read."""
+    """Raise BadCheckpoint unless each (path, size) is such a file in a real folder, UserError when one may not be
+    read."""
     checked: set[Path] = set()
     for path, size in files:
         if path.parent not in checked:

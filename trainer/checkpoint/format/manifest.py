@@ -307,8 +307,7 @@ class Manifest(_Part):
         return self.tensors[self.name_of(key)].dtype
 
     def places(self, key: str, offsets: Ints | None = None, sizes: Ints | None = None) -> list[Place]:
-        """Where a tensor's content is: boxes that cover it exactly once, or those that share elements with the given
-        non-empty box."""
+        """Where a tensor's content is: boxes that cover it exactly once, or those that overlap a non-empty box."""
         tensor = self.tensors[self.name_of(key)]
         partition, width = self.partitions[tensor.partition], WIDTHS[tensor.dtype]
         starts = _spread(tensor.bytes, len(partition.pieces))

@@ -167,8 +167,7 @@ class Shelf:
         return going
 
     def going(self) -> list[int]:
-        """The committed steps that `prune` would delete now. If the newest does not open, report that and return
-        none."""
+        """The committed steps that `prune` would delete now. If the newest does not open, report that: none."""
         steps = self.steps()
         if len(steps) <= self._keep.last:
             return []

@@ -25,8 +25,7 @@ class Loading:
         return self._plan.counts[name]
 
     def want(self, key: str, offsets: Ints, sizes: Ints, out: torch.Tensor) -> None:
-        """Request the box (offsets, sizes) of tensor `key`, to be read into `out`. Elements that the checkpoint does
-        not have stay unchanged."""
+        """Request the box (offsets, sizes) of tensor `key`, to be read into `out`. Missing elements stay unchanged."""
         if key not in self._plan.read or not out.numel():
             return
         stored = self._plan.read[key]
