@@ -54,7 +54,7 @@ class Hooks:
             self._running.append(thread)
 
     def wait(self) -> None:
-        """Wait until all calls have ended or timed out. A look-up of a host name ignores time-outs, so it is left."""
+        """Wait until all calls have ended or timed out. A look-up of a name ignores time-outs, and is left behind."""
         until = time.monotonic() + PATIENCE_S + _TO_SAY_S
         for thread in self._running:
             thread.join(max(until - time.monotonic(), 0.0))

@@ -109,7 +109,7 @@ def trained_share(manifest: Manifest) -> float:
 
 
 def _sizes(path: Path) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """(inode, bytes, names) of each file. Reads only a checkpoint's own folders: a link may lead to a disk."""
+    """(inode, bytes, names) of each file. Reads only a checkpoint's own folders: a link may lead far away."""
     for folder in (path, *(path / group for group in GROUPS)):
         try:
             names = os.listdir(folder) if folder == path or not folder.is_symlink() else []

@@ -85,7 +85,7 @@ class RunView:
     restarts: int  # how many attempts followed one that failed or was to be started again
     newest: AttemptView | None
     before: AttemptView | None
-    row: dict[str, Any]  # the last with a loss; of a rolled-back attempt only without another
+    row: dict[str, Any]  # last row of metrics.jsonl with a loss; a rolled-back attempt's only if there is no other
     checkpoint_step: int | None
     checkpoint_s: float | None  # when that checkpoint was committed
     holder: Holder | None
@@ -209,7 +209,7 @@ def _newest_checkpoint(folder: RunFolder) -> tuple[int | None, float | None]:
 
 def _again(end: End | None) -> bool:
     """Whether an attempt that follows this end is a restart: the end asked for it, or the attempt died without a word.
-    After a stop that a person asked for, or after the last step, a person starts it anew."""
+    After a person's stop, or after the last step, a person starts the run anew."""
     return end is None or end.requeue
 
 

@@ -32,7 +32,7 @@ def plain_console() -> Console:
 
 
 class _Shown:
-    """A picture with its control characters escaped: names and values come from files a terminal would obey."""
+    """A picture with its control characters escaped: a name from a file could otherwise control the terminal."""
 
     def __init__(self, content: RenderableType) -> None:
         self._content = content

@@ -61,7 +61,7 @@ def _utilization(d: Device) -> Values:
 
 
 def _memory(d: Device) -> Values:
-    # Version 2 does not count the driver's own memory as used, just as nvidia-smi.
+    # Version 2 does not count the driver's own memory as used. nvidia-smi shows the same.
     memory = pynvml.nvmlDeviceGetMemoryInfo(d.handle, version=pynvml.nvmlMemory_v2)
     return {"memory_gib": round(memory.used / 2**30, 3), "memory_total_gib": round(memory.total / 2**30, 3)}
 

@@ -49,7 +49,7 @@ def _tell_failures(path: Path) -> None:
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             if result.is_failed():
-                for rank, failure in result.failures.items():  # in this order: torchrun's own kills come last
+                for rank, failure in result.failures.items():  # as found: those that torchrun killed come last
                     append_row(path, {"rank": rank, "exit_code": failure.exitcode})
             return result
 

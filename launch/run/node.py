@@ -175,7 +175,7 @@ class Supervisor:
         return code
 
     def _run(self) -> int:
-        """Start agents until an end is agreed. torchrun restarts failed workers itself; this restarts an agent."""
+        """Start agents until an end is agreed. torchrun itself restarts workers; this restarts a killed agent."""
         for _ in range(self.config.run.max_restarts + 1):
             before = max(life.numbers(self.folder), default=-1)
             status = self._one_agent()
@@ -261,7 +261,7 @@ class Supervisor:
         self.console.say(f"{below}stopping ({cause.word}): saving after this step")
 
     def _note(self, event: str, **facts: Any) -> None:
-        """An event that counts for this life of a Slurm job alone. No clock can tell: it may be set."""
+        """Write an event with the life of the Slurm job. Its time cannot tell the life, as clocks may be set."""
         job = Job.read(os.environ)
         self.events.write(event, job=job.id, life=int(job.life), **facts)
 

@@ -167,7 +167,7 @@ class After:
             self._tell(end, requeued=False)
             return lives.FAILED if end.reason == "failed" else code
         self._tell(end, requeued=True)
-        return lives.FINISHED if method == "chain" else lives.REQUEUE  # 75 may be requeued: two jobs
+        return lives.FINISHED if method == "chain" else lives.REQUEUE  # with 75, Slurm could start a second job
 
     def _tell(self, end: End, requeued: bool) -> None:
         """Call the user's hooks. They come last, as they may hang. They ignore SIGTERM as this process does, so after a

@@ -98,7 +98,7 @@ def by_scontrol(job: Job, excluded: list[str], folder: RunFolder, say: Callable[
 
 
 def by_exit(job: Job, excluded: list[str], folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Do nothing: the site has 75 in its RequeueExit, so the exit code requeues the job."""
+    """Ask for nothing: the site has 75 in its RequeueExit, so the exit code requeues the job."""
     if excluded != job.excluded:
         say(f"slurm.requeue=exit cannot keep the job away from {', '.join(excluded)}")
 

@@ -9,7 +9,7 @@ from configs.errors import UserError
 from trainer.data.open_tokens import tokens_of
 from trainer.data.prepared import Prepared, PreparedSource
 
-_HELD_OUT_DOCUMENTS = 20  # expected; a hash chooses documents, so fewer may mean none
+_HELD_OUT_DOCUMENTS = 20  # the expected number; a hash chooses them, so a smaller number may give none
 _HELD_OUT_SAMPLES = 4  # of documents of medium length
 
 

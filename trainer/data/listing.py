@@ -183,7 +183,7 @@ def _wanted(source: Source, poll: Callable[[], None]) -> Iterator[tuple[str, Pat
 
 @dataclass(frozen=True)
 class _NoFile:
-    """Why an entry of a folder is no file. `folder`: it may have been one, so its name need not match."""
+    """Why an entry is no file. `folder`: it may have been a folder, so its name need not match the pattern."""
 
     words: str
     folder: bool

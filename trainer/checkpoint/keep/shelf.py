@@ -167,7 +167,7 @@ class Shelf:
         return going
 
     def going(self) -> list[int]:
-        """The committed steps that `prune` would delete now. If the newest does not open, report that: none."""
+        """The committed steps that `prune` would delete now: none, with a message, if the newest does not open."""
         steps = self.steps()
         if len(steps) <= self._keep.last:
             return []
@@ -186,7 +186,7 @@ class Shelf:
         """Which of the committed steps stay.
 
         The newest `last` that open stay, and any newer ones. So do those of `every_steps`, the best one, links, and
-        those with a file KEEP. Those in `manifest.sources` of any that stays do, too.
+        those with a file KEEP. Any that stays also keeps those in its `manifest.sources`.
         """
         kept: set[int] = set()
         well = 0

@@ -206,8 +206,8 @@ def _flat_index(at: Iterable[int], box: Box) -> int:
 
 
 def _is_run(part: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether a part of these sizes is contiguous in the row-major order of the whole. It has single indices first,
-    then at most one partial dimension, then full ones."""
+    """Whether a part of these sizes is contiguous in the row-major order of the whole. Then it has single indices
+    first, at most one partial dimension, and full ones after that."""
     dims = len(whole)
     while dims and part[dims - 1] == whole[dims - 1]:
         dims -= 1
