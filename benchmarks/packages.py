@@ -1,4 +1,4 @@
-"""Name the packages of pyproject.toml that are not installed. `make gpu` asks first, as it takes any Python.
+"""Name the packages of pyproject.toml that are not installed. `make gpu`, which uses any Python, asks first.
 
 python benchmarks/packages.py        exit 2 when one is missing that `make gpu` needs
 """

@@ -127,7 +127,7 @@ def in_parts(ranks: int, hidden: Tensor, weight: Tensor, targets: Tensor, *args:
 def test_parts_of_the_words_give_the_whole_loss(
     tokens: int, vocab: int, ranks: int, chunk: int, seed: int, z_loss: float
 ) -> None:
-    """Every rank has the whole sums. Hidden's gradients add up to the whole one, the weight's are its rows."""
+    """Every rank has the whole sums. Hidden's gradients add up to the whole one, the weight's are rows of it."""
     hidden, weight, targets = make(tokens, vocab, seed=seed)
     sums, grad_hidden, grad_weight = gradients(plain, hidden, weight, targets, z_loss)
     ranks_got = in_parts(ranks, hidden, weight, targets, z_loss, chunk)

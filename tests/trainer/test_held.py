@@ -1,4 +1,4 @@
-"""A folder lives as long as its process, however that ends. Folders of living processes and of others stay."""
+"""A folder lives as long as its process, however that ends. Folders of living processes and of other users stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tasks, batches and engines rely on: fill-ups change nothing, weights add up, none knows the task."""
+"""What tasks, batches and engines rely on: fill-ups change nothing, weights add up, no engine knows the task."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def test_strided_tied_and_shared_tensors_of_torch_save(tmp_path: Path) -> None:
 
 
 def test_optimizer_state_by_number(tmp_path: Path) -> None:
-    """With names beside the numbers it is converted. Without them it is refused, but the weights are not."""
+    """With names beside the numbers the state is converted. Without them it is refused, but the weights are not."""
     model, _ = trained(0)
     optimizer = torch.optim.AdamW(model.named_parameters())
     step(model, optimizer)

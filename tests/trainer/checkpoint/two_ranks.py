@@ -146,7 +146,7 @@ def two_saves(root: Path, watch: Callable[[int], None], between: Callable[[], No
 
 
 def names_of_operations(folder: Path) -> list[list[str]]:
-    """Save twice below `folder`; returns the names of each rank's operations in the second save, which marks frame."""
+    """Save twice below `folder`; returns the names of each rank's operations in the second save, between two marks."""
     share.WRITING_THREADS = 1
 
     def watch(rank: int) -> None:

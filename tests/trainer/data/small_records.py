@@ -78,7 +78,7 @@ class NoWork(Table):
 
 
 def config(*sources: dict[str, Any], validate: int = 0, **data: Any) -> Config:
-    """A config as it will be for a task of records: today every config has a language model."""
+    """A config with the data section of a task of records. Its task and model are those of language modelling."""
     raw = {
         "model": {"vocab_size": 300, "dim": 8, "layers": 1, "heads": 1, "mlp_dim": 8, "max_seq_len": 64},
         "data": {"seq_len": 8, "sources": [{"name": "documents", "path": "x"}]},
