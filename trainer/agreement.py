@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from trainer.life.stop import Cause, Kind, StopWish
+from trainer.ranks.device import DeviceTime, Reading, from_host
 from trainer.ranks.world import World
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What one reduction brought to all ranks, on the device, fp64. `took`: how long the device waited for it."""
+
+    sums: torch.Tensor  # [n]
+    wishes: torch.Tensor  # how many ranks ask for each kind of stop, and last for a profile
+    took: DeviceTime
 
 
 class Agreement:
     """Sums numbers over the data ranks, and carries every rank's wish along.
 
-    The sums stay on the device. The wishes are read after the step that the reduction began: by then they lie in host
-    memory, nothing waits for them, and all ranks read the same numbers, so all leave at the same step.
+    All of it stays on the device. Whoever reads the wishes there hands them to `heard`. All ranks read the same
+    numbers at the same step, so all leave at the same step.
     """
 
     def __init__(self, world: World, wish: StopWish, asked: Callable[[], bool] = lambda: False) -> None:
         self.world, self.wish, self._asked = world, wish, asked
-        self._wishes: torch.Tensor | None = None  # by kind, and last how many ranks ask for a profile
+        self._heard: Sequence[float] = [0.0] * (len(Kind) + 1)
 
-    def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
-        """fp64 [n] summed over the data ranks, on the device. A collective of all ranks."""
-        numbers = torch.as_tensor(values, dtype=torch.float64, device=self.world.device)
-        if not self.world.counts:
-            numbers = torch.zeros_like(numbers)  # the first rank of the tensor group gives them
-        cause = self.wish.poll()
+    def sum(self, numbers: Sequence[float] = (), on_device: torch.Tensor | None = None) -> Agreed:
+        """Sums over the data ranks: first of `on_device`, fp64 [m], then of `numbers`. A collective of all ranks."""
+        cause, counts = self.wish.cause, self.world.counts
         told = [float(cause is not None and cause.kind is kind) for kind in Kind] + [float(self._asked())]
-        wishes = torch.tensor(told, dtype=torch.float64)
-        both = torch.cat([numbers, wishes.to(self.world.device, non_blocking=True)])
+        # Of a tensor group the first rank alone gives numbers: else they would be counted once for each rank.
+        both = from_host([*(n if counts else 0.0 for n in numbers), *told], self.world.device)
+        if on_device is not None:
+            both = torch.cat([on_device if counts else torch.zeros_like(on_device), both])
+        took = DeviceTime(self.world.device)
         self.world.sum(both)
-        # On a GPU this copy runs behind the reduction; whoever reads it has synchronised with a later result.
-        self._wishes = both[len(numbers) :].to("cpu", non_blocking=True)
-        return both[: len(numbers)]
+        took.end()
+        return Agreed(both[: -len(told)], both[-len(told) :], took)
+
+    def heard(self, wishes: Sequence[float]) -> None:
+        """The wishes of a reduction have been read."""
+        self._heard = wishes
 
     def outcome(self) -> Cause | None:
-        """What the last reduction decided: the same kind on every rank. Call only after the device was synchronised."""
-        if self._wishes is None:
-            return None
-        asked = [kind for kind in Kind if self._wishes[kind] > 0]
+        """What the wishes that were last heard decide: the same kind on every rank."""
+        asked = [kind for kind in Kind if self._heard[kind] > 0]
         if not asked:
             return None
         kind = max(asked)
@@ -47,13 +59,11 @@ class Agreement:
         return mine if mine is not None and mine.kind is kind else Cause.elsewhere(kind)
 
     def profile(self) -> bool:
-        """Whether the last reduction brought a request for a profile: the same on every rank. As `outcome`, only after
-        the device was synchronised."""
-        return self._wishes is not None and bool(self._wishes[-1] > 0)
+        """Whether any rank asked for a profile, in the wishes that were last heard."""
+        return self._heard[-1] > 0
 
     def now(self) -> Cause | None:
         """Agree at once. A collective that waits: before the first step, not between steps."""
-        self.sum([])
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.wish.poll()
+        self.heard(Reading(self.sum().wishes).values())
         return self.outcome()

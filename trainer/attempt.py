@@ -13,6 +13,7 @@ import torch
 
 from configs.config import Config
 from configs.errors import UserError
+from trainer.garbage import collected_at_agreed_steps
 from trainer.host.console import Console
 from trainer.host.terminal import say
 from trainer.life import attempts as life
@@ -39,7 +40,7 @@ class Recorded(Exception):
 
 def live(run: Run) -> End:
     """Train, save what is not saved, and say how it ended. The same on every rank."""
-    with _closed_at_the_end(run):
+    with _closed_at_the_end(run), collected_at_agreed_steps():
         try:
             cause = train(run)
             run.save_now()

@@ -120,7 +120,7 @@ class CheckedEngine:
         self._loss += float(sums[0] * scale)
         return sums
 
-    def update(self, lr_factor: float, clip: float | None) -> float:
+    def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:
         check_gradients(self._engine.gradients(), self._engine.trainable())
         if self._expected_loss is not None:
             check_first_loss(self._loss, self._expected_loss)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import time
 
+from configs.config import Config
 from trainer.agreement import Agreement
+from trainer.garbage import collect_if_due
 from trainer.health import Health
 from trainer.life.heartbeat import Phase
 from trainer.life.stop import Cause, Kind
 from trainer.progress import due
 from trainer.run import Run
-from trainer.step import RunFailed, StepResult, train_step
+from trainer.step import QueuedStep, RunFailed, StepResult, train_step
 from trainer.tasks.base import best_metric, mean_loss, named
 from trainer.validation import validate
 
@@ -28,6 +30,7 @@ def train(run: Run) -> Cause | None:
     config, progress = run.config, run.progress
     agreement = Agreement(run.world, run.wish, run.profiling.asked)
     health = Health(config, progress, run.events, run.world.first)
+    before: QueuedStep | None = None  # the step before: queued, but what came of it is not read yet
     cause = agreement.now()  # a wish that came while everything was being built
     cause = validate_if_due(run, agreement, cause)  # one that a stop left undone
     run.profiling.after_step(progress.step, asked=False)
@@ -37,27 +40,52 @@ def train(run: Run) -> Cause | None:
         began = time.perf_counter()
         batch = next(run.loader)
         run.record_samples(batch)
-        result = train_step(run.engine, batch, progress.step + 1, config, agreement, run.step_phase)
-        progress.step += 1
+        queued = train_step(run.engine, batch, config, agreement, logs(config, batch.step), run.step_phase)
+        progress.step = batch.step
         progress.consumed_samples = batch.consumed_samples
+        take_result(run, before, agreement, health)  # only now, so that a GPU always has a step to work at
         run.meter.add(time.perf_counter() - began, run.loader.wait_s, batch.cost)
-        run.after_first_step()
-
-        health.check(result, batch)
-        if due(progress.step, config.run.log_every_steps) or progress.step == config.train.steps:
-            log(run, result)
-        cause = agreement.outcome()  # the wishes that this step's reduction carried
+        before = queued
+        if not run.first_step_done or must_be_known(config, progress.step):
+            take_result(run, before, agreement, health)
+            before = None
+            run.after_first_step()
+        cause = agreement.outcome()  # the wishes that the last reduction that was read carried
         run.profiling.after_step(progress.step, agreement.profile())
         cause = validate_if_due(run, agreement, cause)
         keeps_best = progress.is_best and config.checkpoint.keep.best
         if cause is None and (due(progress.step, config.checkpoint.every_steps) or keeps_best):
             run.save()
         run.poll_saves()
+        collect_if_due(progress.step)
+    take_result(run, before, agreement, health)
     if cause is None:
         cause = test(run, agreement)
     if cause is not None and cause.kind is Kind.FAIL:
         raise RunFailed(cause.word, "the run was ended by the failure said above")
     return cause
+
+
+def take_result(run: Run, queued: QueuedStep | None, agreement: Agreement, health: Health) -> None:
+    """Read what came of a step, and act on it. It waits for the device, and not for what was queued after that step."""
+    if queued is None:
+        return
+    result = queued.result(agreement)
+    health.check(result)
+    if run.world.first and logs(run.config, result.step):
+        log(run, result)
+
+
+def logs(config: Config, step: int) -> bool:
+    """Whether this step gets a row."""
+    return due(step, config.run.log_every_steps) or step == config.train.steps
+
+
+def must_be_known(config: Config, step: int) -> bool:
+    """Whether something follows this step that needs to know what came of it: a save, a validation, the end."""
+    every = (config.checkpoint.every_steps, config.train.validate_every_steps)
+    changes = any(change.step == step for change in config.freeze.schedule)
+    return step == config.train.steps or changes or any(due(step, steps) for steps in every)
 
 
 def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Cause | None:
@@ -94,14 +122,12 @@ def stopped_early(run: Run) -> bool:
 
 
 def log(run: Run, result: StepResult) -> None:
-    """Write the step's row. A collective: the loss is summed over all ranks."""
-    sums = run.world.sum_data(result.sums.clone())
-    if run.world.first:
-        values = mean_loss(run.task, named(run.task, sums.tolist(), result.weights))
-        if run.task.unit == "tokens":
-            values["target_tokens"] = int(result.weights[0])
-        norm = result.grad_norm if result.applied else None
-        run.meter.row(run.progress.step, run.progress.consumed_samples, values, result.lr_factor, norm)
+    """Write the step's row."""
+    values = mean_loss(run.task, named(run.task, result.sums, result.weights))
+    if run.task.unit == "tokens":
+        values["target_tokens"] = int(result.weights[0])
+    norm = result.grad_norm if result.applied else None
+    run.meter.row(result.step, result.batch.consumed_samples, values, result.lr_factor, norm)
 
 
 def take_validation(run: Run, values: dict[str, float]) -> None:

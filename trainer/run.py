@@ -30,6 +30,7 @@ from trainer.life.events import Events, append_row
 from trainer.life.folder import RunFolder
 from trainer.life.heartbeat import Phase
 from trainer.life.layout import resolve
+from trainer.life.lookout import Lookout
 from trainer.life.stop import Cause, StopRequested, StopWish
 from trainer.progress import Progress, saves_to_come
 from trainer.ranks.world import World
@@ -68,7 +69,7 @@ class Run:
         )
         self.saved_step = -1
         self._failed_saves = 0
-        self._first_step_done = False
+        self.first_step_done = False
 
     def build(self) -> None:
         """Data, engine, weights. Raises UserError, or StopRequested when a wish to stop comes in between."""
@@ -95,6 +96,8 @@ class Run:
         self._open_batches()
         self.meter = Meter(self.config, world, self.folder, self.console, self.attempt.number, self.task.unit)
         self.meter.flops_per_unit = self.flops_per_unit()
+        self.profiling.look()  # one that was asked for before the start begins at the first step
+        self.lookout = Lookout([self.wish.poll, self.profiling.look], self.console.say)
 
     def _make_engine(self) -> None:
         """Names and shapes: it takes memory when it is filled."""
@@ -154,11 +157,12 @@ class Run:
     @property
     def step_phase(self) -> Phase:
         """What the coming step is: the first one compiles, if any does."""
-        return Phase.COMPILING if self.config.parallel.compile and not self._first_step_done else Phase.COMPUTING
+        return Phase.COMPILING if self.config.parallel.compile and not self.first_step_done else Phase.COMPUTING
 
     def after_first_step(self) -> None:
-        if not self._first_step_done:
-            self._first_step_done = True
+        """All ranks have made a step: none of them compiles any more, so a rank that is late from now on is lost."""
+        if not self.first_step_done:
+            self.first_step_done = True
             self.world.set_timeout(self.config.parallel.step_timeout_s)
 
     def record_samples(self, batch: StepBatch) -> None:
@@ -203,7 +207,7 @@ class Run:
         if before == after:
             return
         self.world.set_timeout(self.config.parallel.load_timeout_s)  # longer again, until the next step is done
-        self._first_step_done = False
+        self.first_step_done = False
         self.save_now()
         path = self.folder.checkpoints / checkpoint_name(step)
         self.world.heartbeat.enter(Phase.STARTING)
@@ -286,6 +290,7 @@ class Run:
         return time.monotonic() - self.began
 
     def close(self) -> None:
+        self.lookout.close()
         self.profiling.close()
         self.loader.close()
         self.meter.close()

@@ -7,6 +7,7 @@ import torch
 from trainer.agreement import Agreement
 from trainer.data.loader import HeldOut, weigh
 from trainer.engines.base import Engine
+from trainer.ranks.device import Reading
 from trainer.tasks.base import Task, named
 
 
@@ -21,11 +22,10 @@ def validate(engine: Engine, task: Task, held_out: HeldOut, agreement: Agreement
     for number, batches in enumerate(held_out, 1):
         weights = weigh(task, batches)
         sums = torch.stack([engine.evaluate(batch.to(world.device)) for batch in batches]).sum(0)
-        agreed = agreement.sum(torch.cat([sums, sums.new_tensor(weights)]))
-        total = agreed if total is None else total + agreed
+        agreed = agreement.sum(weights, on_device=sums)
+        total = agreed.sums if total is None else total + agreed.sums
+        agreement.heard(Reading(agreed.wishes).values())
         world.heartbeat.beat()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
         if agreement.outcome() is not None and number < len(held_out):
             return None
     assert total is not None  # the preparation refuses a run that validates without held-out samples

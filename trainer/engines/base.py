@@ -44,9 +44,9 @@ class Engine(Protocol):
         gradients are plain sums over ranks. last: the gradients must be synchronised when this returns. A loss that
         is not finite makes the gradient norm NaN. The ranks of a tensor group return the same."""
 
-    def update(self, lr_factor: float, clip: float | None) -> float:
-        """Clip, update, and clear the gradients. Returns the global gradient norm before clipping. If the norm is not
-        finite, no rank applies the update."""
+    def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:
+        """Clip, update, and clear the gradients. Returns the global gradient norm before clipping, fp64 0-d, on the
+        device. If the norm is not finite, no rank applies the update: that is decided on the device, too."""
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The task's sums as `forward_backward` returns them, without dropout or gradients."""

@@ -8,7 +8,6 @@ stands last (`tensor.py`), and FSDP cuts what it left on each rank. One process 
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -30,9 +29,10 @@ from trainer.engines.base import T
 from trainer.engines.boxes import box_of, local_part, replica_of
 from trainer.engines.master import MasterWeights
 from trainer.engines.named import DTYPES, Named
-from trainer.engines.optim import add_penalties, build_optimizers
+from trainer.engines.optim import add_penalties, build_optimizers, step_unless
 from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
 from trainer.life.layout import resolve
+from trainer.ranks.device import from_host
 from trainer.ranks.seeds import generator
 from trainer.ranks.world import World
 from trainer.tasks.base import Task
@@ -60,6 +60,7 @@ class FsdpEngine(Named):
         self.master: MasterWeights | None = None
         self.stored: dict[str, torch.Tensor] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
+        self._counted: tuple[tuple[str, ...], torch.Tensor] = ((), torch.empty(0))
         super().__init__(self._on_meta())
 
     def _on_meta(self) -> Model:
@@ -74,6 +75,7 @@ class FsdpEngine(Named):
     ) -> None:
         parallel, trainable = self.config.parallel, set(names)
         self.optimizers, self.stored, self.master = [], {}, None
+        self._counted = ((), torch.empty(0))
         self.built = self._on_meta()  # the old one goes before the new one takes memory
         gc.collect()
         narrow = set(held_elsewhere) - trainable if self._compute.itemsize < self._params.itemsize else set()
@@ -173,36 +175,43 @@ class FsdpEngine(Named):
         return sums
 
     @torch.no_grad()
-    def update(self, lr_factor: float, clip: float | None) -> float:
-        whole = list(self._grads().values())
-        grads = [local_part(g) for g in whole]
-        norm = self._norm(whole)
-        if math.isfinite(norm):
-            if clip is not None and norm > clip:
-                torch._foreach_mul_(grads, clip / (norm + 1e-6))
-            add_penalties(self.config.optim, self.built, self.stored)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * lr_factor
-                optimizer.step()
-            self._parameters_changed(trained_only=True)
+    def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:
+        grads = self._grads()
+        norm = self._norm(grads)
+        if clip is not None and grads:
+            factor = torch.where(norm > clip, clip / (norm + 1e-6), 1.0)
+            torch._foreach_mul_([local_part(g) for g in grads.values()], factor)
+        add_penalties(self.config.optim, self.built, self.stored)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor
+            step_unless(~torch.isfinite(norm), optimizer)
+        self._parameters_changed(trained_only=True)
         for stored in self.stored.values():
             stored.grad = None
-        return norm
+        return norm.to(self.device, non_blocking=True)  # of offloaded gradients it lies on the CPU
 
     def _grads(self) -> dict[str, torch.Tensor]:
         return {name: p.grad for name, p in self.stored.items() if p.grad is not None}
 
-    def _norm(self, grads: list[torch.Tensor]) -> float:
-        """Global 2-norm over all ranks, by one all-reduce."""
+    def _norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Global 2-norm over all ranks, by one all-reduce; fp64 0-d, where the gradients lie."""
         if not grads:
-            return 0.0
-        norms = torch.stack(torch._foreach_norm([local_part(g) for g in grads], 2, dtype=torch.float32))
-        copies = torch.tensor([replica_of(g)[1] for g in grads], dtype=torch.float64, device=norms.device)
-        square = (norms.double().square() / copies).sum()  # each element counts once
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        norms = torch.stack(torch._foreach_norm([local_part(g) for g in grads.values()], 2, dtype=torch.float32))
+        square = (norms.double().square() / self._copies(grads)).sum()  # each element counts once
         if self.mesh is not None:
             dist.all_reduce(square)
-        return float(square.sqrt())
+        return square.sqrt()
+
+    def _copies(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many ranks hold each gradient, fp64 [gradients]. Made once for the same gradients: a step that made it
+        anew would wait for the device."""
+        names = tuple(grads)
+        if self._counted[0] != names:
+            counts = [float(replica_of(g)[1]) for g in grads.values()]
+            self._counted = (names, from_host(counts, local_part(next(iter(grads.values()))).device))
+        return self._counted[1]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: local_part(g) for name, g in self._grads().items()}

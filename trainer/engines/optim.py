@@ -8,10 +8,44 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.sgd import sgd
 
 from configs.schema.optim import OptimSection
 from models import Model
 from trainer.engines.boxes import box_of, local_part
+
+
+class SGD(torch.optim.SGD):
+    """torch's fused one, on this rank's parts: it does not take sharded tensors itself."""
+
+    found_inf: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            sgd(
+                [local_part(p.detach()) for p in params],
+                [local_part(p.grad) for p in params],
+                [local_part(self._momentum(p)) if group["momentum"] else None for p in params],
+                fused=True,
+                found_inf=self.found_inf,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+
+    def _momentum(self, p: torch.Tensor) -> torch.Tensor:
+        """Begins as zeros. torch would take memory as it finds it, and that would stay if the first update is
+        skipped."""
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        momentum: torch.Tensor = state["momentum_buffer"]
+        return momentum
 
 
 class Muon(torch.optim.Optimizer):
@@ -26,6 +60,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.found_inf: torch.Tensor | None = None  # fp32 0-d: not 0 where the update is to be skipped
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -35,14 +70,20 @@ class Muon(torch.optim.Optimizer):
                     continue
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
+                old = self.state[p]["momentum_buffer"]
+                buffer = old.lerp(p.grad, 1 - group["momentum"])
                 direction = p.grad.lerp(buffer, group["momentum"])  # Nesterov
                 update = _keep_layout(_orthogonal, direction)
                 # Jordan's scaling: an update of the same size per element, whatever the matrix's shape
                 size = math.sqrt(max(1.0, p.shape[0] / p.shape[1]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * size)
+                decayed = p * (1 - group["lr"] * group["weight_decay"])
+                self._take(old, buffer)
+                self._take(p, decayed.add_(update, alpha=-group["lr"] * size))
+
+    def _take(self, kept: torch.Tensor, new: torch.Tensor) -> None:
+        """Write `new` over `kept`, unless the update is to be skipped."""
+        mine, new = local_part(kept), local_part(new)
+        mine.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, mine, new))
 
 
 def _keep_layout(function: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -85,7 +126,7 @@ def build_optimizers(
     groups = [g for g in groups if g["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups and optim.name == "sgd":
-        optimizers.append(torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum))
+        optimizers.append(SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True))
     elif groups:
         kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
         betas = (optim.betas[0], optim.betas[1])
@@ -96,6 +137,16 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+@torch.no_grad()
+def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """An update that changes nothing where `skip`, bool 0-d, holds. It lies on the device, and the host does not ask.
+
+    torch's fused optimizers read `found_inf`, which its gradient scaler sets for the same purpose; ours do likewise.
+    """
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 @torch.no_grad()

@@ -90,6 +90,12 @@ class Heartbeat:
             self.step = step
         self._write(now)
 
+    def count_as(self, phase: Phase, seconds: float) -> None:
+        """Of the time that was counted to computing, so much was spent at `phase`: a GPU tells it afterwards."""
+        seconds = min(seconds, self._seconds[Phase.COMPUTING])
+        self._seconds[Phase.COMPUTING] -= seconds
+        self._seconds[phase] += seconds
+
     def beat(self) -> None:
         """This rank is still moving, within its phase."""
         self._write(time.monotonic())

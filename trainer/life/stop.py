@@ -139,7 +139,7 @@ class StopWish:
         self._stop_file, self._limit_s, self._began = stop_file, limit_s, began
 
     def poll(self) -> Cause | None:
-        """The wish as of now. Cheap enough for every step."""
+        """The wish as of now. It looks at files, so the training loop reads `cause` alone, and a thread polls."""
         if self.cause is not None:
             return self.cause
         if self._stop_file is not None and self._stop_file.exists():

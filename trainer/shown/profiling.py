@@ -29,10 +29,15 @@ class Profiling:
         self._last: int | None = None  # step that ends the profile that runs now
         self._first = 0
         self._profile: profile | None = None
+        self._file_seen = False
+
+    def look(self) -> None:
+        """Look for the file PROFILE. Rank 0 alone does, from a thread: the folder may be slow to answer."""
+        self._file_seen = self._world.first and self._file.is_file()
 
     def asked(self) -> bool:
-        """Whether a person asks now. Rank 0 alone looks at the folder; a reduction tells the others."""
-        return self._world.first and self._last is None and self._file.is_file()
+        """Whether a person asks now, as rank 0 saw it last; a reduction tells the others."""
+        return self._file_seen and self._last is None
 
     def after_step(self, step: int, asked: bool) -> None:
         """Begin or end a profile between two steps. `asked` is the same on all ranks."""
@@ -41,6 +46,7 @@ class Profiling:
         if self._last is None and asked:
             if self._world.first:
                 self._file.unlink(missing_ok=True)
+                self._file_seen = False
             self._begin(step + 1, step + ASKED_STEPS)
         elif self._last is None and self._config.profile_steps is not None:
             first, last = self._config.profile_steps

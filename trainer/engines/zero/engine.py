@@ -31,6 +31,7 @@ from trainer.engines.named import DTYPES, Named
 from trainer.engines.optim import build_optimizers
 from trainer.engines.zero.partitions import Fragment, Partitions, leave_secondary_group, partition_module, share_of
 from trainer.engines.zero.swapped import Swapping
+from trainer.ranks.device import from_host
 from trainer.ranks.seeds import generator
 from trainer.ranks.world import World
 from trainer.tasks.base import Task
@@ -240,15 +241,15 @@ class ZeroEngine(Named):
         self._engine.backward(self._weighted(total, scale * self.world.size, sums), scale_wrt_gas=False)
         return sums
 
-    def update(self, lr_factor: float, clip: float | None) -> float:
+    def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:
         self._engine.optimizer.clip_grad = clip or 0.0
         for group in self._parts.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
         self._parts.fill_gradients()
         self._engine.step()
         self._parts.clear()
-        norm = float(self._engine.get_global_grad_norm())
-        return norm if math.isfinite(norm) else math.nan
+        norm = float(self._engine.get_global_grad_norm())  # DeepSpeed waits for the device to decide what to skip
+        return from_host([norm if math.isfinite(norm) else math.nan], self.device)[0]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         found = {name: self._parts.gradient(name) for name in self._parts.fragments}
