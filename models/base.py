@@ -37,5 +37,7 @@ class Model:
     muon: Callable[[str, int], bool] = lambda name, dims: False
     # Computes buffers that no checkpoint holds, after memory was allocated.
     rebuild_buffers: Callable[[nn.Module], None] = _nothing
+    # Whether a block draws random numbers while it trains. If it does, a recomputation must draw the same ones.
+    random: bool = True
     # How the model is split over ranks that compute each sample together. None: `parallel.tensor` must be 1.
     plan: TensorPlan | None = None

@@ -33,6 +33,7 @@ def _decoder(section: DecoderSection) -> Model:
         flops=flops,
         matrices=lambda name, dims: dims >= 2,
         muon=lambda name, dims: dims == 2 and name.startswith("blocks."),
+        random=section.dropout > 0,
         plan=PLANS["decoder"],
     )
 

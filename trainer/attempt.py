@@ -13,8 +13,8 @@ import torch
 
 from configs.config import Config
 from configs.errors import UserError
-from trainer.garbage import collected_at_agreed_steps
 from trainer.host.console import Console
+from trainer.host.garbage import collected_at_agreed_steps
 from trainer.host.terminal import say
 from trainer.life import attempts as life
 from trainer.life.attempts import Attempt, End

@@ -11,8 +11,8 @@ import time
 
 from configs.config import Config
 from trainer.agreement import Agreement
-from trainer.garbage import collect_if_due
 from trainer.health import Health
+from trainer.host.garbage import collect_if_due
 from trainer.life.heartbeat import Phase
 from trainer.life.stop import Cause, Kind
 from trainer.progress import due

@@ -58,9 +58,10 @@ class Engine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def update(self, *arguments: Any, **named: Any) -> float:
+    def update(self, *arguments: Any, **named: Any) -> torch.Tensor:
         self.step += 1
-        return float(self.inner.update(*arguments, **named))
+        norm: torch.Tensor = self.inner.update(*arguments, **named)
+        return norm
 
 
 # ---- numbers that are not finite ------------------------------------------------------------------------------------
@@ -83,11 +84,11 @@ class Poisoned(Engine):
             sums = sums * (1.0 if self.what == "gradient" else math.nan)
         return total, sums
 
-    def update(self, *arguments: Any, **named: Any) -> float:
+    def update(self, *arguments: Any, **named: Any) -> torch.Tensor:
         skipped = self.step in self.poisoned
         before = self._state()
         norm = super().update(*arguments, **named)
-        assert (norm != norm) is skipped
+        assert bool(norm.isnan()) is skipped
         assert (before == self._state()) is skipped  # parameters, moments and step counts are unchanged on every rank
         return norm
 

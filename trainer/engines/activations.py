@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from models import Model
 
 MATRIX_PRODUCTS = {
     torch.ops.aten.mm.default,
@@ -21,23 +22,26 @@ MATRIX_PRODUCTS = {
 }
 
 
-def checkpoint_activations(blocks: Iterable[nn.Module], how: Literal["none", "selective", "full"]) -> None:
+def checkpoint_activations(model: Model, how: Literal["none", "selective", "full"]) -> None:
     """Make each block recompute its activations in backward.
 
     The block's `forward` is replaced rather than the block wrapped, so that parameter names stay as they are.
     """
     if how == "none":
         return
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if how == "selective" else {}
-    for block in blocks:
-        block.forward = _recomputed(block.forward, contexts)
+    # Keeping the random state costs time in each block; a block that draws nothing gives the same without it.
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": model.random}
+    if how == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.blocks:
+        block.forward = _recomputed(block.forward, settings)
 
 
-def _recomputed(forward: Callable[..., Any], contexts: dict[str, Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+        return checkpoint(forward, *args, **settings, **kwargs)
 
     return recomputed
 

@@ -7,7 +7,6 @@ stands last (`tensor.py`), and FSDP cuts what it left on each rank. One process 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -27,10 +26,12 @@ from trainer.data.batch import Batch
 from trainer.engines.activations import checkpoint_activations
 from trainer.engines.base import T
 from trainer.engines.boxes import box_of, local_part, replica_of
+from trainer.engines.gradients import AddedUp
 from trainer.engines.master import MasterWeights
 from trainer.engines.named import DTYPES, Named
 from trainer.engines.optim import add_penalties, build_optimizers, step_unless
 from trainer.engines.tensor import add_up_whole, data_mesh, split_model, tensor_mesh
+from trainer.host.garbage import collect_everything
 from trainer.life.layout import resolve
 from trainer.ranks.device import from_host
 from trainer.ranks.seeds import generator
@@ -59,6 +60,7 @@ class FsdpEngine(Named):
         self._params, self._compute = DTYPES[config.precision.params], DTYPES[config.precision.compute]
         self.master: MasterWeights | None = None
         self.stored: dict[str, torch.Tensor] = {}
+        self._added_up = AddedUp()
         self.optimizers: list[torch.optim.Optimizer] = []
         self._counted: tuple[tuple[str, ...], torch.Tensor] = ((), torch.empty(0))
         super().__init__(self._on_meta())
@@ -77,13 +79,15 @@ class FsdpEngine(Named):
         self.optimizers, self.stored, self.master = [], {}, None
         self._counted = ((), torch.empty(0))
         self.built = self._on_meta()  # the old one goes before the new one takes memory
-        gc.collect()
+        collect_everything()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the old engine's sizes fit nothing of the new one's
         narrow = set(held_elsewhere) - trainable if self._compute.itemsize < self._params.itemsize else set()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trainable)
             if name in narrow:
                 parameter.data = parameter.data.to(self._compute)
-        checkpoint_activations(self.built.blocks, parallel.activation_checkpoint)
+        checkpoint_activations(self.built, parallel.activation_checkpoint)
         if parallel.compile:
             for block in self.built.blocks:
                 block.compile(fullgraph=True)
@@ -96,7 +100,7 @@ class FsdpEngine(Named):
         self.model.to_empty(device="cpu" if offloaded else self.device)
         for module in self.model.modules() if offloaded else []:
             module._buffers.update({n: b.to(self.device) for n, b in module._buffers.items() if b is not None})
-        self.built.rebuild_buffers(self.model)
+        self._rebuild_buffers()
         if self.mesh is None and compute is not None:
             self.master = MasterWeights(self.model, compute)
             self.stored = dict(self.master.stored)
@@ -170,6 +174,8 @@ class FsdpEngine(Named):
             model.set_requires_all_reduce(last)
         total, sums = self.task.sums(self.model, batch)
         self._weighted(total, scale, sums).backward()
+        if self._params.itemsize < 4:
+            self._added_up.take(self.stored.values(), last)
         if last and self._tensor is not None:
             add_up_whole(self._grads().values(), self._tensor)
         return sums

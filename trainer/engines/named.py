@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from configs.config import Config
+from configs.errors import UserError
 from configs.schema.model import ModelSection
 from models import Model, build_model
 from trainer.checkpoint.load.plan import TensorInfo
@@ -50,6 +51,20 @@ class Named:
     @property
     def model(self) -> nn.Module:
         return self.built.module
+
+    def _rebuild_buffers(self) -> None:
+        """Fill the buffers that no checkpoint holds. Raises UserError when the model leaves one as memory was found."""
+        rest = [(n, b) for n, b in self.model.named_buffers() if n not in self._buffer_infos and b.is_floating_point()]
+        for _, buffer in rest:
+            buffer.fill_(torch.nan)
+        self.built.rebuild_buffers(self.model)
+        left = dict(self.model.named_buffers())
+        for name, _ in rest:
+            if left[name].isnan().any():
+                raise UserError(
+                    f"model.name {self.config.model.name}: no checkpoint holds the buffer {name!r}, and the model does "
+                    "not fill it\nlet `rebuild_buffers` of its models.base.Model fill it, or register it as persistent"
+                )
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

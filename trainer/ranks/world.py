@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from trainer.life.stop import StopWish
 from trainer.ranks.meeting import meet
 
 T = TypeVar("T")
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING"}
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,15 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def _settle_cuda(config: Config, environ: MutableMapping[str, str]) -> None:
+    """What must be settled before a GPU is used for the first time."""
+    # Segments of fixed sizes break memory up: a model that nearly fills a GPU then runs out of it with GiB to spare.
+    if not _ALLOCATOR.intersection(environ):
+        environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.precision.tf32
+
+
 def start(config: Config, heartbeat: Heartbeat | None = None, wish: StopWish | None = None) -> World:
     """Join the ranks that torchrun started, or be alone. Raises StopRequested when `wish` asks for it meanwhile."""
     ranks = Ranks.read(os.environ)
@@ -159,6 +169,7 @@ def start(config: Config, heartbeat: Heartbeat | None = None, wish: StopWish | N
         if ranks.local_size > torch.cuda.device_count():
             raise UserError(f"{ranks.local_size} processes on this node, but it has {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", ranks.local_rank)
+        _settle_cuda(config, os.environ)
         torch.cuda.set_device(device)
     kv = None
     if size > 1:

@@ -89,6 +89,8 @@ def _layout(config: Config, world: World) -> str:
             sizes, names = f"{sizes} x {layout.tensor}", f"{names} x tensor"
         kind = f"{sizes} ({names}) on {world.size} ranks"
     extras = [f"{precision.compute} compute, {precision.params} parameters", world.device.type]
+    if world.device.type == "cuda" and precision.compute == "fp32":
+        extras.append("products in TF32" if precision.tf32 else "products in full fp32 (precision.tf32 is faster)")
     extras += ["compiled"] if p.compile else []
     extras += [f"{p.activation_checkpoint} activation checkpointing"] if p.activation_checkpoint != "none" else []
     return f"{p.engine}, {kind}; " + ", ".join(extras)

@@ -6,7 +6,6 @@ tensor lie is known to `partitions.py` alone.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import warnings
@@ -31,6 +30,7 @@ from trainer.engines.named import DTYPES, Named
 from trainer.engines.optim import build_optimizers
 from trainer.engines.zero.partitions import Fragment, Partitions, leave_secondary_group, partition_module, share_of
 from trainer.engines.zero.swapped import Swapping
+from trainer.host.garbage import collect_everything
 from trainer.ranks.device import from_host
 from trainer.ranks.seeds import generator
 from trainer.ranks.world import World
@@ -87,10 +87,10 @@ class ZeroEngine(Named):
         self._swapping.check_space(self.world, self._bytes_to_swap(trainable))
         self._swapping.make_folders()
         self.built = self._allocate(trainable)
-        self.built.rebuild_buffers(self.model)
+        self._rebuild_buffers()
         self._named = dict(self.model.named_parameters())
         parallel = self.config.parallel
-        checkpoint_activations(self.built.blocks, parallel.activation_checkpoint)
+        checkpoint_activations(self.built, parallel.activation_checkpoint)
         if self._stage == 3 and (parallel.compile or parallel.activation_checkpoint == "selective"):
             self._make_leaves()
         if parallel.compile:
@@ -118,7 +118,7 @@ class ZeroEngine(Named):
             self._parts.free(named.values())
             del self._parts, named
         leave_secondary_group()
-        gc.collect()
+        collect_everything()
         self._swapping.remove_folders()
 
     def close(self) -> None:
