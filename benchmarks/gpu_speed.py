@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 def make_config(shape: str, length: int, steps: int, folder: Path, overrides: list[str]) -> Config:
     """The preset of a shape over random tokens at one length."""
     preset, changes = SHAPES[shape]
-    vocab_size = load(preset, []).decoder.vocab_size
+    vocab_size = load(preset, []).most_words
     batch = SAMPLES_PER_STEP.get(length, 4)
     rng = np.random.default_rng(0)
     np.save(folder / "tokens.npy", rng.integers(0, min(vocab_size, 256), (steps + 4) * batch * length, dtype=np.uint16))

@@ -29,6 +29,8 @@ def _task(config: Sections) -> Iterator[str]:
         yield f"task.name {task} needs model.name {fitting}, not {model}"
     if task == "lm" and is_own(model) and config.vocab_size is None:
         yield "task.name lm needs model.options.vocab_size: rows of the embedding"
+    if task == "lm" and not is_own(model) and config.vocab_size is None and config.data.tokenizer == "none":
+        yield "model.vocab_size is missing: with data.tokenizer=none nothing else tells how many words there are"
     if config.task.needs_tokenizer and config.data.seq_len is None:
         yield "data.seq_len is missing: tokens per sample"
 
@@ -68,7 +70,7 @@ def _tensor(config: Sections) -> Iterator[str]:
             )
             return
     for key, size in (("vocab_size", model.vocab_size), ("mlp_dim", model.mlp_dim)):
-        if -(-size // tensor) * (tensor - 1) >= size:  # parts of equal size, the last one smaller
+        if size is not None and -(-size // tensor) * (tensor - 1) >= size:  # parts of equal size, the last one smaller
             yield (
                 f"model.{key} {size} leaves no part for the last of parallel.tensor {tensor} ranks; "
                 f"use a smaller parallel.tensor"

@@ -115,12 +115,13 @@ class Decoder(nn.Module):
     def __init__(self, section: DecoderSection) -> None:
         super().__init__()
         self.section = section
-        self.embed = nn.Embedding(section.vocab_size, section.dim)
+        words = section.vocab_size or 1  # only names are asked for while the data have not decided it
+        self.embed = nn.Embedding(words, section.dim)
         self.pos = nn.Embedding(section.max_seq_len, section.dim) if section.position == "learned" else None
         self.drop = nn.Dropout(section.dropout)
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.layers))
         self.norm = make_norm(section.norm, section.dim, section.norm_eps)
-        self.head = Head(section.dim, section.vocab_size)
+        self.head = Head(section.dim, words)
         self._tie()
 
     def forward(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors import safe_open
 
 from tests.distributed import run_ranks, tiny, train
@@ -159,3 +160,16 @@ def test_a_stop_leaves_no_trace_in_what_is_learned(
 def validations(config: dict[str, Any]) -> dict[int, float]:
     rows = read_rows(RunFolder(Path(config["run"]["dir"])).metrics)
     return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+
+
+def test_the_tokenizer_decides_the_vocabulary_that_is_left_out(tmp_path: Path) -> None:
+    """It is written down, and the next start finds it there; the run is that of a config that says it."""
+    said, left_out = tiny(tmp_path / "said", model__vocab_size=257), tiny(tmp_path / "left_out")
+    del left_out["model"]["vocab_size"]
+    left_out["data"] = said["data"]
+    for config in (said, left_out):
+        assert train(config, 2) == [0, 0]
+        config["train"]["steps"] = 8
+        assert train(config, 1) == [0]
+    assert losses(left_out) == losses(said)
+    assert yaml.safe_load((Path(left_out["run"]["dir"]) / "config.yaml").read_text())["model"]["vocab_size"] == 257

@@ -102,7 +102,7 @@ def _check_paths(config: Config, folder: RunFolder) -> list[Problem]:
 
     def tokenizer() -> None:
         if config.task.needs_tokenizer:
-            load_tokenizer(config.data, config.words)
+            load_tokenizer(config.data, config.most_words)
 
     return problems_of(
         start,

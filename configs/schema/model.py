@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Tag, model_validator
 
 from configs.schema.own import OwnModel
-from configs.schema.section import MILLION, MOST_TOKENS, OWN, Section, by_name, from_data, result
+from configs.schema.section import MILLION, MOST_TOKENS, MOST_WORDS, OWN, Section, by_name, from_data, result
 
 
 class RopeScaling(Section):
@@ -23,7 +23,7 @@ class DecoderSection(Section):
     """A decoder Transformer, wide enough for Llama 2/3, Mistral, Qwen 2/2.5/3 and GPT-2."""
 
     name: Literal["decoder"] = result("decoder", "a decoder Transformer")
-    vocab_size: int = result(..., "rows of the embedding; at least the tokenizer's size", ge=2, le=2**31 - 1)
+    vocab_size: int | None = from_data("rows of the embedding; at least the tokenizer's size", ge=2, le=MOST_WORDS)
     dim: int = result(..., "width of the residual stream", ge=1, le=MILLION)
     layers: int = result(..., "number of blocks", ge=1, le=MILLION)
     heads: int = result(..., "query heads", ge=1, le=MILLION)

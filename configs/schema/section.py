@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 # Far above what anybody means. Above these limits, clocks, C++ and memory fail with errors that name no key.
 MOST_STEPS = 10**9
 MOST_TOKENS = 10**9  # per sequence
+MOST_WORDS = 2**31 - 1  # rows of an embedding: ids are kept in 32 bits
 MILLION = 10**6
 MOST_TIMES = 10**9  # people write such a number, here and in seconds, for "for ever"
 MOST_S = 10**9

@@ -12,7 +12,7 @@ from configs.schema.own import OwnModel
 from configs.schema.parallel import ParallelSection
 from configs.schema.precision import PrecisionSection
 from configs.schema.run import RunSection
-from configs.schema.section import Section, result, speed
+from configs.schema.section import MOST_WORDS, Section, result, speed
 from configs.schema.slurm import SlurmSection
 from configs.schema.start import StartSection
 from configs.schema.task import LmSection, TaskSection
@@ -48,17 +48,16 @@ class Sections(Section):
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding; None for a model that takes no tokens."""
+        """Rows of the embedding. None for a model that takes no tokens, and while the data have not decided it."""
         if isinstance(self.model, OwnModel):
             size = self.model.options.get("vocab_size")
             return size if isinstance(size, int) else None
         return self.model.vocab_size if isinstance(self.model, DecoderSection) else None
 
     @property
-    def words(self) -> int:
-        """`vocab_size`. Only for a task that has tokens, where it is never None."""
-        assert self.vocab_size is not None
-        return self.vocab_size
+    def most_words(self) -> int:
+        """No token id may reach it: `vocab_size`, or the most there can be while the data have not decided it."""
+        return self.vocab_size or MOST_WORDS
 
     @property
     def decoder(self) -> DecoderSection:

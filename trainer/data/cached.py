@@ -17,7 +17,7 @@ from trainer.data import files
 from trainer.data.cuts import ANYWHERE, PIECE_BYTES
 from trainer.data.listing import FileStat, source_root
 from trainer.data.sources import hash_file
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer, words_of
 
 FORMAT = 1
 CUTS = 2  # the version of how long texts are cut: see `_is_cut_as_now`
@@ -31,7 +31,7 @@ Poll = Callable[[int], None]  # called often with the number of bytes just read
 
 def settings_of(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """All settings that decide what a prepared source holds, without the files themselves."""
-    size = config.words if source.kind == "tokens" else tokenizer.size
+    size = words_of(config, tokenizer) if source.kind == "tokens" else tokenizer.size
     return {
         "format": FORMAT,
         "source": {**source.model_dump(exclude=_NOT_OF_DOCUMENTS), "path": str(source_root(source))},

@@ -34,7 +34,7 @@ from trainer.data.open_tokens import open_tokens
 from trainer.data.order import quotas
 from trainer.data.preparing import Progress, cache_errors, key_of
 from trainer.data.sources import Document, FileReading, new_hash, read_file
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer, load_tokenizer, words_of
 
 _BATCH_BYTES = 128 << 10  # text tokenised in one call; small, so that a stop request is noticed soon
 _LARGE_PIECE_BYTES = 1 << 20  # a piece of this much text gets a progress line
@@ -53,7 +53,7 @@ def prepare(
     the fingerprints in the run's checkpoint. A source that was prepared for them in an older way is used unchanged.
     Raises UserError when the data are wrong, Interrupted when `should_stop` is true.
     """
-    tokenizer = load_tokenizer(config.data, config.words)
+    tokenizer = load_tokenizer(config.data, config.most_words)
     quotas([s.weight for s in config.data.sources], [s.name for s in config.data.sources])  # refused before the work
     with cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _source_folder(
     prepared = find_prepared(cache, source, settings, tokenizer.places, found, stats, began_with, progress.poll)
     if prepared is not None:
         if source.kind == "tokens":
-            check_largest_id(prepared, source, config.words, progress.poll)
+            check_largest_id(prepared, source, words_of(config, tokenizer), progress.poll)
         return prepared
     check_content(source, found, progress.say, progress.poll)
     with files.temporary_folder(cache) as temporary:
@@ -236,7 +236,7 @@ def _tokenise(
             # Before reading, so that a later change of the file is found at the next start.
             with readable(source, path):
                 stat = FileStat.of(path)
-            for document in read_file(source, path, tokenizer.end_token, config.words, reading):
+            for document in read_file(source, path, tokenizer.end_token, words_of(config, tokenizer), reading):
                 writer.add(document, progress.poll)
                 progress.count += 1
             known[name] = [stat.size_bytes, stat.mtime_ns, reading.digest]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from configs.config import Config
 from configs.errors import UserError
 from configs.schema.data import DataSection
 from trainer.data.cuts import ANYWHERE, places_of
@@ -128,6 +129,11 @@ class JsonTokenizer:
         joined = np.concatenate([np.empty(0, np.int64), *ids])
         # Special ids that remain (a one-character special token, an unknown token marked special) end no document.
         return joined[joined != self.end_token]
+
+
+def words_of(config: Config, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding: all token ids are below. The tokenizer decides where the config leaves it out."""
+    return config.vocab_size or tokenizer.size
 
 
 def load_tokenizer(data: DataSection, vocab_size: int) -> Tokenizer:

@@ -60,7 +60,7 @@ def parameters(model: ModelSection) -> int:
         return sum(a * b for a, b in pairwise((model.features or 1, *model.hidden, model.outputs or 1)))
     width = (model.head_dim or model.dim // model.heads) * (2 * model.heads + 2 * (model.kv_heads or model.heads))
     block = model.dim * (width + model.mlp_dim * (3 if model.mlp == "swiglu" else 2))
-    rows = model.vocab_size * (1 if model.tie_embeddings else 2)
+    rows = (model.vocab_size or 1) * (1 if model.tie_embeddings else 2)
     rows += model.max_seq_len if model.position == "learned" else 0
     return model.layers * block + rows * model.dim
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from configs.config import Config
+from configs.fingerprint import decide, undecided
 from configs.schema.task import LmSection
 from models import IGNORE
 from trainer.data.batch import Batch, Row
@@ -17,6 +18,7 @@ from trainer.data.open_tokens import describe_tokens, open_tokens
 from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 from trainer.data.samples import Columns
+from trainer.data.tokenizer import load_tokenizer, words_of
 from trainer.tasks.base import Better, Call, Column
 from trainer.tasks.sample import write_sample
 
@@ -36,7 +38,9 @@ class LanguageModelling:
     open = staticmethod(open_tokens)
 
     def resolve(self, config: Config, prepared: Prepared) -> Config:
-        return config
+        if "model.vocab_size" not in undecided(config):
+            return config
+        return decide(config, {"model.vocab_size": words_of(config, load_tokenizer(config.data, config.most_words))})
 
     def describe(self, prepared: Prepared, config: Config) -> list[str]:
         return describe_tokens(prepared, config.train.steps * config.train.global_batch)
@@ -81,4 +85,4 @@ class LanguageModelling:
         return f"the target of token {place} of sample {sample} is another document's"
 
     def first_loss(self, config: Config) -> float:
-        return math.log(config.words)
+        return math.log(config.most_words)

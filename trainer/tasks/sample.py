@@ -20,7 +20,7 @@ def write_sample(call: Call, config: Config, device: torch.device, step: int) ->
     """`task.sample_prompt` continued by `task.sample_tokens` tokens. A collective: each token is one forward of all
     ranks, so every rank makes the same number of tokens."""
     section = config.lm
-    tokenizer = load_tokenizer(config.data, config.words)
+    tokenizer = load_tokenizer(config.data, config.most_words)
     ids = [int(i) for i in tokenizer.encode([section.sample_prompt.encode()])[0]] or [tokenizer.end_token]
     draw = generator(torch.device("cpu"), config.run.seed, "sample", step)
     for _ in range(section.sample_tokens):
