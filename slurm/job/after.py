@@ -24,7 +24,7 @@ from trainer.host.arguments import config_parser, take
 from trainer.host.environment import SLURM_JOB_NODELIST
 from trainer.host.node_name import node_name
 from trainer.host.terminal import go_on_unheard, say
-from trainer.life import attempts as lives
+from trainer.life import attempts
 from trainer.life.attempts import End
 from trainer.life.events import Events
 from trainer.life.folder import RunFolder
@@ -72,7 +72,7 @@ class After:
         if wanted and end.reason == "failed":
             count = failures_without_progress(self.folder, end.step) + 1
             if count >= self.config.run.give_up_after:
-                end, wanted, code = End("failed", end.step, end.checkpoint, False, "giving_up"), False, lives.FAILED
+                end, wanted, code = End("failed", end.step, end.checkpoint, False, "giving_up"), False, attempts.FAILED
                 self._say(f"giving up after {count} lives without a new checkpoint")
         by_slurm = end.requeue and self.job.requeued
         method = self.config.slurm.requeue if wanted else "slurm" if by_slurm else None
@@ -88,9 +88,9 @@ class After:
         again.exclude(self.job, again.to_exclude(self.job, down, self._say), self._say)
         self._say(f"lost {', '.join(down)}: Slurm has it down")
         end = End("failed", step, name, requeue=True, cause="node_lost")
-        self._record(end, lives.FAILED, "slurm", down)
+        self._record(end, attempts.FAILED, "slurm", down)
         self._tell(end, requeued=True)
-        return lives.FAILED
+        return attempts.FAILED
 
     def _wait_for_nodes(self) -> None:
         """Wait until each node has left its last word, or until it is too late for that."""
@@ -109,11 +109,12 @@ class After:
         if end is not None and (end.reason != "failed" or not end.requeue):
             return end, end.exit_code
         codes = {word.code for word in left.values()}
-        mistake = self.code == lives.USER_ERROR and not left
-        if mistake or lives.USER_ERROR in codes:
-            return End("failed", step, name, requeue=False, cause="mistake"), lives.USER_ERROR
-        if end is None and codes & {lives.REQUEUE, lives.STOPPED}:  # a person's stop counts more than a preemption
-            end = End("stopped", step, name, requeue=lives.STOPPED not in codes, cause="before_an_attempt")
+        mistake = self.code == attempts.USER_ERROR and not left
+        if mistake or attempts.USER_ERROR in codes:
+            return End("failed", step, name, requeue=False, cause="mistake"), attempts.USER_ERROR
+        # A stop counts more than a preemption.
+        if end is None and codes & {attempts.REQUEUE, attempts.STOPPED}:
+            end = End("stopped", step, name, requeue=attempts.STOPPED not in codes, cause="before_an_attempt")
         if end is None:
             began = self.folder.root.exists()  # else no checkpoint to go on from, and no folder to count lives in
             end = End("failed", step, name, requeue=began, cause="start_failed")
@@ -145,7 +146,7 @@ class After:
 
     def _record(self, end: End, code: int, method: str | None, failed: list[str]) -> None:
         job, number = self.life.job, self.life.number
-        attempt = max(lives.numbers(self.folder), default=-1)
+        attempt = max(attempts.numbers(self.folder), default=-1)
         outcome = Outcome(
             job, number, attempt, end.reason, end.cause, end.step, code, method, failed, time_s=time.time()
         )
@@ -165,9 +166,9 @@ class After:
             self._write("requeue_refused", why=str(refused))
             self._say(f"not started again: {refused}\nstart it by hand, or try another slurm.requeue than {method}")
             self._tell(end, requeued=False)
-            return lives.FAILED if end.reason == "failed" else code
+            return attempts.FAILED if end.reason == "failed" else code
         self._tell(end, requeued=True)
-        return lives.FINISHED if method == "chain" else lives.REQUEUE  # with 75, Slurm could start a second job
+        return attempts.FINISHED if method == "chain" else attempts.REQUEUE  # with 75, Slurm could start a second job
 
     def _tell(self, end: End, requeued: bool) -> None:
         """Call the user's hooks. They come last, as they may hang. They ignore SIGTERM as this process does, so after a

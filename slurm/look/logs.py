@@ -12,7 +12,7 @@ from configs.files import kind_fault, open_regular
 from launch.look import run_folder
 from slurm.look import queue
 from slurm.look.find import folder_named, is_job
-from slurm.look.state import lives
+from slurm.look.state import is_alive
 from trainer.host.arguments import Parser, typed
 from trainer.host.terminal import say
 from trainer.life import attempts as life
@@ -118,7 +118,7 @@ class Log:
     def _lives(self) -> bool:
         view = run_folder.view(self.folder)
         answer = queue.of(self.jobs)
-        return (answer.silent is not None and bool(self.jobs)) or lives(view, answer)
+        return (answer.silent is not None and bool(self.jobs)) or is_alive(view, answer)
 
 
 def output_in(folder: Path, number: str) -> Path | None:

@@ -111,7 +111,7 @@ def _seconds(left: str) -> float | None:
     return None if found is None else found * 60
 
 
-def lives(numbers: Iterable[str]) -> tuple[dict[str, list[Life]], str | None]:
+def lives_of_jobs(numbers: Iterable[str]) -> tuple[dict[str, list[Life]], str | None]:
     """(job -> its lives in their order, why Slurm does not know all of them or None).
 
     Without accounting this asks the controller. It knows only the last life, and forgets a job after minutes.

@@ -36,7 +36,7 @@ def _last_outcome(view: RunView) -> Outcome | None:
     return next((outcome for outcome in view.outcomes[-1:] if outcome.attempt >= newest), None)
 
 
-def lives(view: RunView, answer: Queue) -> bool:
+def is_alive(view: RunView, answer: Queue) -> bool:
     """Whether the run is in the queue or, as far as this node can tell, one of its processes runs."""
     if job_of(view, answer) is not None:
         return True
@@ -56,7 +56,7 @@ def state_of(view: RunView, answer: Queue, past: Sequence[Life]) -> str:
     if job is not None and job.state != "RUNNING":
         reason = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("None", "") else ""
         return job.state.lower() + reason
-    return _running(view) if lives(view, answer) else _over(view, answer, past)
+    return _running(view) if is_alive(view, answer) else _over(view, answer, past)
 
 
 def _running(view: RunView) -> str:

@@ -18,7 +18,7 @@ from slurm.look import queue
 from slurm.look.find import folders_named
 from slurm.look.logs import mistake_in
 from slurm.look.queue import Job, Life, Queue
-from slurm.look.state import job_of, lives, state_of, unexplained
+from slurm.look.state import is_alive, job_of, state_of, unexplained
 from trainer.host.arguments import Parser, typed
 from trainer.host.console import duration, si
 from trainer.host.terminal import say
@@ -43,7 +43,7 @@ class Row:
     job: Job | None
     number: str | None  # of its job, in the queue or not
     state: str
-    lives: bool
+    alive: bool
 
 
 def main(arguments: list[str]) -> int:
@@ -82,11 +82,11 @@ class Look:
         if new := gone - self._past.keys() if answer.silent is None else set():
             if not self.words:  # in a folder that people share, others may have these
                 answer = queue.both(answer, queue.of(new))
-            found, self._no_accounting = queue.lives(new)
+            found, self._no_accounting = queue.lives_of_jobs(new)
             self._past |= {number: found.get(number, []) for number in new}
         self._past = {number: past for number, past in self._past.items() if number in gone}
         rows = [_row(folder, view, answer, self._past) for folder, view in zip(folders, views, strict=True)]
-        rows.sort(key=lambda row: (not row.lives, -_latest_s(row)))
+        rows.sort(key=lambda row: (not row.alive, -_latest_s(row)))
         return rows, _notes(rows, answer, self._no_accounting)
 
     def _read(self) -> tuple[list[Path], list[RunView | UserError], Queue]:
@@ -119,7 +119,7 @@ def _row(folder: Path, view: RunView | UserError, answer: Queue, past: dict[str,
     job, gone = job_of(view, answer), unexplained(view, answer)
     number = job.number if job is not None else gone or next(iter(view.jobs), None)
     state = state_of(view, answer, past.get(gone or "", []))
-    return Row(folder, view, job, number, state, lives(view, answer))
+    return Row(folder, view, job, number, state, is_alive(view, answer))
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (name, "-", row.state, *("-" for _ in _HEADER[3:]))
     newest, facts = view.newest, view.row
     step, last = _step(row), newest.last_step if newest else None
-    loss, speed = amount(facts, "loss"), speed_of(facts) if row.lives else None
+    loss, speed = amount(facts, "loss"), speed_of(facts) if row.alive else None
     nodes = job.nodes if job is not None else len(newest.hosts) if newest else 0
     return (
         name,
@@ -228,7 +228,7 @@ def history(view: RunView, number: str | None) -> list[str]:
     """Every attempt of a run, and every life of its job."""
     attempts = run_folder.all_attempts(view.folder)
     lines = ["", *table(_ATTEMPT_HEADER, [_attempt_cells(view, a) for a in attempts], "attempt")]
-    lives, no_accounting = queue.lives([number]) if number is not None else ({}, None)
+    lives, no_accounting = queue.lives_of_jobs([number]) if number is not None else ({}, None)
     found = lives.get(number or "", [])
     if found:
         rows = [

@@ -9,7 +9,7 @@ from launch.look import run_folder
 from slurm.ask import ask
 from slurm.look import queue
 from slurm.look.find import folder_named, is_job
-from slurm.look.state import job_of, lives, may_live, state_of
+from slurm.look.state import is_alive, job_of, may_live, state_of
 from trainer.host.arguments import Parser, typed
 from trainer.host.terminal import say
 
@@ -25,7 +25,7 @@ def stop_main(arguments: list[str]) -> int:
     view = run_folder.view(folder)
     answer = queue.of(view.jobs)
     job = job_of(view, answer)
-    if not lives(view, answer) and not may_live(view, answer):
+    if not is_alive(view, answer) and not may_live(view, answer):
         state = state_of(view, answer, [])
         raise UserError(f"{folder} does not run ({state}); a STOP in it would end its next start")
     try:
@@ -71,6 +71,6 @@ def _job_in(folder: Path) -> str:
         return job.number
     if answer.silent is not None:
         raise UserError(f"Slurm does not answer: {answer.silent}")
-    if lives(view, answer):
+    if is_alive(view, answer):
         raise UserError(f"{folder} runs without a job of Slurm's; to end it: {typed('slurm stop', folder)}")
     raise UserError(f"{folder} has no job in the queue ({state_of(view, answer, [])})")

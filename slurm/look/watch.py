@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
 
     def picture(height: int | None) -> Picture:
         rows, notes = look.now()
-        last = not any(row.lives for row in rows)
+        last = not any(row.alive for row in rows)
         view = rows[0].view if options.runs and len(rows) == 1 else None
         if view is None:
             return Picture(_table(rows, notes, height), last)

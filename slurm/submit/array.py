@@ -22,7 +22,7 @@ from configs.parse import Place, parse
 from configs.schema.slurm import SlurmSection
 from configs.typed import list_items
 from slurm.submit import snapshot
-from slurm.submit.submit import Submission, lives
+from slurm.submit.submit import Submission, any_alive
 from trainer.host.terminal import say
 from trainer.life import attempts as life
 from trainer.preflight import Problem, problems_of
@@ -168,7 +168,7 @@ class ArraySubmission(Submission):
     def follow(self, number: str) -> int:
         """Wait for all runs; return the worst outcome. Ctrl-C leaves the jobs running."""
         try:
-            while lives(*(run.holder() or number for run in self.runs)):
+            while any_alive(*(run.holder() or number for run in self.runs)):
                 time.sleep(_POLL_S)
         except KeyboardInterrupt:
             say(f"\njob {number} goes on without being watched")

@@ -220,7 +220,7 @@ class Submission:
         """Show the job's output until it is over; return the run's outcome. Ctrl-C leaves the job running."""
         shown = 0
         try:
-            while lives(number):
+            while any_alive(number):
                 shown = _show(self.log(number), shown)
                 time.sleep(_POLL_S)
             _show(self.log(number), shown)
@@ -278,7 +278,7 @@ def state(number: str) -> str | None:
     return job.state if job is not None else None
 
 
-def lives(*numbers: str) -> bool:
+def any_alive(*numbers: str) -> bool:
     """Whether one of the jobs lives. Without an answer they count as living: only the controller may be down."""
     answer = queue.of(numbers)
     return answer.silent is not None or any(number in answer.jobs for number in numbers)
