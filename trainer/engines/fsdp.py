@@ -61,6 +61,7 @@ class FsdpEngine(Named):
         self.master: MasterWeights | None = None
         self.stored: dict[str, torch.Tensor] = {}
         self._added_up = AddedUp()
+        self._last: bool | None = None  # of the latest micro batch: whether it was the step's last
         self.optimizers: list[torch.optim.Optimizer] = []
         self._counted: tuple[tuple[str, ...], torch.Tensor] = ((), torch.empty(0))
         super().__init__(self._on_meta())
@@ -77,7 +78,7 @@ class FsdpEngine(Named):
     ) -> None:
         parallel, trainable = self.config.parallel, set(names)
         self.optimizers, self.stored, self.master = [], {}, None
-        self._counted = ((), torch.empty(0))
+        self._counted, self._last = ((), torch.empty(0)), None
         self.built = self._on_meta()  # the old one goes before the new one takes memory
         collect_everything()
         if self.device.type == "cuda":
@@ -168,10 +169,7 @@ class FsdpEngine(Named):
     # ---- one update -------------------------------------------------------------------------------------------------
 
     def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
-        if self.mesh is not None:
-            model = cast(FSDPModule, self.model)
-            model.set_requires_gradient_sync(last or self.config.parallel.accumulate == "sharded")
-            model.set_requires_all_reduce(last)
+        self._synchronise(last)
         total, sums = self.task.sums(self.model, batch)
         self._weighted(total, scale, sums).backward()
         if self._params.itemsize < 4:
@@ -179,6 +177,15 @@ class FsdpEngine(Named):
         if last and self._tensor is not None:
             add_up_whole(self._grads().values(), self._tensor)
         return sums
+
+    def _synchronise(self, last: bool) -> None:
+        """Tell FSDP whether the coming backward is the step's last. It walks through all modules: once for each answer."""
+        if self.mesh is None or self._last == last:
+            return
+        model = cast(FSDPModule, self.model)
+        model.set_requires_gradient_sync(last or self.config.parallel.accumulate == "sharded")
+        model.set_requires_all_reduce(last)
+        self._last = last
 
     @torch.no_grad()
     def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:
