@@ -148,6 +148,7 @@ class Bench:
         for step in range(1, 5):
             background.save(step, self.pieces(), RunState())
             stalls += [result.stall_s for result in background.wait()]
+        background.close()
         print(f"training waits {statistics.median(stalls[1:]):.2f} s for the copy, {stalls[0]:.2f} s the first time")
         shutil.rmtree(self.folder / "waiting")
 

@@ -296,6 +296,8 @@ class Run:
         self.meter.close()
 
     def leave(self) -> None:
-        """The last call, however the attempt ended: nothing of the engine stays on disk."""
+        """The last call, however the attempt ended: nothing half deleted and nothing of the engine stays on disk. It
+        comes after the last collective, in which other ranks would wait for a delete that takes long."""
+        self.store.close()
         if hasattr(self, "engine"):
             self.engine.close()

@@ -127,6 +127,7 @@ def fork_rank(root: Path, rank: int, watch: Callable[[int], None], whole: bool =
             watch(rank)
         store.save(2, pieces(2, rank), run_state(2))
         must_succeed(store)
+        store.close()
         code = 0
     except BaseException:  # noqa: BLE001 - the exit code tells the parent
         traceback.print_exc()

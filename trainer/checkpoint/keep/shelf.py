@@ -153,9 +153,10 @@ class Shelf:
         """Drop what was known of a step, after a checkpoint of that step was committed."""
         self._facts.pop(step, None)
 
-    def prune(self, tag: str) -> list[int]:
+    def prune(self, tag: str, remove: Callable[[str], None] = disk.remove_tree) -> list[int]:
         """Delete the checkpoints that `keep` does not hold; returns their steps. Each is renamed, durably, before the
-        first of its files is unlinked, so that no half-deleted checkpoint looks whole."""
+        first of its files is unlinked, so that no half-deleted checkpoint looks whole. `remove` may unlink later: after
+        the rename nobody reads the folder or links to its files."""
         going = self.going()
         names = [(str(self.path(step)), str(self.root / f"{checkpoint_name(step)}.deleting-{tag}")) for step in going]
         for name, doomed in names:
@@ -163,7 +164,7 @@ class Shelf:
         if names:
             disk.fsync_dir(str(self.root))
         for _, doomed in names:
-            disk.remove_tree(doomed)
+            remove(doomed)
         return going
 
     def going(self) -> list[int]:

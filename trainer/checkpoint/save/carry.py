@@ -52,6 +52,11 @@ class Base:
         folder = checkpoint.path.resolve()
         return cls(folder, checkpoint.manifest, checkpoint.hashes, checkpoint.digest, lineage, foreign=foreign)
 
+    @property
+    def stored_bytes(self) -> int:
+        """What its folder holds."""
+        return sum(file.size for file in self.manifest.files if file.source is None)
+
     def where(self, file: StoredFile) -> Source:
         """The checkpoint in which a file of this one lies."""
         if file.source is not None:

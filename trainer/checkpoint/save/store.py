@@ -7,6 +7,7 @@ partial folder, and every rank hears of it.
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from trainer.checkpoint.format.errors import BadCheckpoint, SaveError, Supersede
 from trainer.checkpoint.format.manifest import CHECKSUMS, digest_in
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.format.writing import write_bytes
+from trainer.checkpoint.keep.removal import Removal
 from trainer.checkpoint.keep.shelf import KEEP, Shelf, ask_to_keep
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState, assemble
@@ -41,8 +43,8 @@ _FOLDER_APPEARS_S = 30.0
 class SaveResult:
     """How a save went. All fields but the times are the same on all ranks.
 
-    bytes_written: of all ranks, without hard links. seconds: until the commit, before pruning. stall_s: how long
-    training waited, which includes the wait for the save before this one."""
+    bytes_written: of all ranks, without hard links. seconds: until the commit. stall_s: how long training waited, which
+    includes the wait for the save before this one."""
 
     step: int
     ok: bool
@@ -57,7 +59,7 @@ class SaveResult:
 class _Job:
     """One save of this rank."""
 
-    number: int
+    word: str  # under which ranks speak of it; another one at a second try
     step: int
     metric: float | None
     state: RunState
@@ -68,6 +70,7 @@ class _Job:
     copies: dict[str, memoryview] = field(default_factory=dict)
     files: list[WrittenFile] = field(default_factory=list)
     error: str | None = None
+    no_room: bool = False
     began: float = 0.0
     seconds: float = 0.0
     stall_s: float = 0.0
@@ -108,10 +111,12 @@ class CheckpointStore:
         self._still_newest = still_newest
         self._say = say
         self._copy = HostCopy()
+        self._removal = Removal(say)
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._results: list[SaveResult] = []
         self._saves = 0
+        self._word_before = ""
         self._base: Base | None = None  # rank 0's
         self._carried: dict[str, str] = {}  # name here -> name in the base; every rank's
 
@@ -156,7 +161,7 @@ class CheckpointStore:
         copies = [piece.key for piece in written if not piece.original]
         if copies:
             raise ValueError(f"{copies[0]}: neither the original is here nor a checkpoint that holds it")
-        job = _Job(self._saves, step, metric, state.frozen_copy(), written, dict(self._carried), began=began)
+        job = _Job(str(self._saves), step, metric, state.frozen_copy(), written, dict(self._carried), began=began)
         try:
             job.planned = plan_files(job.pieces, self._rank)
             changing = [file for file in job.planned if file.group != "frozen"]
@@ -189,6 +194,10 @@ class CheckpointStore:
         self._join()
         return self.poll()
 
+    def close(self) -> None:
+        """Return once old checkpoints are gone. The last call; it waits for no save, which may wait for a dead rank."""
+        self._removal.wait()
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -203,7 +212,12 @@ class CheckpointStore:
         """The saver thread: whatever happens ends in a result."""
         outcome: dict[str, Any]
         try:
-            outcome = self._lead(job) if self._rank == 0 else self._follow(job)
+            share = self._lead if self._rank == 0 else self._follow
+            outcome = share(job)
+            if outcome.get("again"):
+                self._removal.wait()
+                job.word += "-again"
+                outcome = share(job)
         except Exception as error:  # noqa: BLE001 - a saver thread must end in a result, or training waits for ever
             outcome = {"error": _text(error)}
         job.result = SaveResult(
@@ -217,66 +231,76 @@ class CheckpointStore:
         )
 
     def _lead(self, job: _Job) -> dict[str, Any]:
-        """Rank 0: make the folder, write, hear the others, commit, tell them, prune."""
-        partial = self.root / f"{checkpoint_name(job.step)}.partial-{self._attempt:03d}-{job.number}"
+        """Rank 0: make the folder, write, hear the others, commit, tell them, prune. When the disk was full while old
+        checkpoints were being deleted, "again" tells all ranks to try once more."""
+        removing = False
+        partial = self.root / f"{checkpoint_name(job.step)}.partial-{self._attempt:03d}-{job.word}"
         outcome: dict[str, Any]
         try:
+            removing = self._removal.beside(self.root, self._base.stored_bytes if self._base is not None else 0)
             if self.shelf.path(job.step).exists():
                 outcome = {"bytes": 0, "there": True}  # this very step is committed already
-                self._messages.put(f"{job.number}/go", {"there": True})
+                self._messages.put(f"{job.word}/go", {"there": True})
             else:
                 self._make_folders(partial)
                 self._plan_carrying(job)
-                self._messages.put(f"{job.number}/go", {"folder": partial.name, "carry": job.carrying is not None})
+                self._messages.put(f"{job.word}/go", {"folder": partial.name, "carry": job.carrying is not None})
                 outcome = self._write_and_commit(job, partial)
         except Exception as error:  # noqa: BLE001 - every kind of failure is told to all ranks
-            outcome = {"error": _text(error), "superseded": isinstance(error, Superseded)}
+            again = removing and (job.no_room or _has_no_room(error))
+            outcome = {"error": _text(error), "superseded": isinstance(error, Superseded), "again": again}
+            if again:
+                self._say(f"{checkpoint_name(job.step)}: {_text(error)}; once more, when older ones are deleted")
             self._discard(partial)
-            self._messages.tell(f"{job.number}/go", outcome)
-        self._messages.tell(f"{job.number}/done", outcome)
+            self._messages.tell(f"{job.word}/go", outcome)
+        self._messages.tell(f"{job.word}/done", outcome)
         job.seconds = time.monotonic() - job.began
         if "error" not in outcome and "there" not in outcome:
             self._after_commit(job)
         return outcome
 
     def _write_and_commit(self, job: _Job, partial: Path) -> dict[str, Any]:
-        own_error = own_bad = None
+        failures: list[dict[str, Any]] = []
         try:
             self._write_share(job, partial, job.carrying.jobs[0] if job.carrying else [])
         except _WRITING_ERRORS as error:
-            own_error, own_bad = f"rank 0: {_text(error)}", _bad_file(error)
-        files, errors, found_bad = list(job.files), [own_error], [own_bad]
+            failures.append(self._failure(error))
+        files = list(job.files)
         for rank in range(1, self._world_size):
-            report = self._messages.get(f"{job.number}/rank-{rank}", f"rank {rank}")
-            errors.append(report.get("error"))
-            found_bad.append(report.get("bad"))
+            report = self._messages.get(f"{job.word}/rank-{rank}", f"rank {rank}")
+            failures += [report] if "error" in report else []
             files += [WrittenFile.from_json(file) for file in report.get("files", [])]
-        self._forget(job.number)
-        failed = next((error for error in errors if error), None)
-        if failed:
-            self._mend({Path(path) for path in found_bad if path})
-            raise SaveError(failed)
+        self._forget(job.word)
+        if failures:
+            job.no_room = any(failure["no_room"] for failure in failures)
+            self._mend({Path(failure["bad"]) for failure in failures if failure["bad"]})
+            raise SaveError(failures[0]["error"])
         self._commit(job, partial, files)
         return {"bytes": sum(file.size for file in files if file.written)}
 
     def _follow(self, job: _Job) -> dict[str, Any]:
         """The other ranks: write, report, hear how it ended."""
-        go = self._messages.get(f"{job.number}/go", "rank 0")
+        go = self._messages.get(f"{job.word}/go", "rank 0")
         if "error" in go:
             return dict(go)
         if "folder" in go:
             report: dict[str, Any]
             try:
-                jobs = self._messages.get(f"{job.number}/carry-{self._rank}", "rank 0") if go["carry"] else []
+                jobs = self._messages.get(f"{job.word}/carry-{self._rank}", "rank 0") if go["carry"] else []
                 self._write_share(job, self.root / go["folder"], [Job.from_json(content) for content in jobs])
                 report = {"files": [file.to_json() for file in job.files]}
             except _WRITING_ERRORS as error:
-                report = {"error": f"rank {self._rank}: {_text(error)}", "bad": _bad_file(error)}
-            self._messages.put(f"{job.number}/rank-{self._rank}", report)
-        outcome: dict[str, Any] = self._messages.get(f"{job.number}/done", "rank 0")
+                report = self._failure(error)
+            self._messages.put(f"{job.word}/rank-{self._rank}", report)
+        outcome: dict[str, Any] = self._messages.get(f"{job.word}/done", "rank 0")
         if "error" not in outcome and "there" not in outcome:
             self._carry_on(job)
         return outcome
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        """What is told of a rank that could not write its share."""
+        bad = str(error.path) if isinstance(error, BadCheckpoint) else None
+        return {"error": f"rank {self._rank}: {_text(error)}", "bad": bad, "no_room": _has_no_room(error)}
 
     def _mend(self, found_bad: set[Path]) -> None:
         """Files that were to be taken over are bad: where there are copies the next save will find them whole."""
@@ -292,7 +316,7 @@ class CheckpointStore:
         beside_new = any(piece.group == "frozen" for piece in job.pieces)
         job.carrying = plan_carrying(base, job.carried, self._world_size, link, self._reference, beside_new)
         for rank in range(1, self._world_size):
-            self._messages.put(f"{job.number}/carry-{rank}", [one.to_json() for one in job.carrying.jobs[rank]])
+            self._messages.put(f"{job.word}/carry-{rank}", [one.to_json() for one in job.carrying.jobs[rank]])
 
     def _make_folders(self, partial: Path) -> None:
         if not self.root.is_dir():
@@ -345,7 +369,8 @@ class CheckpointStore:
         self._carry_on(job)
         self.shelf.forget(job.step)
         try:
-            self.shelf.prune(f"{self._attempt:03d}")
+            tag = f"{self._attempt:03d}"
+            self.shelf.prune(tag, self._removal.begin if self._asynchronous else disk.remove_tree)
         except OSError as error:
             self._say(f"old checkpoints could not be removed: {_text(error)}")
 
@@ -356,16 +381,17 @@ class CheckpointStore:
         except OSError as error:
             self._say(f"{partial.name} stays until the next start: {_text(error)}")
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, word: str) -> None:
         """Once all ranks reported on a save they have read everything about the one before."""
         ranks = range(1, self._world_size)
-        names = ["go", "done", *(f"{word}-{r}" for word in ("rank", "carry") for r in ranks)]
-        for name in names if number > 1 else []:
-            self._messages.drop(f"{number - 1}/{name}")
+        names = ["go", "done", *(f"{kind}-{r}" for kind in ("rank", "carry") for r in ranks)]
+        for name in names if self._word_before else []:
+            self._messages.drop(f"{self._word_before}/{name}")
+        self._word_before = word
 
 
-def _bad_file(error: Exception) -> str | None:
-    return str(error.path) if isinstance(error, BadCheckpoint) else None
+def _has_no_room(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _text(error: BaseException) -> str:
