@@ -128,6 +128,9 @@ def train_unsaved(config: Config) -> int:
         def check_space(self) -> None:
             pass
 
+        def reserve_memory(self) -> None:
+            pass
+
     return start(config, StopWish(), Unsaved)
 
 

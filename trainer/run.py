@@ -15,7 +15,7 @@ from configs.fingerprint import decide, fingerprint, to_dict, undecided
 from configs.own import is_own
 from trainer.begin import Beginning, fingerprints_to_find
 from trainer.checkpoint.format.errors import BadCheckpoint
-from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.format.pieces import Piece, with_state_to_come
 from trainer.checkpoint.load.checkpoint import Checkpoint
 from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.store import CheckpointStore, SaveResult
@@ -93,6 +93,7 @@ class Run:
         if self.origin.continuing:
             self.saved_step = self.progress.step
         self.check_space()
+        self.reserve_memory()
         self._open_batches()
         self.meter = Meter(self.config, world, self.folder, self.console, self.attempt.number, self.task.unit)
         self.meter.flops_per_unit = self.flops_per_unit()
@@ -250,18 +251,25 @@ class Run:
 
     def check_space(self) -> None:
         """Refuse before the first step what would fill the disk. A collective: bytes are summed over all ranks."""
-        mine = [p for p in self.engine.pieces() if p.is_mine() and p.original]
+        mine = [p for p in self._pieces_to_come() if p.is_mine() and p.original]
         carried = self.store.carried_bytes() if self.world.first else 0
         in_files = self.origin.plan.carried if self.origin.plan else {}
         frozen = sum(p.nbytes for p in mine if p.group == "frozen" and p.key not in in_files)
-        # before the first update there is no optimizer state yet: its tensors are as large as their parameters
-        state = self.beginning.target_of(self.origin.trainable).state
-        changing = sum(p.nbytes * (1 + len(state.get(p.key, ()))) for p in mine if p.group == "model")
+        changing = sum(p.nbytes for p in mine if p.group != "frozen")
         total = self.world.sum(
             torch.tensor([changing, frozen + carried], dtype=torch.float64, device=self.world.device)
         )
         to_come = saves_to_come(self.config, self.progress.step)
         self.world.from_first(lambda: self.store.shelf.check_space(int(total[0]), int(total[1]), to_come))
+
+    def reserve_memory(self) -> None:
+        """Hold the host memory for saves before the first step, unless none is to come."""
+        if saves_to_come(self.config, self.progress.step):
+            self.store.reserve(self._pieces_to_come())
+
+    def _pieces_to_come(self) -> list[Piece]:
+        """What this rank will hold once the first update has made the optimizer's state."""
+        return with_state_to_come(self.engine.pieces(), self.beginning.target_of(self.origin.trainable).state)
 
     def _state(self, pieces: Sequence[Piece]) -> RunState:
         layout = resolve(self.config.parallel, self.world.size)

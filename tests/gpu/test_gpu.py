@@ -11,6 +11,7 @@ import torch
 from tests.distributed import run_ranks, tiny, train, train_here
 from tests.test_begin import values
 from tests.test_train import losses, tensors
+from trainer.checkpoint.save.staging import page_lock
 from trainer.life.rows import read_rows
 
 pytestmark = pytest.mark.gpu
@@ -80,3 +81,15 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path) -> None:
     layouts = [(tmp_path / f"run/attempts/{n:03d}/rank-00000.log").read_text() for n in (0, 1)]
     assert [", cuda" in text for text in layouts] == [True, False]
     assert values(tmp_path / "run", 7) == on_gpu
+
+
+def test_page_locking_that_fails_leaves_no_error_to_training() -> None:
+    """CUDA keeps the error of a call that failed; the next kernel's launch would raise it."""
+    device, buffer = torch.device("cuda", 0), torch.empty(1 << 20, dtype=torch.uint8)
+    unlock = page_lock(buffer, device)
+    assert buffer.is_pinned()
+    with pytest.raises(RuntimeError, match="already"):
+        page_lock(buffer, device)
+    assert float(torch.ones(3, device=device).sum()) == 3.0
+    unlock()
+    assert not buffer.is_pinned()

@@ -6,7 +6,8 @@ A piece is a box (offsets and sizes per dimension) or a flat range (start and le
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import xxhash
@@ -87,3 +88,16 @@ class Piece:
                 f"{self.key}: a tensor of {numel} elements does not fill offsets {self.offsets}, sizes {self.sizes}, "
                 f"start {self.start} of shape {self.shape}"
             )
+
+
+def with_state_to_come(pieces: Sequence[Piece], state: Mapping[str, Sequence[str]]) -> list[Piece]:
+    """The pieces, and for each parameter the tensors that the optimizer will keep for it (`state`: their names) and has
+    not made yet, as it makes them in its first update. They are as large as the parameter, which stands for them."""
+    there = {piece.key for piece in pieces}
+    to_come = [
+        replace(piece, key=f"{piece.key}.{name}", group="optim")
+        for piece in pieces
+        for name in (state.get(piece.key, ()) if piece.group == "model" else ())
+        if f"{piece.key}.{name}" not in there
+    ]
+    return [*pieces, *to_come]

@@ -110,13 +110,12 @@ class CheckpointStore:
         self._reference = reference
         self._still_newest = still_newest
         self._say = say
-        self._copy = HostCopy()
+        self._copy = HostCopy(say)
         self._removal = Removal(say)
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._results: list[SaveResult] = []
-        self._saves = 0
-        self._word_before = ""
+        self._saves, self._word_before = 0, ""
         self._base: Base | None = None  # rank 0's
         self._carried: dict[str, str] = {}  # name here -> name in the base; every rank's
 
@@ -145,6 +144,10 @@ class CheckpointStore:
         plan = plan_carrying(self._base, self._carried, reference=self._reference)
         return sum(job.source_size for job in plan.jobs[0])
 
+    def reserve(self, pieces: Sequence[Piece]) -> None:
+        """Hold the host memory for saves of such pieces, before the first step: on a GPU that takes seconds."""
+        self._copy.reserve(plan_files(pieces, self._rank))
+
     def save(self, step: int, pieces: Sequence[Piece], state: RunState, metric: float | None = None) -> None:
         """Begin to save; every rank calls it at the same step. Returns when the tensors may change again.
 
@@ -164,9 +167,7 @@ class CheckpointStore:
         job = _Job(str(self._saves), step, metric, state.frozen_copy(), written, dict(self._carried), began=began)
         try:
             job.planned = plan_files(job.pieces, self._rank)
-            changing = [file for file in job.planned if file.group != "frozen"]
-            views = self._copy.take([file.layout for file in changing])
-            job.copies = dict(zip([file.path for file in changing], views, strict=True))
+            job.copies = self._copy.take(job.planned)
         except (RuntimeError, MemoryError) as error:  # no memory: told to the others, not left for them to wait on
             job.error = _text(error)
         self._job = job
