@@ -11,7 +11,11 @@ import torch
 from tests.distributed import run_ranks, tiny, train, train_here
 from tests.test_begin import values
 from tests.test_train import losses, tensors
+from trainer.checkpoint.format.pieces import Piece
+from trainer.checkpoint.load.checkpoint import Checkpoint
+from trainer.checkpoint.save.assemble import RunState
 from trainer.checkpoint.save.staging import page_lock
+from trainer.checkpoint.save.store import CheckpointStore
 from trainer.life.rows import read_rows
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +97,25 @@ def test_page_locking_that_fails_leaves_no_error_to_training() -> None:
     assert float(torch.ones(3, device=device).sum()) == 3.0
     unlock()
     assert not buffer.is_pinned()
+
+
+def test_frozen_tensors_are_saved_while_a_long_step_goes_on(tmp_path: Path) -> None:
+    """Their blocks do not wait for what is queued on the default stream, and are the right ones."""
+    device = torch.device("cuda", 0)
+    trained, frozen = torch.ones(1000, device=device), torch.randn(15_000_000, device=device)
+    pieces = [
+        Piece("w", "model", trained, (1000,), (0,), (1000,)),
+        Piece("f", "frozen", frozen, (15_000_000,), (0,), (15_000_000,)),
+    ]
+    for step in (1, 2):  # the first time page-locked buffers are made, for which a driver may wait for the GPU
+        store = CheckpointStore(tmp_path / f"{step}")
+        store.save(step, pieces, RunState())
+        torch.cuda._sleep((step - 1) * 30 * 10**9)  # more than 10 s of any GPU's clock
+        step_done = torch.cuda.Event()
+        step_done.record()
+        assert [result.error for result in store.wait()] == [None]
+    assert not step_done.query()
+    torch.cuda.synchronize()
+    checkpoint = Checkpoint(store.shelf.path(2))
+    checkpoint.verify()
+    assert torch.equal(checkpoint.read("f"), frozen.cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 
@@ -22,3 +23,8 @@ class Superseded(Exception):
 
 class SaveError(Exception):
     """A save that failed: another rank failed or did not answer, or the pieces do not make whole tensors."""
+
+
+def has_no_room(error: Exception) -> bool:
+    """Whether the disk is full, or what this user may take of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,23 +109,3 @@ def write_bytes(path: str, content: bytes) -> None:
         file.fsync()
     finally:
         file.close()
-
-
-def host_blocks(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
-    """The bytes of tensors in row-major order, at most a block of host memory at a time.
-
-    Host tensors are given as they are; device tensors pass through one block. (A tensor that is not contiguous is made
-    so first, one at a time.)
-    """
-    scratch: torch.Tensor | None = None
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        if flat.device.type == "cpu":
-            yield bytes_of(flat)
-            continue
-        if scratch is None:
-            scratch = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-        for part in flat.split(BLOCK_BYTES):
-            held = scratch[: part.numel()]
-            held.copy_(part)
-            yield bytes_of(held)

@@ -17,7 +17,8 @@ from trainer.checkpoint.format.boxes import GROUPS, Group, Ints
 from trainer.checkpoint.format.collector import no_collection
 from trainer.checkpoint.format.pieces import DTYPE_NAMES, Piece
 from trainer.checkpoint.format.threads import in_threads
-from trainer.checkpoint.format.writing import FileLayout, host_blocks, in_file_order, write_file
+from trainer.checkpoint.format.writing import FileLayout, in_file_order, write_file
+from trainer.checkpoint.save.streaming import Copies, host_blocks
 
 FILE_BYTES = 2 << 30  # of tensors in one file, at most (a single element aside)
 WRITING_THREADS = 4  # files that a rank writes at a time
@@ -129,13 +130,15 @@ def _bounded(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return files
 
 
-def write_files(folder: str, files: Sequence[PlannedFile], copies: Mapping[str, memoryview]) -> list[WrittenFile]:
-    """Write files below `folder`, a few at a time, durable with their names. `copies` holds data by path; the tensors
-    of a file without one are streamed. Raises the first error once all threads have ended."""
+def write_files(
+    folder: str, files: Sequence[PlannedFile], held: Mapping[str, memoryview], copies: Copies | None
+) -> list[WrittenFile]:
+    """Write files below `folder`, a few at a time, durable with their names. `held` is data by path; the tensors of a
+    file without any are streamed by `copies`. Raises the first error once all threads have ended."""
 
     def write(file: PlannedFile) -> WrittenFile:
-        data, layout = copies.get(file.path), file.layout
-        blocks = [data] if data is not None else host_blocks([piece.tensor for piece in layout.pieces])
+        data, layout = held.get(file.path), file.layout
+        blocks = [data] if data is not None else host_blocks([piece.tensor for piece in layout.pieces], copies)
         hashes = write_file(os.path.join(folder, file.path), layout, blocks)
         return report_of(file, hashes)
 

@@ -7,7 +7,6 @@ partial folder, and every rank hears of it.
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from configs.schema.checkpoint import KeepSection
 from trainer.checkpoint.format import disk
 from trainer.checkpoint.format.boxes import GROUPS
-from trainer.checkpoint.format.errors import BadCheckpoint, SaveError, Superseded
+from trainer.checkpoint.format.errors import BadCheckpoint, SaveError, Superseded, has_no_room
 from trainer.checkpoint.format.manifest import CHECKSUMS, digest_in
 from trainer.checkpoint.format.pieces import Piece
 from trainer.checkpoint.format.writing import write_bytes
@@ -32,6 +31,7 @@ from trainer.checkpoint.save.carry import Base, Carrying, Job, carry_out, plan_c
 from trainer.checkpoint.save.messages import Messages
 from trainer.checkpoint.save.share import PlannedFile, WrittenFile, plan_files, write_files
 from trainer.checkpoint.save.staging import HostCopy
+from trainer.checkpoint.save.streaming import Copies, copies_from
 from trainer.life.entries import MANIFEST, checkpoint_name
 
 FRESH_EVERY = 10  # carried files are copied at every n-th save, so that one bad block is not in all
@@ -67,7 +67,8 @@ class _Job:
     carried: dict[str, str] = field(default_factory=dict)
     carrying: Carrying | None = None
     planned: list[PlannedFile] = field(default_factory=list)
-    copies: dict[str, memoryview] = field(default_factory=dict)
+    held: dict[str, memoryview] = field(default_factory=dict)
+    copies: Copies | None = None
     files: list[WrittenFile] = field(default_factory=list)
     error: str | None = None
     no_room: bool = False
@@ -161,13 +162,14 @@ class CheckpointStore:
         self._saves += 1
         metric = metric if metric is not None and metric == metric and abs(metric) != float("inf") else None
         written = [piece for piece in pieces if not (piece.group == "frozen" and piece.key in self._carried)]
-        copies = [piece.key for piece in written if not piece.original]
-        if copies:
-            raise ValueError(f"{copies[0]}: neither the original is here nor a checkpoint that holds it")
+        rounded = [piece.key for piece in written if not piece.original]
+        if rounded:
+            raise ValueError(f"{rounded[0]}: neither the original is here nor a checkpoint that holds it")
         job = _Job(str(self._saves), step, metric, state.frozen_copy(), written, dict(self._carried), began=began)
         try:
             job.planned = plan_files(job.pieces, self._rank)
-            job.copies = self._copy.take(job.planned)
+            job.held = self._copy.take(job.planned)
+            job.copies = copies_from(piece.tensor for piece in written if piece.group == "frozen")
         except (RuntimeError, MemoryError) as error:  # no memory: told to the others, not left for them to wait on
             job.error = _text(error)
         self._job = job
@@ -248,7 +250,7 @@ class CheckpointStore:
                 self._messages.put(f"{job.word}/go", {"folder": partial.name, "carry": job.carrying is not None})
                 outcome = self._write_and_commit(job, partial)
         except Exception as error:  # noqa: BLE001 - every kind of failure is told to all ranks
-            again = removing and (job.no_room or _has_no_room(error))
+            again = removing and (job.no_room or has_no_room(error))
             outcome = {"error": _text(error), "superseded": isinstance(error, Superseded), "again": again}
             if again:
                 self._say(f"{checkpoint_name(job.step)}: {_text(error)}; once more, when older ones are deleted")
@@ -301,7 +303,7 @@ class CheckpointStore:
     def _failure(self, error: Exception) -> dict[str, Any]:
         """What is told of a rank that could not write its share."""
         bad = str(error.path) if isinstance(error, BadCheckpoint) else None
-        return {"error": f"rank {self._rank}: {_text(error)}", "bad": bad, "no_room": _has_no_room(error)}
+        return {"error": f"rank {self._rank}: {_text(error)}", "bad": bad, "no_room": has_no_room(error)}
 
     def _mend(self, found_bad: set[Path]) -> None:
         """Files that were to be taken over are bad: where there are copies the next save will find them whole."""
@@ -334,7 +336,8 @@ class CheckpointStore:
         deadline = time.monotonic() + _FOLDER_APPEARS_S
         while not partial.is_dir() and time.monotonic() < deadline:
             time.sleep(0.1)
-        job.files = write_files(str(partial), job.planned, job.copies) + carry_out(str(partial), carry)
+        job.files = write_files(str(partial), job.planned, job.held, job.copies)
+        job.files += carry_out(str(partial), carry)
 
     def _carry_on(self, job: _Job) -> None:
         """After a commit, everything frozen is in a file: later saves take it over from there, not from memory."""
@@ -389,10 +392,6 @@ class CheckpointStore:
         for name in names if self._word_before else []:
             self._messages.drop(f"{self._word_before}/{name}")
         self._word_before = word
-
-
-def _has_no_room(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _text(error: BaseException) -> str:
