@@ -60,7 +60,8 @@ def deleting(root: Path) -> list[str]:
 
 def test_a_slow_delete_holds_up_neither_training_nor_the_next_save(tmp_path: Path, slow: SlowDisk) -> None:
     """A delete that takes 3 s and more. Files of what goes are linked on from save to save."""
-    store = CheckpointStore(tmp_path / "checkpoints", keep=KEEP_ONE)
+    said: list[str] = []
+    store = CheckpointStore(tmp_path / "checkpoints", keep=KEEP_ONE, say=said.append)
     first = save(store, 1)
     began = time.monotonic()
     for step in (2, 3, 4):
@@ -74,6 +75,7 @@ def test_a_slow_delete_holds_up_neither_training_nor_the_next_save(tmp_path: Pat
     threading.Timer(3.0, slow.gate.set).start()
     store.close()
     assert time.monotonic() - began > 3.0
+    assert said == ["old checkpoints are being deleted; what is cut short now goes with the next start"]
     assert os.listdir(store.root) == ["step-00000004"]
     Checkpoint(store.shelf.path(4)).verify()
 

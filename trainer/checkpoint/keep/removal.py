@@ -9,6 +9,8 @@ from pathlib import Path
 
 from trainer.checkpoint.format import disk
 
+_SILENCE_S = 1.0
+
 
 class Removal:
     """Deletes folders one at a time. Each has a name that the next start clears, should this process be cut short."""
@@ -45,3 +47,11 @@ class Removal:
         """Return once nothing is left to delete."""
         if self._newest is not None:
             self._newest.join()
+
+    def end(self) -> None:
+        """As `wait`, when the run is over. What takes long is said, as nothing else is heard then."""
+        if self._newest is not None:
+            self._newest.join(_SILENCE_S)
+        if self._busy():
+            self._say("old checkpoints are being deleted; what is cut short now goes with the next start")
+            self.wait()

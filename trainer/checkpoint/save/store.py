@@ -199,7 +199,7 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Return once old checkpoints are gone. The last call; it waits for no save, which may wait for a dead rank."""
-        self._removal.wait()
+        self._removal.end()
 
     def _join(self) -> None:
         if self._thread is not None:
