@@ -298,6 +298,17 @@ def test_an_error_of_one_rank_reaches_all(tmp_path: Path) -> None:
     assert all(result.ok for result in save_both(stores, 2))
 
 
+def test_messages_of_saves_are_forgotten_also_of_those_that_failed(tmp_path: Path, failing: list[str]) -> None:
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [CheckpointStore(tmp_path / "checkpoints", rank, 2, kv=master) for rank in (0, 1)]
+    assert all(result.ok for result in save_both(stores, 1))
+    held = master.num_keys()
+    for step in range(2, 9):
+        failing[:] = ["mkdir", "write", ""][step % 3 : step % 3 + 1]
+        assert [result.ok for result in save_both(stores, step)] == [step % 3 == 2] * 2
+    assert master.num_keys() == held
+
+
 def test_a_silent_rank_fails_the_save_in_time(tmp_path: Path) -> None:
     stores = pair(tmp_path / "checkpoints", timeout_s=0.3)
     stores[0].save(1, halves(1, 0), RunState())

@@ -116,7 +116,8 @@ class CheckpointStore:
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._results: list[SaveResult] = []
-        self._saves, self._word_before = 0, ""
+        self._saves = 0
+        self._words: list[str] = []  # of saves of which messages are still in the store
         self._base: Base | None = None  # rank 0's
         self._carried: dict[str, str] = {}  # name here -> name in the base; every rank's
 
@@ -213,7 +214,6 @@ class CheckpointStore:
 
     def _run(self, job: _Job) -> None:
         """The saver thread: whatever happens ends in a result."""
-        outcome: dict[str, Any]
         try:
             share = self._lead if self._rank == 0 else self._follow
             outcome = share(job)
@@ -237,6 +237,7 @@ class CheckpointStore:
         """Rank 0: make the folder, write, hear the others, commit, tell them, prune. When the disk was full while old
         checkpoints were being deleted, "again" tells all ranks to try once more."""
         removing = False
+        self._words.append(job.word)
         partial = self.root / f"{checkpoint_name(job.step)}.partial-{self._attempt:03d}-{job.word}"
         outcome: dict[str, Any]
         try:
@@ -273,7 +274,7 @@ class CheckpointStore:
             report = self._messages.get(f"{job.word}/rank-{rank}", f"rank {rank}")
             failures += [report] if "error" in report else []
             files += [WrittenFile.from_json(file) for file in report.get("files", [])]
-        self._forget(job.word)
+        self._forget()
         if failures:
             job.no_room = any(failure["no_room"] for failure in failures)
             self._mend({Path(failure["bad"]) for failure in failures if failure["bad"]})
@@ -336,8 +337,7 @@ class CheckpointStore:
         deadline = time.monotonic() + _FOLDER_APPEARS_S
         while not partial.is_dir() and time.monotonic() < deadline:
             time.sleep(0.1)
-        job.files = write_files(str(partial), job.planned, job.held, job.copies)
-        job.files += carry_out(str(partial), carry)
+        job.files = write_files(str(partial), job.planned, job.held, job.copies) + carry_out(str(partial), carry)
 
     def _carry_on(self, job: _Job) -> None:
         """After a commit, everything frozen is in a file: later saves take it over from there, not from memory."""
@@ -385,13 +385,14 @@ class CheckpointStore:
         except OSError as error:
             self._say(f"{partial.name} stays until the next start: {_text(error)}")
 
-    def _forget(self, word: str) -> None:
-        """Once all ranks reported on a save they have read everything about the one before."""
+    def _forget(self) -> None:
+        """Once all ranks reported on a save they have read everything about those before."""
         ranks = range(1, self._world_size)
         names = ["go", "done", *(f"{kind}-{r}" for kind in ("rank", "carry") for r in ranks)]
-        for name in names if self._word_before else []:
-            self._messages.drop(f"{self._word_before}/{name}")
-        self._word_before = word
+        *before, newest = self._words
+        for message in [f"{word}/{name}" for word in before for name in names]:
+            self._messages.drop(message)
+        self._words = [newest]
 
 
 def _text(error: BaseException) -> str:
