@@ -179,7 +179,7 @@ class FsdpEngine(Named):
         return sums
 
     def _synchronise(self, last: bool) -> None:
-        """Tell FSDP whether the coming backward is the step's last. It walks through all modules: once for each answer."""
+        """Tell FSDP whether this backward is the last of the step. It walks all modules, so only when that changes."""
         if self.mesh is None or self._last == last:
             return
         model = cast(FSDPModule, self.model)
