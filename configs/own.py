@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
@@ -15,6 +16,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import UserError
+from configs.schema.own import SIZES
 
 
 def is_own(name: str) -> bool:
@@ -79,6 +81,12 @@ def _sections(key: str, name: str, maker: Callable[..., Any], options: dict[str,
     section = get_type_hints(function).get(takes[0].name)
     if not (inspect.isclass(section) and issubclass(section, BaseModel)):
         raise UserError(f"{key}.name {name}: its first argument, {takes[0].name}, needs a pydantic model as its type")
+    known = {alias for field, info in section.model_fields.items() for alias in (field, info.alias) if alias}
+    strange = sorted(options.keys() - known - set(SIZES))
+    if strange and section.model_config.get("extra") != "allow":  # pydantic passes over them, and a typo with them
+        close = difflib.get_close_matches(strange[0], known, 1)
+        meant = f"; did you mean {close[0]}?" if close else f": it has {', '.join(sorted(known)) or 'none'}"
+        raise UserError(f"{key}.options.{strange[0]}: {section.__name__} of {name} has no such key{meant}")
     try:
         return [section.model_validate(options)]
     except ValidationError as error:

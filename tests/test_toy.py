@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import tiny, train
+from distributed import RanksFailed, tiny, train
 from stored import Stored
 
 from launch.look.goodput import goodput
+from tests.toy import Difference
+from trainer.data.batch import Batch
 from trainer.life.folder import RunFolder
+from trainer.tasks.base import Better
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("validation_loss", "validation_near")
@@ -117,7 +122,7 @@ def test_nothing_else_knows_the_toy() -> None:
         path for room in ("configs", "models", "trainer", "launch", "slurm") for path in (ROOT / room).rglob("*.py")
     ]
     assert len(places) > 100
-    assert [path for path in places if "Difference" in path.read_text() or "toy" in path.read_text()] == []
+    assert [path for path in places if re.search(r"\b(Difference|toy)\b", path.read_text())] == []
     assert len((ROOT / "tests/toy.py").read_text().splitlines()) < 80
 
 
@@ -140,10 +145,54 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             build_task(built(**change))
     for change, told in (
         ({"model": {"name": "tests.toy:build", "options": {"width": "x"}}}, "model.options.width: Input should be"),
+        ({"model": {"name": "tests.toy:build", "options": {"widht": 3}}}, "options.widht: .* did you mean width?"),
         ({"model": {"name": "tests.toy:Net"}}, "needs a pydantic model|gave a Net"),
     ):
         with pytest.raises(UserError, match=told):
             build_model(built(**change).model)
+
+
+class Narrow(Difference):
+    """Forgets one of its columns."""
+
+    def sums(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        total, sums = super().sums(model, batch)
+        return total, sums[:1]
+
+
+class Nameless(Difference):
+    """Promises a metric that it does not give."""
+
+    better: Mapping[str, Better] = {"loss": "min", "far": "min"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("Narrow", {}, "must give a 0-d total and 2 columns in torch.float64: loss, near"),
+        ("Nameless", {"train__best_metric": "far"}, "`better` names 'far', which `metrics` does not give"),
+    ],
+)
+def test_mistakes_that_show_in_a_step_are_told(name: str, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match=f"UserError: task.name tests.test_toy:{name}: (.|\n)*{told}"):
+        train(toy(tmp_path, task__name=f"tests.test_toy:{name}", **changes), 2)
+    assert not (tmp_path / "run/attempts").exists()  # nothing of this start is left
+
+
+def test_other_code_makes_other_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples in the cache were made by the code of that day: after an edit they would be used silently."""
+    from configs.config import Config
+    from trainer.tasks import build_task
+
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "other_code.py"
+    mine.write_text((ROOT / "tests/toy.py").read_text())
+    config = Config.model_validate(toy(tmp_path, task__name="other_code:Difference"))
+    made = lambda: build_task(config).prepare(config, tmp_path / "cache", print, lambda: False, {})  # noqa: E731
+    before = made()
+    assert made() == before
+    mine.write_text(mine.read_text().replace("a - b", "a + b"))
+    assert made() != before
 
 
 def test_a_job_gets_a_copy_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from trainer.data.batch import Batch, Row
 from trainer.data.prepared import Prepared
 from trainer.data.records import Record
 from trainer.data.samples import Columns
-from trainer.tasks.base import Better, Column
+from trainer.tasks.base import Better
 from trainer.tasks.records import OfRecords, number_of
 
 
 class Difference(OfRecords):
-    columns: tuple[Column, ...] = (Column("loss", per="weight"), Column("near", per="weight"))
+    columns: tuple[str, ...] = ("loss", "near")
     better: Mapping[str, Better] = {"loss": "min", "near": "max"}
 
     def about(self) -> dict[str, Any]:

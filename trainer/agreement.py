@@ -1,4 +1,4 @@
-"""One agreed step: every wish to leave travels in a reduction that the step makes anyway."""
+"""How all ranks stop at the same step: their wishes to stop are summed in the reduction that each step makes anyway."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from trainer.life.stop import Cause, Kind, StopWish
 from trainer.ranks.device import DeviceTime, Reading, from_host
 from trainer.ranks.world import World
 
+WISHES = len(Kind) + 1  # one number for each kind of stop, and one for a profile
+
 
 @dataclass(frozen=True)
 class Agreed:
-    """What one reduction brought to all ranks, on the device, fp64. `took`: how long the device waited for it."""
+    """What one reduction gave to all ranks, fp64, on the device. took: the device's time for it, waiting included."""
 
     sums: torch.Tensor  # [n]
-    wishes: torch.Tensor  # how many ranks ask for each kind of stop, and last for a profile
+    wishes: torch.Tensor  # [WISHES]: how many ranks ask for each kind of stop; the last counts requests for a profile
     took: DeviceTime
 
 
 class Agreement:
-    """Sums numbers over the data ranks, and carries every rank's wish along.
+    """Sums numbers over the data ranks, and every rank's wish with them.
 
-    All of it stays on the device. Whoever reads the wishes there hands them to `heard`. All ranks read the same
-    numbers at the same step, so all leave at the same step.
+    The sums stay on the device. The caller copies the wishes to the host later and hands them to `heard`. All ranks do
+    so at the same step, with the same numbers, so all stop at the same step. A wish that is in the reduction of step N
+    stops the run after step N + 1, or after N where `trainer.loop.must_be_known` holds.
     """
 
     def __init__(self, world: World, wish: StopWish, asked: Callable[[], bool] = lambda: False) -> None:
         self.world, self.wish, self._asked = world, wish, asked
-        self._heard: Sequence[float] = [0.0] * (len(Kind) + 1)
+        self._heard: Sequence[float] = [0.0] * WISHES
 
     def sum(self, numbers: Sequence[float] = (), on_device: torch.Tensor | None = None) -> Agreed:
-        """Sums over the data ranks: first of `on_device`, fp64 [m], then of `numbers`. A collective of all ranks."""
+        """Sum `on_device`, fp64 [m], and then `numbers` over the data ranks. All ranks must call it."""
         cause, counts = self.wish.cause, self.world.counts
         told = [float(cause is not None and cause.kind is kind) for kind in Kind] + [float(self._asked())]
-        # Of a tensor group the first rank alone gives numbers: else they would be counted once for each rank.
+        # Only the first rank of a tensor group gives numbers, or they would be counted several times. All give wishes.
         both = from_host([*(n if counts else 0.0 for n in numbers), *told], self.world.device)
         if on_device is not None:
             both = torch.cat([on_device if counts else torch.zeros_like(on_device), both])
@@ -46,11 +49,11 @@ class Agreement:
         return Agreed(both[: -len(told)], both[-len(told) :], took)
 
     def heard(self, wishes: Sequence[float]) -> None:
-        """The wishes of a reduction have been read."""
+        """Store the wishes of a reduction, which have just been copied to the host."""
         self._heard = wishes
 
     def outcome(self) -> Cause | None:
-        """What the wishes that were last heard decide: the same kind on every rank."""
+        """The cause to stop, from the wishes that were heard last, or None. Its kind is the same on every rank."""
         asked = [kind for kind in Kind if self._heard[kind] > 0]
         if not asked:
             return None
@@ -59,11 +62,11 @@ class Agreement:
         return mine if mine is not None and mine.kind is kind else Cause.elsewhere(kind)
 
     def profile(self) -> bool:
-        """Whether any rank asked for a profile, in the wishes that were last heard."""
+        """Whether any rank asked for a profile, by the wishes that were heard last."""
         return self._heard[-1] > 0
 
     def now(self) -> Cause | None:
-        """Agree at once. A collective that waits: before the first step, not between steps."""
+        """Poll, reduce and read at once. It makes the host wait, so it is only for the time before the first step."""
         self.wish.poll()
         self.heard(Reading(self.sum().wishes).values())
         return self.outcome()

@@ -1,7 +1,7 @@
 """The training loop: the first file to read.
 
-A step is made by `trainer.step`; here is what stands around it: leaving at an agreed step, logging, validating, saving.
-Every rank runs this loop and takes each branch alike, because each branch may hold collectives.
+`trainer.step` makes one update. This file decides when to stop, log, validate and save; `trainer.attempt` makes the
+last save. All ranks must take the same branches: a branch may contain collectives, which hang without one of the ranks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 
 from configs.config import Config
+from configs.errors import UserError
 from trainer.agreement import Agreement
 from trainer.health import Health
 from trainer.host.garbage import collect_if_due
@@ -23,16 +24,16 @@ from trainer.validation import validate
 
 
 def train(run: Run) -> Cause | None:
-    """Train to `train.steps`. Returns why it stopped before, None when it did not.
+    """Train to `train.steps`. Returns the cause of a stop request, or None if training ended by itself.
 
-    Raises RunFailed, on all ranks alike, when going on makes no sense.
+    Raises RunFailed, on all ranks alike, when training cannot go on.
     """
     config, progress = run.config, run.progress
     agreement = Agreement(run.world, run.wish, run.profiling.asked)
     health = Health(config, progress, run.events, run.world.first)
-    before: QueuedStep | None = None  # the step before: queued, but what came of it is not read yet
-    cause = agreement.now()  # a wish that came while everything was being built
-    cause = validate_if_due(run, agreement, cause)  # one that a stop left undone
+    unread: QueuedStep | None = None  # the last step, if its norm, sums and wishes are not read yet
+    cause = agreement.now()  # a stop request that arrived during start-up
+    cause = validate_if_due(run, agreement, cause)  # a validation that a stop prevented in the last attempt
     run.profiling.after_step(progress.step, asked=False)
     while cause is None and progress.step < config.train.steps and not stopped_early(run):
         run.follow_freeze_schedule()
@@ -40,17 +41,19 @@ def train(run: Run) -> Cause | None:
         began = time.perf_counter()
         batch = next(run.loader)
         run.record_samples(batch)
-        queued = train_step(run.engine, batch, config, agreement, logs(config, batch.step), run.step_phase)
+        queued = train_step(run.engine, batch, config, agreement, row_is_due(config, batch.step), run.step_phase)
         progress.step = batch.step
         progress.consumed_samples = batch.consumed_samples
-        take_result(run, before, agreement, health)  # only now, so that a GPU always has a step to work at
+        take_result(
+            run, unread, agreement, health
+        )  # the step before: read after queueing this one, so a GPU is never idle
         run.meter.add(time.perf_counter() - began, run.loader.wait_s, batch.cost)
-        before = queued
+        unread = queued
         if not run.first_step_done or must_be_known(config, progress.step):
-            take_result(run, before, agreement, health)
-            before = None
+            take_result(run, unread, agreement, health)  # this step itself
+            unread = None
             run.after_first_step()
-        cause = agreement.outcome()  # the wishes that the last reduction that was read carried
+        cause = agreement.outcome()  # from the wishes that `take_result` read last
         run.profiling.after_step(progress.step, agreement.profile())
         cause = validate_if_due(run, agreement, cause)
         keeps_best = progress.is_best and config.checkpoint.keep.best
@@ -58,39 +61,39 @@ def train(run: Run) -> Cause | None:
             run.save()
         run.poll_saves()
         collect_if_due(progress.step)
-    take_result(run, before, agreement, health)
+    take_result(run, unread, agreement, health)
     if cause is None:
-        cause = test(run, agreement)
+        cause = measure_test_split(run, agreement)
     if cause is not None and cause.kind is Kind.FAIL:
         raise RunFailed(cause.word, "the run was ended by the failure said above")
     return cause
 
 
 def take_result(run: Run, queued: QueuedStep | None, agreement: Agreement, health: Health) -> None:
-    """Read what came of a step, and act on it. It waits for the device, and not for what was queued after that step."""
+    """Read a step's numbers and act on them. Waits until a GPU has finished this step; later steps may still run."""
     if queued is None:
         return
     result = queued.result(agreement)
     health.check(result)
-    if run.world.first and logs(run.config, result.step):
-        log(run, result)
+    if run.world.first and row_is_due(run.config, result.step):
+        write_row(run, result)
 
 
-def logs(config: Config, step: int) -> bool:
-    """Whether this step gets a row."""
+def row_is_due(config: Config, step: int) -> bool:
+    """Whether this step writes a row to metrics.jsonl."""
     return due(step, config.run.log_every_steps) or step == config.train.steps
 
 
 def must_be_known(config: Config, step: int) -> bool:
-    """Whether something follows this step that needs to know what came of it: a save, a validation, the end."""
+    """Whether a save, a validation, a change of what trains, or the end follows. It needs this step's numbers now."""
     every = (config.checkpoint.every_steps, config.train.validate_every_steps)
     changes = any(change.step == step for change in config.freeze.schedule)
     return step == config.train.steps or changes or any(due(step, steps) for steps in every)
 
 
 def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Cause | None:
-    """Validate when it is due, and return the wish to stop, if there is one. A validation that a stop prevents or
-    interrupts is done by the next start."""
+    """Validate when it is due. Returns the cause of a stop request, if there is one. If a stop prevents or interrupts
+    a validation, the next start of the run makes it."""
     train, progress = run.config.train, run.progress
     every, step = train.validate_every_steps, progress.step
     is_due = every > 0 and 0 < step != progress.validated_step and (due(step, every) or step == train.steps)
@@ -103,9 +106,9 @@ def validate_if_due(run: Run, agreement: Agreement, cause: Cause | None) -> Caus
     return agreement.outcome()
 
 
-def test(run: Run, agreement: Agreement) -> Cause | None:
-    """Metrics of the test split, where there is one, with the weights of the last step. Returns a wish to stop that
-    came in between: then the next start makes up for it."""
+def measure_test_split(run: Run, agreement: Agreement) -> Cause | None:
+    """Write the metrics of the test split, if there is one. Returns the cause of a stop that interrupted it: then the
+    next start of the run measures again."""
     if not len(run.test_set):
         return None
     with run.world.heartbeat.during(Phase.VALIDATING):
@@ -116,12 +119,12 @@ def test(run: Run, agreement: Agreement) -> Cause | None:
 
 
 def stopped_early(run: Run) -> bool:
-    """Whether the held-out loss has not fallen for as long as the config allows."""
+    """Whether `train.best_metric` has not become better in the last `train.early_stop_patience` validations."""
     patience = run.config.train.early_stop_patience
     return patience > 0 and run.progress.validations_without_better >= patience
 
 
-def log(run: Run, result: StepResult) -> None:
+def write_row(run: Run, result: StepResult) -> None:
     """Write the step's row."""
     values = mean_loss(run.task, named(run.task, result.sums, result.weights))
     if run.task.unit == "tokens":
@@ -131,10 +134,12 @@ def log(run: Run, result: StepResult) -> None:
 
 
 def take_validation(run: Run, values: dict[str, float]) -> None:
-    """Note a validation's outcome. The values are the same on all ranks."""
+    """Record a validation's metrics. The values are the same on all ranks."""
     progress, (metric, better_is) = run.progress, best_metric(run.task, run.config)
     progress.validated_step = progress.step
-    value = values.get(metric, math.nan)  # too few samples to tell
+    if metric not in values:
+        raise UserError(f"task.name {run.config.task.name}: `better` names {metric!r}, which `metrics` does not give")
+    value = values[metric]  # NaN where the samples are too few for it: never better
     score = value if better_is == "min" else -value
     better = math.isfinite(score) and (progress.best_score is None or score < progress.best_score)
     progress.best_score = score if better else progress.best_score

@@ -258,7 +258,7 @@ class Supervisor:
         write_request(self.told.stop_request, cause)
         self._note("stop_passed_on", cause=cause.word)
         below = "\n" if sys.stdout.isatty() else ""  # ends rank 0's live line
-        self.console.say(f"{below}stopping ({cause.word}): saving after this step")
+        self.console.say(f"{below}stopping ({cause.word}): saving within two steps")
 
     def _note(self, event: str, **facts: Any) -> None:
         """Write an event with the life of the Slurm job. Its time cannot tell the life, as clocks may be set."""

@@ -36,7 +36,7 @@ def stop_main(arguments: list[str]) -> int:
         say(f"job {job.number} waits ({job.reason}), and ends as soon as it starts;")
         say(f"to take it out of the queue now: {typed('slurm cancel', job.number)}")
     else:
-        say(f"{folder}: saves and ends after this step; to see it: {typed('slurm logs -f', word)}")
+        say(f"{folder}: saves and ends within two steps; to see it: {typed('slurm logs -f', word)}")
     return 0
 
 

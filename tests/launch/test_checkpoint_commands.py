@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def test_nothing_slow_before_the_words_are_right(tmp_path: Path) -> None:
     assert codes == ["0", "0", "2", "2", "2", "2", "False"], done.stdout + done.stderr
 
 
-def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s)  # ages would differ between the two lists below
     code, told, _ = say(capsys, "list", run)
     assert code == 0
     rows = [line.split() for line in told.splitlines()]

@@ -136,9 +136,9 @@ def test_each_stage_skips_on_all_ranks(stage: int, compute: str, offload: bool, 
 def test_too_many_in_a_row_fail_on_all_ranks_at_one_step(engine: dict[str, Any], tmp_path: Path) -> None:
     changes = {"train__steps": 9, "train__nonfinite_limit": 3, **engine}
     run, outcomes = on_ranks(tmp_path, 3, poison, 2, {5, 6, 7, 8, 9}, "loss", **changes)
-    assert outcomes == [(1, 7)] * 3
+    assert outcomes == [(1, 8)] * 3  # step 7's loss is read when step 8 has been queued
     end = run.end()
-    assert (end["reason"], end["cause"], end["step"], end["requeue"]) == ("failed", "nonfinite", 7, False)
+    assert (end["reason"], end["cause"], end["step"], end["requeue"]) == ("failed", "nonfinite", 8, False)
     assert end["checkpoint"] == "step-00000006"
 
 
@@ -162,7 +162,8 @@ def test_the_launcher_does_not_start_it_again(engine: dict[str, Any], tmp_path: 
     assert len(run.attempts()) == 1
     end = run.end()
     assert (end["reason"], end["cause"], end["requeue"]) == ("failed", "nonfinite", False)
-    assert [e["step"] for e in run.told_by("rank00000", "nonfinite")] == list(range(end["step"] - 4, end["step"] + 1))
+    told = [e["step"] for e in run.told_by("rank00000", "nonfinite")]
+    assert told == list(range(end["step"] - 5, end["step"]))  # the last step was queued before the fifth was read
     assert "5 times in a row" in run.output
 
 

@@ -143,7 +143,7 @@ def test_stop_asks_by_the_run_folder(word: str, run: Path, tmp_path: Path) -> No
     done = verb(tmp_path, "stop", word, **SLURM | {"squeue": RUNNING})
     assert done.returncode == 0, done.stderr
     assert (run / "STOP").exists()
-    assert "saves and ends after this step" in done.stdout
+    assert "saves and ends within two steps" in done.stdout
 
 
 def test_stop_of_a_waiting_job_says_what_it_comes_to(run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from configs.config import Config
 from configs.errors import UserError
+from configs.own import is_own, own_files
 from configs.schema.data import DataSection, Source
 from trainer.data import files
 from trainer.data.cached import FILES, META, alike_folders, as_far_as_writable, still_holds
@@ -125,6 +127,8 @@ def _works(config: Config, task: Encoder, progress: _ProgressOf) -> list[_Work]:
             "test_fraction": config.data.test_fraction,
             "task": task.about(),
         }
+        if is_own(config.task.name):  # another code may make other samples
+            settings["code"] = [sha256(path.read_bytes()).hexdigest() for path in own_files(config.task.name)]
         found = [*parts, *(labels_of(source, parts) if source.kind == "idx" else [])]
         stats = stat_files(source, found, progress(source, "records").poll)
         works.append(_Work(source, json.loads(json.dumps(settings)), [path for _, path in parts], found, stats))

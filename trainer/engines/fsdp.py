@@ -170,7 +170,7 @@ class FsdpEngine(Named):
 
     def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         self._synchronise(last)
-        total, sums = self.task.sums(self.model, batch)
+        total, sums = self._sums(self.model, batch)
         self._weighted(total, scale, sums).backward()
         if self._params.itemsize < 4:
             self._added_up.take(self.stored.values(), last)
@@ -231,7 +231,7 @@ class FsdpEngine(Named):
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         with self._evaluating():
-            return self.task.sums(self.model, batch)[1]
+            return self._sums(self.model, batch)[1]
 
     def call(self, function: Callable[[Callable[..., Any]], T]) -> T:
         with self._evaluating():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from configs.errors import UserError
 from configs.schema.model import ModelSection
 from models import Model, build_model
 from trainer.checkpoint.load.plan import TensorInfo
+from trainer.data.batch import Batch
 from trainer.engines.optim import counts_steps, state_keys
+from trainer.tasks.base import Task
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,10 +35,22 @@ def names_of(section: ModelSection) -> tuple[list[str], dict[str, str]]:
     return [name for name, _ in model.named_parameters()], find_aliases(model)
 
 
+def _mark(dtype: torch.dtype) -> float:
+    """A value that no table of numbers holds."""
+    return (
+        torch.nan
+        if dtype.is_floating_point or dtype.is_complex
+        else torch.iinfo(dtype).min
+        if dtype != torch.bool
+        else 0
+    )
+
+
 class Named:
     """Every engine's base. What it says of names holds for each model that is built anew in the same form."""
 
     config: Config
+    task: Task
 
     def __init__(self, built: Model) -> None:
         """`built`: on meta, parameters in the format in which they are stored."""
@@ -54,13 +69,15 @@ class Named:
 
     def _rebuild_buffers(self) -> None:
         """Fill the buffers that no checkpoint holds. Raises UserError when the model leaves one as memory was found."""
-        rest = [(n, b) for n, b in self.model.named_buffers() if n not in self._buffer_infos and b.is_floating_point()]
-        for _, buffer in rest:
-            buffer.fill_(torch.nan)
+        rest = [name for name, _ in self.model.named_buffers() if name not in self._buffer_infos]
+        for name in rest:
+            buffer = self.model.get_buffer(name)
+            buffer.fill_(_mark(buffer.dtype))
         self.built.rebuild_buffers(self.model)
-        left = dict(self.model.named_buffers())
-        for name, _ in rest:
-            if left[name].isnan().any():
+        for name in rest:
+            buffer = self.model.get_buffer(name)
+            mark = torch.full_like(buffer, _mark(buffer.dtype))
+            if buffer.dtype != torch.bool and torch.isclose(buffer, mark, equal_nan=True).any():  # a mask may hold any
                 raise UserError(
                     f"model.name {self.config.model.name}: no checkpoint holds the buffer {name!r}, and the model does "
                     "not fill it\nlet `rebuild_buffers` of its models.base.Model fill it, or register it as persistent"
@@ -75,6 +92,18 @@ class Named:
                 yield
         finally:
             self.model.train()
+
+    def _sums(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The task's. Raises UserError where it gives another form of numbers than it says."""
+        total, sums = self.task.sums(model, batch)
+        columns = self.task.columns
+        if sums.shape != (len(columns),) or sums.dtype != torch.float64 or total.ndim:
+            raise UserError(
+                f"task.name {self.config.task.name}: `sums` gave a total of shape {list(total.shape)} and columns of "
+                f"shape {list(sums.shape)} in {sums.dtype}\nit must give a 0-d total and {len(columns)} columns in "
+                f"torch.float64: {', '.join(columns[:8])}"
+            )
+        return total, sums
 
     @staticmethod
     def _weighted(total: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How numbers go to the device and come back, so that the host waits for it once in a step, and late."""
+"""Copies between host and device, such that the host waits once in a step: after it has queued the next one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 
 
 def from_host(numbers: list[float], device: torch.device) -> torch.Tensor:
-    """fp64 [n] on `device`. On a GPU the copy is queued, from page-locked memory: the host does not wait for it."""
+    """fp64 [n] on `device`. On a GPU it is an asynchronous copy from pinned memory: the host does not wait."""
     host = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 class Reading:
-    """A tensor [n] on its way to the host. The copy is queued behind what computes the tensor."""
+    """An asynchronous copy of a tensor [n] to the host. It begins when the device has computed the tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor.to("cpu", non_blocking=True)
@@ -22,7 +22,7 @@ class Reading:
             self._copied.record()
 
     def values(self) -> list[float]:
-        """The numbers. Waits until the device has come so far."""
+        """The numbers. Waits until the device has finished this copy."""
         if self._copied is not None:
             self._copied.synchronize()
         values: list[float] = self._host.tolist()
@@ -30,9 +30,9 @@ class Reading:
 
 
 class DeviceTime:
-    """Seconds that the device's queue took between two points: what the host cannot see, as it only queues work.
+    """Seconds of a GPU between two points of its queue. The host only queues work, so it cannot measure them.
 
-    On the CPU the host itself does the work, and its own phases already say how long that took.
+    On the CPU it is 0: there the phases of the heartbeat already contain the time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,10 +42,10 @@ class DeviceTime:
             self._events[0].record()
 
     def end(self) -> None:
-        """Here is the second point."""
+        """Record the second point."""
         if self._events is not None:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """0 on the CPU. Call it only after a later result was read: before, the device may not have come so far."""
+        """Call it only after a later result was read: before that, the GPU may not have reached the second point."""
         return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events is not None else 0.0

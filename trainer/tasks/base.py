@@ -8,7 +8,6 @@ batch counts each sample once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,24 +21,16 @@ from trainer.data.prepared import Prepared
 Call = Callable[[Callable[[Callable[..., Any]], torch.Tensor]], torch.Tensor]  # `Engine.call`
 
 
-@dataclass(frozen=True)
-class Column:
-    """One of a task's sums, and the name of the weight that divides it."""
-
-    name: str
-    per: str
-
-
 Better = Literal["min", "max"]
 
 
 class Task(Collates, Protocol):
-    """`columns[0]` is the loss, and `columns[0].per` is `weights[0]`: the step divides the gradient by this weight."""
+    """The step divides the gradient of the first column, the loss, by the first weight. `metrics` divides the rest."""
 
-    columns: tuple[Column, ...]
-    weights: tuple[str, ...]
-    # Every metric of a validation, and which direction is better. The first one, the loss, decides which checkpoint is
-    # best and when to stop early, unless `train.best_metric` names another.
+    columns: tuple[str, ...]  # what `sums` gives, in this order
+    weights: tuple[str, ...]  # what `weigh` gives, in this order
+    # Metrics that may decide which checkpoint is best and when to stop early, and which direction is better. The first
+    # one does, unless `train.best_metric` names another.
     better: Mapping[str, Better]
     unit: Literal["tokens", "samples"]  # of `Samples.cost`, and of the printed speed
 
@@ -83,14 +74,13 @@ class Task(Collates, Protocol):
 
 def mean_loss(task: Task, sums: Mapping[str, float]) -> dict[str, float]:
     """The loss alone, as a training row shows it."""
-    loss = task.columns[0]
-    return {loss.name: sums[loss.name] / sums[loss.per]}
+    loss, weight = task.columns[0], task.weights[0]
+    return {loss: sums[loss] / sums[weight]}
 
 
 def named(task: Task, sums: Iterable[float], weights: Iterable[float]) -> dict[str, float]:
     """Name -> value of columns and weights."""
-    names = [column.name for column in task.columns]
-    return dict(zip([*names, *task.weights], [*sums, *weights], strict=True))
+    return dict(zip([*task.columns, *task.weights], [*sums, *weights], strict=True))
 
 
 def best_metric(task: Task, config: Config) -> tuple[str, Better]:

@@ -18,7 +18,7 @@ from trainer.data.prepare_records import Facts
 from trainer.data.prepared import Prepared
 from trainer.data.records import Record
 from trainer.data.samples import Columns
-from trainer.tasks.base import Better, Column
+from trainer.tasks.base import Better
 from trainer.tasks.counting import RATES, classification
 from trainer.tasks.records import (
     Moments,
@@ -47,7 +47,7 @@ class Classification(OfRecords):
     def __init__(self, section: ClassifySection) -> None:
         self.section = section
         self.labels: list[str] = []  # `resolve` sets the labels and the sums
-        self.columns: tuple[Column, ...] = (Column("loss", per="weight"),)
+        self.columns: tuple[str, ...] = ("loss",)
         self._class_weights = torch.ones(0)
         self._scale = 1.0  # of images; 1 where numbers are already scaled
 
@@ -120,8 +120,7 @@ class Classification(OfRecords):
         facts = facts_of(prepared)
         self.labels, counts = list(facts["labels"]), np.array(facts["counts"], dtype=np.float64)
         classes = len(self.labels)
-        pairs = [Column(f"count {i}.{j}", per="weight") for i in range(classes) for j in range(classes)]
-        self.columns = (Column("loss", per="weight"), *pairs)
+        self.columns = ("loss", *_pairs(classes))
         balanced = counts.sum() / (classes * counts)  # each label then weighs the same over all training records
         chosen = balanced if self.section.class_weights == "balanced" else np.ones(classes)
         self._class_weights = torch.from_numpy(chosen).float()
@@ -150,9 +149,8 @@ class Classification(OfRecords):
         return losses.sum(), columns
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        names = [column.name for column in self.columns[1:]]
         classes = len(self.labels)
-        confusion = np.array([sums[name] for name in names]).reshape(classes, classes)
+        confusion = np.array([sums[name] for name in _pairs(classes)]).reshape(classes, classes)
         return {"loss": sums["loss"] / sums["weight"], **classification(confusion)}
 
     def example(self, config: Config) -> tuple[Batch, int]:
@@ -178,6 +176,11 @@ def label_of(record: Record, column: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
+
+
+def _pairs(classes: int) -> list[str]:
+    """Names of the columns that count samples by (label, predicted label)."""
+    return [f"count {i}.{j}" for i in range(classes) for j in range(classes)]
 
 
 def _order(labels: Mapping[str, int]) -> Callable[[str], Any]:

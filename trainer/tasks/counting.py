@@ -6,6 +6,7 @@ Where a number has no meaning (the precision of a label that was never predicted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -54,7 +55,7 @@ def per_label(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def regression(sums: Mapping[str, float], scale: float = 1.0) -> dict[str, float]:
-    """`mse`, `mae` and, for two rows or more, `r2`, from sums over rows: `count`, `absolute` and `squared` errors,
+    """`mse`, `mae` and `r2` (NaN of less than two rows), from sums over rows: `count`, `absolute` and `squared` errors,
     `target`, `target_squared`.
 
     Targets have the mean of the training targets subtracted, in units of `scale`, so that the variance loses no digits.
@@ -63,10 +64,10 @@ def regression(sums: Mapping[str, float], scale: float = 1.0) -> dict[str, float
     """
     count, squared = sums["count"], sums["squared"]
     found = {"mse": squared / count * scale**2, "mae": sums["absolute"] / count * scale}
-    if count < 2:
-        return found
     spread = sums["target_squared"] - sums["target"] ** 2 / count
-    if spread <= 1e-13 * sums["target_squared"]:  # the rounding error where all targets are equal
+    if count < 2:
+        found["r2"] = math.nan
+    elif spread <= 1e-13 * sums["target_squared"]:  # the rounding error where all targets are equal
         found["r2"] = 1.0 if squared == 0 else 0.0
     else:
         found["r2"] = 1.0 - squared / spread

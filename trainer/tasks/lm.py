@@ -19,14 +19,14 @@ from trainer.data.prepare import prepare
 from trainer.data.prepared import Prepared
 from trainer.data.samples import Columns
 from trainer.data.tokenizer import load_tokenizer, words_of
-from trainer.tasks.base import Better, Call, Column
+from trainer.tasks.base import Better, Call
 from trainer.tasks.sample import write_sample
 
 
 class LanguageModelling:
     """Windows of tokens. Each token's target is the next token; sums are over targets."""
 
-    columns: tuple[Column, ...] = (Column("loss", per="targets"),)
+    columns: tuple[str, ...] = ("loss",)
     weights: tuple[str, ...] = ("targets",)
     better: Mapping[str, Better] = {"loss": "min", "perplexity": "min"}
     unit: Literal["tokens", "samples"] = "tokens"

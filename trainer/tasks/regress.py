@@ -15,7 +15,7 @@ from trainer.data.prepare_records import Facts
 from trainer.data.prepared import Prepared
 from trainer.data.records import Record
 from trainer.data.samples import Columns
-from trainer.tasks.base import Better, Column
+from trainer.tasks.base import Better
 from trainer.tasks.counting import regression
 from trainer.tasks.records import (
     Moments,
@@ -39,7 +39,7 @@ class Regression(OfRecords):
     added again where the loss is computed.
     """
 
-    columns: tuple[Column, ...] = tuple(Column(n, per="weight") for n in ("loss", *_SUMS))
+    columns: tuple[str, ...] = ("loss", *_SUMS)
 
     better: Mapping[str, Better] = {"loss": "min", "mse": "min", "mae": "min", "r2": "max"}
 

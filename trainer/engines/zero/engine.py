@@ -236,7 +236,7 @@ class ZeroEngine(Named):
 
     def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
-        total, sums = self.task.sums(self._engine, batch)
+        total, sums = self._sums(self._engine, batch)
         # DeepSpeed averages over the ranks at every stage: undone by this factor.
         self._engine.backward(self._weighted(total, scale * self.world.size, sums), scale_wrt_gas=False)
         return sums
@@ -257,7 +257,7 @@ class ZeroEngine(Named):
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         with self._evaluating():
-            return self.task.sums(self._engine, batch)[1]
+            return self._sums(self._engine, batch)[1]
 
     def call(self, function: Callable[[Callable[..., Any]], T]) -> T:
         with self._evaluating():
