@@ -24,6 +24,7 @@ from rich.console import Console
 from configs.errors import UserError
 from launch.look.watch import Watcher, main
 from launch.monitor.rows import newest_rows
+from tests.machine import takes_at_most
 from tests.made_up import second
 from trainer.life.attempts import End
 from trainer.life.events import append_row
@@ -67,14 +68,20 @@ def test_a_line_per_gpu(tmp_path: Path) -> None:
 
 
 def test_a_thousand_gpus_in_a_second(tmp_path: Path) -> None:
-    watcher = Watcher(a_run(tmp_path, 125))
-    for _ in range(2):  # the first look also reads the rows for the sparklines
-        began = time.process_time()
-        text = seen(watcher, height=24)
-        assert time.process_time() - began < 1.0
+    folder = a_run(tmp_path, 125)
+    watchers: list[Watcher] = []
+    texts: list[str] = []
+
+    def first_look() -> None:  # it also reads what the sparklines need
+        watchers.append(Watcher(folder))
+        texts.append(seen(watchers[-1], height=24))
+
+    takes_at_most(1.0, first_look)
+    takes_at_most(1.0, lambda: texts.append(seen(watchers[0], height=24)))
+    for text in texts:
         assert len(text.splitlines()) <= 24
         assert "are busier" in text
-    assert len(seen(watcher).splitlines()) > 125
+    assert len(seen(watchers[0]).splitlines()) > 125
 
 
 def test_the_idlest_come_first_when_there_is_no_room(tmp_path: Path) -> None:

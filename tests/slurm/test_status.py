@@ -15,6 +15,7 @@ import pytest
 
 from slurm.look import queue
 from tests import made_up
+from tests.machine import takes_at_most
 from tests.slurm.jobs import ROOT
 from tests.slurm.stand_ins import SLURM, commands, in_queue, verb
 from trainer.life.attempts import End
@@ -333,10 +334,8 @@ def test_nothing_to_show(tmp_path: Path) -> None:
 
 
 def test_a_thousand_runs_in_two_seconds(tmp_path: Path) -> None:
-    """The fastest of three looks; a third of the runs lives, a third needs accounting, a third is over.
-
-    Seconds of the processor: there is nothing to wait for here, and other work of the machine would be measured, too.
-    """
+    """Of the processor: there is nothing to wait for. A third of the runs lives, a third needs accounting, a third
+    is over."""
     living: list[str] = []
     accounting: list[str] = []
     kinds: dict[int, Path] = {}
@@ -358,15 +357,16 @@ def test_a_thousand_runs_in_two_seconds(tmp_path: Path) -> None:
             accounting += [f"{number}|NODE_FAIL|1795350417|1795350516|node1|1:0"] if number % 3 == 2 else []
     answers = SLURM | {"squeue": "\n".join(living) + "\n", "sacct": "\n".join(accounting) + "\n"}
     env = commands(tmp_path / "bin", **answers) | {"PYTHONPATH": str(ROOT)}
-    command, seconds = [sys.executable, "-m", "slurm", "status"], []
-    for _ in range(3):
-        began = os.times()
+    command, told = [sys.executable, "-m", "slurm", "status"], []
+
+    def look() -> None:
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
-        ended = os.times()
-        seconds.append(ended.children_user + ended.children_system - began.children_user - began.children_system)
-    rows = table(done.stdout)
+        told.append(done.stdout)
+
+    takes_at_most(2.0, look, tries=5)
+    rows = table(told[0])
     assert [row["state"] for row in rows[:333]] == ["running"] * 333
     assert sorted(row["state"] for row in rows).count("node_fail (exit code 1)") == 333
     assert len(rows) == 1000
-    assert (tmp_path / "bin/asked").read_text().count("\n") == 3 * 3  # squeue, squeue for others' jobs, sacct
-    assert min(seconds) < 2.0, seconds
+    asked = (tmp_path / "bin/asked").read_text().count("\n")
+    assert asked == 3 * len(told)  # squeue, squeue for others' jobs, sacct

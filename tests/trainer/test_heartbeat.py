@@ -15,6 +15,7 @@ import pytest
 
 from tests.distributed import tiny, train
 from tests.engines import under_both
+from tests.machine import patience, takes_at_most
 from trainer.host.environment import FromLauncher, Ranks
 from trainer.life.events import read_events
 from trainer.life.folder import RunFolder
@@ -46,15 +47,18 @@ def test_each_rank_has_a_record_of_its_own() -> None:
 
 
 def test_every_second_is_in_one_phase() -> None:
-    began = time.monotonic()
+    before = time.monotonic()
     heartbeat = Heartbeat()
+    after = time.monotonic()
     heartbeat.enter(Phase.COMPUTING, 1)
     time.sleep(0.02)
     with heartbeat.during(Phase.SAVING):
         time.sleep(0.03)
     assert heartbeat.phase is Phase.COMPUTING
+    least_s = time.monotonic() - after
     seconds = heartbeat.seconds()
-    assert sum(seconds.values()) == pytest.approx(time.monotonic() - began, abs=0.005)
+    rounded_s = 0.002  # each to a millisecond
+    assert least_s - rounded_s <= sum(seconds.values()) <= time.monotonic() - before + rounded_s
     assert seconds["saving"] >= 0.03
     assert seconds["computing"] >= 0.02
 
@@ -116,10 +120,12 @@ def test_nothing_is_left_when_its_maker_is_killed() -> None:
 
 def test_a_beat_costs_microseconds() -> None:
     heartbeat = Heartbeat()
-    began = time.process_time()
-    for step in range(20_000):
-        heartbeat.enter(Phase.COMPUTING, step)
-    assert (time.process_time() - began) / 20_000 < 20e-6  # 2 here; a step makes five calls
+
+    def beat() -> None:
+        for step in range(20_000):
+            heartbeat.enter(Phase.COMPUTING, step)
+
+    takes_at_most(20_000 * 20e-6, beat)  # 2 here; a step makes five
 
 
 @under_both
@@ -132,7 +138,7 @@ def test_a_run_says_how_long_each_phase_took(engine: dict[str, Any], tmp_path: P
     assert sums == sorted(sums)
     for earlier, later in itertools.pairwise(rows):
         passed = sum(later["phases_s"].values()) - sum(earlier["phases_s"].values())
-        assert passed == pytest.approx(later["time_s"] - earlier["time_s"], abs=0.05)
+        assert passed == pytest.approx(later["time_s"] - earlier["time_s"], abs=patience(0.05))
     (ended,) = [event for event in read_events(folder) if event["event"] == "ended"]
     assert ended["phases_s"].keys() >= {"starting", "waiting_for_data", "computing", "saving", "validating"}
 

@@ -17,6 +17,7 @@ from launch.monitor.ask import Standstill, collectives, where
 from launch.monitor.hang import HangWatch, culprits, describe
 from tests.distributed import write_config
 from tests.life.runs import LAUNCH, clean_end, running
+from tests.machine import patience
 from trainer.host.node_name import node_name
 from trainer.life.heartbeat import Beat, Phase
 
@@ -135,7 +136,7 @@ def hung_run(folder: Path, env: dict[str, str], act: Callable[[Any], None], with
         act(run)
         since = time.time()
         run.wait_for("a hang", lambda: run.events("hang"))
-        assert run.events("hang")[0]["time_s"] - since < within_s, run.output
+        assert run.events("hang")[0]["time_s"] - since < patience(within_s), run.output
         assert run.wait() == 0, run.output
         clean_end(run)
     return run

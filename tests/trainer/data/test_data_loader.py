@@ -19,6 +19,7 @@ from small_data import config, jsonl, prepared, text_folder
 from configs.config import Config
 from configs.errors import UserError
 from models import IGNORE
+from tests.machine import patience, takes_at_most
 from trainer.data import loader as loader_module
 from trainer.data.batch import Batch, StepBatch
 from trainer.data.enough import check_enough
@@ -221,7 +222,7 @@ def test_an_error_in_the_thread_reaches_the_consumer_with_its_traceback(
 
 
 def ended(thread: threading.Thread) -> bool:
-    thread.join(timeout=2.0)
+    thread.join(timeout=patience(2.0))
     return not thread.is_alive()
 
 
@@ -232,7 +233,7 @@ def test_close_ends_the_thread_whatever_it_is_at(corpus: Any, monkeypatch: pytes
     started_s = time.perf_counter()
     full.close()
     full.close()
-    assert time.perf_counter() - started_s < 1.0
+    assert time.perf_counter() - started_s < patience(1.0)
     assert ended(full._thread)
     with pytest.raises(RuntimeError, match="closed"):
         next(full)
@@ -283,9 +284,12 @@ def test_the_wait_is_measured_and_batches_are_made_ahead(corpus: Any, monkeypatc
     while len(made) < 5 and time.monotonic() < deadline_s:
         time.sleep(0.05)
     time.sleep(0.25)
-    assert len(made) == 5  # one taken, three in the queue, one in the thread
-    next(loader)
-    assert loader.wait_s < 0.05
+    assert len(made) == 5  # one taken, three in the queue, one in hand
+    waited_s = []
+    for _ in range(3):
+        next(loader)
+        waited_s.append(loader.wait_s)
+    assert min(waited_s) < 0.05  # another process may have had the processor for longer once, not three times
     loader.close()
 
 
@@ -339,16 +343,13 @@ def test_validation_without_samples_is_refused(tmp_path: Path) -> None:
         prepared(tmp_path / "cache", config(source, data__validation_fraction=0.0, train__validate_every_steps=3))
 
 
-@pytest.mark.alone
 def test_speed_far_into_a_run(tmp_path: Path) -> None:
     source = {"name": "stdlib", "path": "python:stdlib"}
     cfg = config(source, data__seq_len=256, train__global_batch=64, train__micro_batch=8, train__steps=10**9)
     p = prepared(tmp_path / "cache", cfg)
     loader = loader_of(p, cfg, 10**12, 0, 0, 1)
     next(loader)
-    started_s = time.perf_counter()
-    for _ in range(50):
-        next(loader)
-    per_sample_s = (time.perf_counter() - started_s) / 50 / 64
-    loader.close()
-    assert per_sample_s < 1e-3, f"{per_sample_s * 1e3:.3f} ms"
+    try:
+        takes_at_most(50 * 64 * 1e-3, lambda: [next(loader) for _ in range(50)])  # the thread's time is in it
+    finally:
+        loader.close()
