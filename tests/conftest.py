@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -55,9 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests, not by their time
     config.addinivalue_line("markers", "full: only with --full (make test-all)")
     config.addinivalue_line("markers", "alone: times something, so no other test runs beside it")
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles ours again
-    # Under nohup, or in the background of a script, some signals are ignored, and each process of a test would inherit
-    # that.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles all of ours again
+    sys.dont_write_bytecode = False  # this process has read it already, and hands it on to the server of the ranks
+    # Under nohup, or in the background of a script, some are ignored, and so would all be that tests start.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)

@@ -32,7 +32,7 @@ def values(run: Path, step: int, groups: tuple[str, ...] = ("model", "frozen")) 
 
 
 @under_both
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_frozen_parameters_stay_and_have_no_state(size: int, engine: dict[str, Any], tmp_path: Path) -> None:
     config, first = tiny(tmp_path / "first", **engine), tmp_path / "first/run"
     assert train(config, 2) == [0, 0]
@@ -72,7 +72,7 @@ def test_everything_goes_on_where_the_other_run_stood(engine: dict[str, Any], tm
 
 
 @under_both
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_falls_back_from_a_bad_checkpoint_on_all_ranks(size: int, engine: dict[str, Any], tmp_path: Path) -> None:
     config = tiny(tmp_path, checkpoint__every_steps=2, train__steps=4, optim__schedule="constant", **engine)
     assert train(config, 2) == [0, 0]

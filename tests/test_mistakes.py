@@ -255,7 +255,7 @@ def _slow_preparation(config: dict[str, Any], seconds: float) -> int:
 
 def test_preparation_may_take_longer_than_a_collective(tmp_path: Path) -> None:
     config = tiny(tmp_path, parallel__load_timeout_s=3.0)
-    assert run_ranks(2, _slow_preparation, config, 6.0) == [0, 0]
+    assert run_ranks(2, _slow_preparation, config, 4.0) == [0, 0]
 
 
 def _alone(config: dict[str, Any], arguments: list[str]) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from trainer.life.rows import read_json, read_rows
 # about 1e-6 (measured). A lost sample, a wrong divisor or a doubled gradient changes them by over 1e-2, already in step
 # 2.
 ORDER_OF_SUMMATION = 2e-5
-STEPS, MORE_STEPS = 8, 50
+STEPS, MORE_STEPS = 4, 50
 
 
 def losses(config: dict[str, Any]) -> list[float]:
@@ -43,10 +43,10 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"parallel__accumulate": "unsharded", "train__micro_batch": 5}),
     (2, {"parallel__cpu_offload": True, "parallel__reshard": False}),
     (3, {"parallel__activation_checkpoint": "selective"}),
-    (4, {"parallel__replicate": 2, "train__micro_batch": 2}),
     (2, {"parallel__compile": True, "parallel__activation_checkpoint": "selective"}),
 ]
 FURTHER: list[tuple[int, dict[str, Any]]] = [
+    (4, {"parallel__replicate": 2, "train__micro_batch": 2}),
     (5, {}),
     (6, {"train__micro_batch": 64}),
 ]
@@ -56,13 +56,14 @@ COMMON = {"train__global_batch": 64, "train__micro_batch": 64, "optim__schedule"
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    config = tiny(tmp_path_factory.mktemp("reference"), **COMMON, train__steps=MORE_STEPS)
+def reference(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[float]:
+    full = request.config.getoption("full")
+    config = tiny(tmp_path_factory.mktemp("reference"), **COMMON, train__steps=MORE_STEPS if full else STEPS)
     assert train(config) == [0]
     found = losses(config)
-    assert len(found) == MORE_STEPS
+    assert len(found) == (MORE_STEPS if full else STEPS)
     assert found[STEPS - 1] < found[0] - 0.1
-    assert found[-1] < found[0] - 1
+    assert not full or found[-1] < found[0] - 1
     return found
 
 

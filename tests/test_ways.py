@@ -51,25 +51,25 @@ def test_torchrun_on_one_node(engine: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "run/attempts/000/rank-00001.log").exists()
 
 
-def job_script(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
-    """slurm/examples/one-node.sbatch unchanged, without Slurm: bash reads its directives as comments."""
+def job_script(config: Path, size: int, *overrides: str) -> tuple[list[str], dict[str, str]]:
+    """slurm/examples/one-node.sbatch as it stands, without Slurm: its directives are comments to bash."""
     script = (ROOT / "slurm/examples/one-node.sbatch").read_text()
     assert re.search(r"^torchrun .*--rdzv-endpoint=", script.replace("\\\n", ""), re.M)
-    own = {"SLURM_JOB_ID": str(free_port()), "GPUS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    own = {"SLURM_JOB_ID": str(free_port()), "GPUS_PER_NODE": str(size), "OMP_NUM_THREADS": "1"}
     own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return ["bash", "slurm/examples/one-node.sbatch", str(config), *overrides], own
 
 
 @pytest.mark.full
 def test_the_line_of_a_job_script(tmp_path: Path) -> None:
-    command, environment = job_script(write_config(tmp_path), "train.steps=4")
+    command, environment = job_script(write_config(tmp_path), 2, "train.steps=4")
     done = run(command, **environment)
     assert done.returncode == 0, done.stderr
     finished(tmp_path, 4)
 
 
 def test_a_job_script_passes_the_warning_on(tmp_path: Path) -> None:
-    command, environment = job_script(write_config(tmp_path), "train.steps=100000")
+    command, environment = job_script(write_config(tmp_path), 1, "train.steps=100000")
     given: dict[str, Any] = {"env": {**os.environ, **environment}, "cwd": ROOT, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, **given, start_new_session=True) as script:
         try:
@@ -101,7 +101,7 @@ def test_muster_run_in_a_folder_of_other_things(tmp_path: Path) -> None:
     config, here = write_config(tmp_path), tmp_path / "here"
     here.mkdir()
     fill(here)
-    done = run([MUSTER, "run", str(config), "train.steps=4"], here)
+    done = run([MUSTER, "run", str(config), "--nproc", "1", "train.steps=4"], here)
     assert (done.returncode, done.stderr) == (0, "")
     assert not [row for row in read_events(RunFolder(tmp_path / "run")) if row["event"] == "monitor_lost"]
     finished(tmp_path, 4)

@@ -17,7 +17,7 @@ import torch
 
 from configs.config import Config
 from tests.distributed import run_ranks, tiny, write_config
-from tests.engines import under_both
+from tests.engines import ENGINES, rows, under_both
 from tests.life.runs import LAUNCH, Watched, clean_end, running
 from tests.machine import patience
 from trainer.checkpoint.format import disk
@@ -27,6 +27,7 @@ from trainer.run import Run
 from trainer.start import start
 
 Outcome = tuple[int, int]  # exit code and last step
+of_one_rank = pytest.mark.parametrize(("rank", "engine"), rows([("1", "fsdp")], [0, 1], ENGINES), indirect=["engine"])
 
 
 def on_ranks(
@@ -101,7 +102,11 @@ def poison(run: Run, wish: StopWish, rank: int, steps: set[int], what: str) -> N
     run.engine = Poisoned(run.engine, rank, steps, what)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("what", [pytest.param("loss", marks=pytest.mark.full), "gradient", "loss alone"])
+@pytest.mark.parametrize(
+    ("what", "engine"),
+    rows([("gradient", "fsdp"), ("loss alone", "zero")], ["loss", "gradient", "loss alone"], ENGINES),
+    indirect=["engine"],
+)
 def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict[str, Any], tmp_path: Path) -> None:
     steps = {3, 4, 6}  # never three in a row
     changes = {"train__steps": 8, "train__nonfinite_limit": 3, "data__record_samples": True, **engine}
@@ -115,8 +120,7 @@ def test_skipped_updates_change_nothing_and_are_survived(what: str, engine: dict
     assert [(e["step"], e["what"]) for e in told] == [(step, what.split()[0]) for step in sorted(steps)]
     assert set(told[0]["samples"]) <= set(range(16, 24))  # the samples of step 3
     assert all(n % 2 == rank for n in told[0]["samples"])
-    rows = {row["step"]: row for row in run.rows()}
-    assert [step for step, row in rows.items() if row["grad_norm"] is None] == sorted(steps)
+    assert [row["step"] for row in run.rows() if row["grad_norm"] is None] == sorted(steps)
 
 
 @pytest.mark.full
@@ -157,7 +161,7 @@ def test_the_count_goes_on_after_a_restart(engine: dict[str, Any], tmp_path: Pat
 def test_the_launcher_does_not_start_it_again(engine: dict[str, Any], tmp_path: Path) -> None:
     grows = {"optim__lr": 1000.0, "optim__weight_decay": 10.0, "optim__warmup_steps": 0}  # by 10^4 a step
     write_config(tmp_path, train__steps=50, **grows, **engine)
-    with running(LAUNCH, tmp_path) as run:
+    with running(LAUNCH, tmp_path, "--nproc", "1") as run:
         assert run.wait() == 1
         clean_end(run)
     assert len(run.attempts()) == 1
@@ -192,8 +196,7 @@ def full_disk(run: Run, wish: StopWish, rank: int, times: dict[int, int]) -> Non
         disk.observer = observe
 
 
-@under_both
-@pytest.mark.parametrize("rank", [0, 1])
+@of_one_rank
 def test_a_full_disk_is_said_and_the_next_save_tries_again(rank: int, engine: dict[str, Any], tmp_path: Path) -> None:
     changes = {"train__steps": 10, "checkpoint__keep": {"last": 5}, **engine}
     run, outcomes = on_ranks(tmp_path, 2, full_disk, rank, {6: 1}, **changes)
@@ -207,8 +210,7 @@ def test_a_full_disk_is_said_and_the_next_save_tries_again(rank: int, engine: di
     assert "the last good checkpoint stands" in log
 
 
-@under_both
-@pytest.mark.parametrize("rank", [0, 1])
+@of_one_rank
 def test_too_many_failed_saves_end_the_run_at_one_step(rank: int, engine: dict[str, Any], tmp_path: Path) -> None:
     never = dict.fromkeys(range(4, 100), 99)
     changes = {"train__steps": 60, "checkpoint__failures_limit": 2, **engine}
@@ -223,8 +225,7 @@ def test_too_many_failed_saves_end_the_run_at_one_step(rank: int, engine: dict[s
     assert run.folder.committed_steps() == [3]
 
 
-@under_both
-@pytest.mark.parametrize("last", [6, 8])
+@pytest.mark.parametrize(("last", "engine"), rows([("6", "fsdp")], [6, 8], ENGINES), indirect=["engine"])
 def test_the_last_save_is_tried_again(last: int, engine: dict[str, Any], tmp_path: Path) -> None:
     """Also when the loop began the save: then one rank may know of the failure before the other."""
     run, outcomes = on_ranks(tmp_path, 2, full_disk, 1, {last: 2}, train__steps=last, **engine)
@@ -268,8 +269,7 @@ def ask(run: Run, wish: StopWish, rank: int) -> None:
         wish.wish(Cause.TERMINATE)
 
 
-@under_both
-@pytest.mark.parametrize("rank", [0, 1])
+@of_one_rank
 def test_all_ranks_stop_when_one_was_asked(rank: int, engine: dict[str, Any], tmp_path: Path) -> None:
     run, outcomes = on_ranks(tmp_path, 2, ask, rank, **engine)
     assert outcomes == [(75, 0), (75, 0)]

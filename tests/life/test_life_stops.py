@@ -51,10 +51,7 @@ CAUSES = [
     StopCause("SIGHUP", "hangup", 3, lambda run: run.signal(signal.SIGHUP)),
     StopCause("time limit", "time_limit", 3, None),
 ]
-ONCE = [
-    ("start-up", "SIGINT", "fsdp"),
-    ("saving", "SIGTERM", "fsdp"),
-]
+ONCE = [("saving", "SIGTERM", "fsdp")]
 
 
 def _touch_stop(run: Running) -> None:

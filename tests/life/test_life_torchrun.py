@@ -29,13 +29,11 @@ from trainer.life.stop import StopWish
 from trainer.start import start
 
 UNDER_TORCHRUN = [cause for cause in CAUSES if cause.name in ("STOP file", "SIGINT", "SIGTERM")]
-TORCHRUN_ONCE = [("saving", "SIGTERM", "fsdp")]
 PROCESS_ONCE = [("preparation", "SIGINT", "fsdp")]
 
 
-@pytest.mark.parametrize(
-    ("phase", "cause", "engine"), rows(TORCHRUN_ONCE, PHASES, UNDER_TORCHRUN, ENGINES), indirect=["engine"]
-)
+@pytest.mark.full  # in `make test` a job script's torchrun is warned: tests/test_ways.py
+@pytest.mark.parametrize(("phase", "cause", "engine"), rows([], PHASES, UNDER_TORCHRUN, ENGINES), indirect=["engine"])
 def test_stop_under_torchrun(
     phase: Phase, cause: StopCause, engine: dict[str, Any], tmp_path: Path, full: bool, note: Callable[..., None]
 ) -> None:
@@ -138,7 +136,7 @@ def _start(config: dict[str, Any]) -> int:
     return start(Config.model_validate(config), StopWish())
 
 
-@under_both
+@pytest.mark.full
 def test_one_process_finished_wrong_and_failed(engine: dict[str, Any], tmp_path: Path) -> None:
     write_config(tmp_path, train__steps=2, **engine)
     assert finish(PROCESS, tmp_path).end()["reason"] == "finished"

@@ -52,6 +52,7 @@ def test_each_node_has_its_name_and_sees_the_others(cluster: Cluster) -> None:
     assert len(set(addresses)) == (2 if cluster.settings.isolated else 1)
 
 
+@pytest.mark.full
 def test_a_job_trains_a_cpu_rank_per_pretended_gpu(cluster: Cluster, tmp_path: Path) -> None:
     config, output = write_config(tmp_path), tmp_path / "job.txt"
     line = f"{sys.executable} -m launch run {config} train.steps=4"

@@ -72,12 +72,10 @@ WRITERS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-ONCE = ("tensor-replicate", "tensor-shard-uneven")
+ONCE = "tensor-shard-uneven"
 
 
-@pytest.mark.parametrize(
-    "layout", [*ONCE, *(pytest.param(w, marks=pytest.mark.full) for w in WRITERS if w not in ONCE)]
-)
+@pytest.mark.parametrize("layout", [ONCE, *(pytest.param(w, marks=pytest.mark.full) for w in WRITERS if w != ONCE)])
 def test_every_element_is_written_once_and_at_its_place(layout: str, tmp_path: Path) -> None:
     size, changes = WRITERS[layout]
     config = tiny(tmp_path, **{**SHAPE, **changes, "parallel__tensor": 2})
@@ -116,7 +114,7 @@ def go_on(config: dict[str, Any], size: int, parallel: dict[str, Any], folder: P
 
 @pytest.mark.parametrize(
     ("size", "tensor"),
-    [(3, 1), pytest.param(2, 2, marks=pytest.mark.full), pytest.param(4, 2, marks=pytest.mark.full), (6, 2)],
+    [(3, 1), *(pytest.param(size, 2, marks=pytest.mark.full) for size in (2, 4, 6))],
 )
 def test_any_layout_goes_on(
     size: int, tensor: int, written: tuple[dict[str, Any], list[float]], tmp_path: Path

@@ -32,6 +32,7 @@ def test_killed_at_every_operation(tmp_path: Path, points: str) -> None:
         assert found == sorted(found, reverse=True), action  # once "after" is found, "before" never comes back
 
 
+@pytest.mark.full
 def test_the_counted_operations_are_all_there_are(tmp_path: Path) -> None:
     """strace sees the same actions from outside: no operation bypasses the disk layer."""
     strace = shutil.which("strace")
