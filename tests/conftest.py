@@ -22,6 +22,7 @@ from hypothesis import settings
 
 from tests.durations import UNKNOWN_S, record, recorded
 from tests.left_out import LEFT_OUT
+from tests.machine import patience
 
 CLOCK = pytest.StashKey["Clock"]()
 
@@ -46,6 +47,7 @@ def open_path() -> Iterator[Path]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also what takes long: every phase, cause and cell")
+    parser.addoption("--slice", metavar="K/N", help="each N-th test alone, from the K-th on (make test-all)")
     parser.addoption("--record", action="store_true", help="write down how long each file took")
 
 
@@ -69,7 +71,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if not item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
+    if piece := config.getoption("slice"):
+        number, count = map(int, piece.split("/"))
+        config.hook.pytest_deselected(items=[item for n, item in enumerate(items) if n % count != number - 1])
+        items[:] = items[number - 1 :: count]
     longest_first(config, items)
+    be_patient(config, items)
+
+
+def be_patient(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A limit on a whole test ends a hang, and nothing else: it stretches as others do."""
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
 
 
 def longest_first(config: pytest.Config, items: list[pytest.Item]) -> None:

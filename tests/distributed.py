@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from tests.machine import patience
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
 
@@ -73,7 +75,7 @@ def _collect(connections: dict[Connection, int], size: int, timeout_s: float) ->
     results: list[Any] = [None] * size
     failures: dict[int, str] = {}
     waiting = dict(connections)
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patience(timeout_s)
     while waiting:
         ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
         if not ready:
@@ -89,7 +91,7 @@ def _collect(connections: dict[Connection, int], size: int, timeout_s: float) ->
                 results[rank] = value
             else:
                 failures[rank] = value
-                deadline = min(deadline, time.monotonic() + 10)  # the others only wait for this one
+                deadline = min(deadline, time.monotonic() + patience(10.0))  # the others only wait for this one
     if failures:
         raise RanksFailed("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
     return results

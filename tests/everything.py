@@ -1,8 +1,8 @@
 """`make test-all`: every test there is, file by file, two files at a time; goes on where it was stopped.
 
 What passed is written down with the hash of the code that it passed with, and is not run again while that is the same.
-A file that failed, or that Ctrl-C cut short, is run again by the next start. The table at the end says what ran when,
-at which commit.
+A file that failed, or that Ctrl-C cut short, is run again by the next start; of the longest ones only that slice. The
+table at the end says what ran when, at which commit.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / ".cache" / "test-all"
 AT_ONCE = 2
 ALWAYS = {"tests/test_repository.py"}  # it reads the docs, which the hash leaves out
+# Each takes half an hour or more. Not the matrices: their last test asks whether all cells were tried.
+SLICES = {"tests/life/test_life_torchrun.py": 4, "tests/life/test_life_stops.py": 3, "tests/life/test_life_kills.py": 3}
+PATIENCE = "3"  # what only ends a hang may last three times as long: these hours are seldom the machine's only work
 _COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file of tests, as the last run of it ended."""
+    """A file of tests, or a slice of one (`FILE 2/4`), as the last run of it ended."""
 
     name: str
     code: str  # hash of the code that it ran with
@@ -52,11 +55,11 @@ def main() -> int:
     PLACE.mkdir(parents=True, exist_ok=True)
     code, commit = code_hash(), commit_name()
     known = {part.name: part for part in read_parts()}
-    names = files_of_tests()
+    names = parts_of_tests()
     left = [name for name in names if name in ALWAYS or not ((p := known.get(name)) and p.good and p.code == code)]
-    seconds = recorded("full")
-    left.sort(key=lambda name: -seconds.get(name, UNKNOWN_S))
-    print(f"{len(names)} files of tests, {len(names) - len(left)} passed with this code; logs in {PLACE}", flush=True)
+    # The cluster's first, as they come one after the other, and then long ones: else one of them would run on alone.
+    left.sort(key=lambda name: (not needs_cluster(name), -expected_s(name, known)))
+    print(f"{len(names)} parts, {len(names) - len(left)} passed with this code; logs in {PLACE}", flush=True)
     began = time.monotonic()
     for number, part in enumerate(run_all(left, code, commit), 1):
         known[part.name] = part
@@ -73,32 +76,56 @@ def main() -> int:
     return 0 if all(name in known and known[name].good and known[name].code == code for name in names) else 1
 
 
-def files_of_tests() -> list[str]:
-    """Every file of tests but those that need a GPU."""
+def parts_of_tests() -> list[str]:
+    """Every file of tests but those that need a GPU, or its slices."""
     found = (path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
-    return sorted(str(path) for path in found if path.parts[1] != "gpu")
+    files = sorted(str(path) for path in found if path.parts[1] != "gpu")
+    sliced = ([f"{file} {n + 1}/{count}" for n in range(count)] for file, count in SLICES.items())
+    return [*(file for file in files if file not in SLICES), *(name for names in sliced for name in names)]
+
+
+def needs_cluster(name: str) -> bool:
+    return name.startswith("tests/slurm/")
+
+
+def expected_s(name: str, known: dict[str, Part]) -> float:
+    """As long as the last time here, or else as recorded."""
+    if name in known:
+        return known[name].seconds
+    file = name.split()[0]
+    return recorded("full").get(file, UNKNOWN_S) / SLICES.get(file, 1)
 
 
 def run_all(names: list[str], code: str, commit: str) -> Iterator[Part]:
-    """Each file by a pytest of its own, as they end. The cluster's files come one after the other: there is one cluster
-    on a machine."""
+    """Each part by a pytest of its own, as they end. The cluster's files come one after the other: there is one cluster
+    on a machine. While one of them runs, the other worker takes what needs none."""
     running: set[subprocess.Popen[bytes]] = set()
-    cluster = threading.Lock()
+    left, taking, cluster = list(names), threading.Lock(), threading.Lock()
     stopped = threading.Event()
 
-    def run(name: str) -> Part | None:
-        if not name.startswith("tests/slurm/"):
+    def run() -> Part | None:
+        with taking:
+            name = next((name for name in left if not (needs_cluster(name) and cluster.locked())), left[0])
+            left.remove(name)
+            held = needs_cluster(name) and cluster.acquire(blocking=False)
+        if not needs_cluster(name):
             return one(name)
-        with cluster:
+        if not held:  # nothing else is left
+            cluster.acquire()
+        try:
             return one(name)
+        finally:
+            cluster.release()
 
     def one(name: str) -> Part | None:
         if stopped.is_set():
             return None
         began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", name, "--full"]
+        file, _, piece = name.partition(" ")
+        command = [sys.executable, "-m", "pytest", file, "--full", *(["--slice", piece] if piece else [])]
+        env = {"MUSTER_TEST_PATIENCE": PATIENCE, **os.environ}
         with open(log_of(name), "wb") as log:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
             running.add(process)
             status = process.wait()
             running.discard(process)
@@ -110,7 +137,7 @@ def run_all(names: list[str], code: str, commit: str) -> Iterator[Part]:
 
     with ThreadPoolExecutor(AT_ONCE) as workers:
         try:
-            for done in as_completed([workers.submit(run, name) for name in names]):
+            for done in as_completed([workers.submit(run) for _ in names]):
                 part = done.result()
                 if part is not None:
                     yield part
@@ -122,8 +149,8 @@ def run_all(names: list[str], code: str, commit: str) -> Iterator[Part]:
 
 
 def log_of(name: str) -> Path:
-    """Where a file's output goes."""
-    return PLACE / (name.removeprefix("tests/").removesuffix(".py").replace("/", "-") + ".log")
+    """Where a part's output goes."""
+    return PLACE / (re.sub(r"[/ ]", "-", name.removeprefix("tests/").replace(".py", "")) + ".log")
 
 
 def last_line(path: Path) -> str:
@@ -167,7 +194,7 @@ def table(parts: list[Part]) -> str:
         lines.append(f"| {part.name} | {passed} | {wrong} | {part.seconds:.0f} | {part.ended} | {part.commit} |")
     total = sum(part.seconds for part in parts)
     good = sum(part.good for part in parts)
-    lines.append(f"\n{good} of {len(parts)} files passed, {total / 60:.0f} minutes of tests in all.\n")
+    lines.append(f"\n{good} of {len(parts)} parts passed, {total / 60:.0f} minutes of tests in all.\n")
     return "\n".join(lines)
 
 

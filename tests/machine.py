@@ -21,12 +21,12 @@ def takes_at_most(limit_s: float, call: Callable[[], object], tries: int = 3) ->
     after a call, too, and makes the limit longer. So other work on the machine fails no test; code twice as slow does.
     """
     told = []
-    slow = _slowness()
+    slow = slowness()
     for _ in range(tries):
         began_s = _processor_s()
         call()
         spent_s = _processor_s() - began_s
-        before, slow = slow, _slowness()
+        before, slow = slow, slowness()
         allowed_s = limit_s * max(1.0, min(before, slow))
         if spent_s <= allowed_s:
             return
@@ -34,7 +34,7 @@ def takes_at_most(limit_s: float, call: Callable[[], object], tries: int = 3) ->
     raise AssertionError(f"processor time, and what is allowed on this machine: {', '.join(told)}")
 
 
-def _slowness() -> float:
+def slowness() -> float:
     """1 on the reference machine, 2 where everything takes twice the processor time."""
     spent_s = []
     for _ in range(5):

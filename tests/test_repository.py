@@ -8,7 +8,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
-from tests.everything import files_of_tests
+from tests.everything import SLICES, parts_of_tests
 from trainer.life.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,7 +277,14 @@ def test_every_file_of_a_run_folder_is_in_the_table_of_files() -> None:
 
 def test_test_all_runs_every_file_of_tests() -> None:
     files = {str(path.relative_to(ROOT)) for path in python_files() if path.name.startswith("test_")}
-    assert {name for name in files if not name.startswith("tests/gpu/")} == set(files_of_tests())
+    found: dict[str, list[str]] = {}
+    for name in parts_of_tests():
+        file, _, piece = name.partition(" ")
+        found.setdefault(file, []).append(piece)
+    assert {name for name in files if not name.startswith("tests/gpu/")} == found.keys()
+    for file, pieces in found.items():
+        count = SLICES.get(file)
+        assert pieces == ([f"{n}/{count}" for n in range(1, count + 1)] if count else [""])
 
 
 # ---- one test for both engines --------------------------------------------------------------------------------------

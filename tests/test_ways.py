@@ -16,6 +16,7 @@ import pytest
 
 from tests.distributed import free_port, tiny, train, write_config
 from tests.engines import under_both
+from tests.machine import patience
 from tests.traps import fill
 from trainer.life.events import read_events
 from trainer.life.folder import RunFolder
@@ -28,7 +29,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 def run(command: list[str], here: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=here, check=False)
+    limit_s = patience(120.0)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=env, cwd=here, check=False)
 
 
 def finished(folder: Path, step: int) -> None:
@@ -73,11 +75,11 @@ def test_a_job_script_passes_the_warning_on(tmp_path: Path) -> None:
     given: dict[str, Any] = {"env": {**os.environ, **environment}, "cwd": ROOT, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, **given, start_new_session=True) as script:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + patience(60.0)
             while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
             script.send_signal(signal.SIGUSR2)
-            assert script.wait(timeout=60) == 0
+            assert script.wait(timeout=patience(60.0)) == 0
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(script.pid, signal.SIGKILL)  # torchrun too, and its workers

@@ -21,6 +21,7 @@ import yaml
 
 from launch.run.processes import kill
 from tests.distributed import train
+from tests.machine import patience
 from trainer.host.node_name import node_name
 from trainer.life.events import read_events
 from trainer.life.folder import RunFolder
@@ -144,12 +145,12 @@ class Running(Watched):
     def kill_rest(self) -> None:
         for _ in range(3):  # a dying process may just have started another
             kill(self.processes())
-        self.process.wait(timeout=5)
+        self.process.wait(timeout=patience(5.0))
 
     # ---- waiting ----------------------------------------------------------------------------------------------------
 
     def wait_for(self, what: str, condition: Callable[[], Any], timeout_s: float = PHASE_S) -> None:
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patience(timeout_s)
         while not condition():
             if self.process.poll() is not None:
                 raise AssertionError(f"ended with {self.process.returncode} before {what}\n{self.output}")
@@ -160,14 +161,14 @@ class Running(Watched):
     def wait(self, timeout_s: float = GONE_S) -> int:
         """The exit code. Fails when the command does not end, or leaves something behind."""
         try:
-            code = self.process.wait(timeout=timeout_s)
+            code = self.process.wait(timeout=patience(timeout_s))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"did not end within {timeout_s} s\n{self.output}") from None
         return code
 
     def gone(self, within_s: float = 0.0) -> None:
-        """Check that nothing is left: no process, no lease, no temporary folder of ours."""
-        deadline = time.monotonic() + within_s
+        """Nothing is left: no process, no lease, no temporary folder of ours."""
+        deadline = time.monotonic() + patience(within_s)
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         assert left == [], f"left behind: {left}\n{self.output}"

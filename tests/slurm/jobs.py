@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.rehearsal.cluster import Cluster
+from tests.machine import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,9 +24,16 @@ def environment(cluster: Cluster, **own: str) -> dict[str, str]:
 
 
 def call(cluster: Cluster, *command: str) -> str:
-    """The output of a client. A failure shows all of it."""
+    """What a client prints; a failure shows all of it."""
+    limit_s = patience(120.0)
     done = subprocess.run(
-        command, env=environment(cluster), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        command,
+        env=environment(cluster),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
     )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -43,7 +51,7 @@ def job_state(cluster: Cluster, job: str) -> str:
 
 
 def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patience(timeout_s)
     while not condition():
         assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
         time.sleep(0.2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slurm.rehearsal.cluster import Cluster
 from tests.distributed import write_config
+from tests.machine import patience
 from tests.slurm.jobs import ROOT, call, environment, wait_for
 from tests.slurm.stand_ins import commands
 from trainer.life.folder import RunFolder
@@ -19,7 +20,8 @@ def slurm(cluster: Cluster, cwd: Path, *words: str, **own: str) -> str:
     """The output of our verb, typed in `cwd`."""
     env = environment(cluster, PYTHONPATH=str(ROOT), **own)
     command = [sys.executable, "-m", "slurm", *words]
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    limit_s = patience(120.0)
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=limit_s, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -47,8 +49,8 @@ def test_a_job_is_looked_at_followed_and_stopped(cluster: Cluster, tmp_path: Pat
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert "saves and ends within two steps" in slurm(cluster, here, "stop", job)
-    followed, watched = follower.communicate(timeout=60)[0], watcher.communicate(timeout=60)[0]
+    assert "saves and ends after this step" in slurm(cluster, here, "stop", job)
+    followed, watched = (one.communicate(timeout=patience(60.0))[0] for one in (follower, watcher))
     assert (follower.returncode, watcher.returncode) == (0, 0)
     end = read_json(run.attempts / "000/end.json")
     assert (end["reason"], end["cause"], end["requeue"]) == ("stopped", "stop_file", False)

@@ -19,6 +19,7 @@ from slurm.submit.array import overrides_of
 from slurm.submit.limits import Partition, check, gpus_of, partition_of
 from slurm.submit.request import _read_file, cluster_file
 from tests.distributed import write_config
+from tests.machine import patience
 from tests.slurm.jobs import ROOT, call, environment, wait_for
 from trainer.life.events import Events
 from trainer.life.folder import RunFolder
@@ -34,7 +35,8 @@ def submit(
     env = environment(cluster) if cluster else {**os.environ, "PATH": str(Path(sys.executable).parent)}
     env["XDG_CONFIG_HOME"] = str(home or config.parent)
     command = [sys.executable, "-m", "slurm", "submit", str(config), *words]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    limit_s = patience(280.0)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
 
 
 def script(config: Path, *words: str, home: Path | None = None) -> str:

@@ -17,6 +17,7 @@ import pytest
 from configs.config import Config
 from configs.errors import UserError
 from tests.distributed import free_port, run_ranks, tiny
+from tests.machine import patience
 from trainer.host.environment import FromLauncher, Ranks
 from trainer.life.heartbeat import Heartbeats
 from trainer.life.stop import Cause, StopRequested, StopWish
@@ -49,7 +50,7 @@ class Meeting:
         threading.Thread(target=run, daemon=True).start()
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + patience(PATIENCE_S)
         while not condition():
             assert time.monotonic() < deadline, (self.said, self.ended)
             time.sleep(0.01)

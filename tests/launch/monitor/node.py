@@ -12,6 +12,7 @@ import pytest
 from configs.config import Config
 from launch.monitor.keeper import Keeper
 from tests.distributed import tiny
+from tests.machine import patience
 from trainer.host.console import Console
 from trainer.host.node_name import node_name
 from trainer.life.events import Events
@@ -51,7 +52,7 @@ class Node:
         return [row for row in rows if row["event"] == event]
 
     def wait_for(self, what: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patience(timeout_s)
         while not condition():
             assert time.monotonic() < deadline, f"no {what}"
             self.keeper.poll()
