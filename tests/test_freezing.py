@@ -35,7 +35,7 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
     ("compute", "sizes"),
     [
         ("fp32", (1, 2, 1)),
-        ("bf16", (2, 1, 3)),
+        pytest.param("bf16", (2, 1, 3), marks=pytest.mark.full),
         pytest.param("fp32", (2, 1, 3), marks=pytest.mark.full),
         pytest.param("bf16", (1, 2, 1), marks=pytest.mark.full),
     ],
@@ -205,7 +205,7 @@ def held(folder: Path) -> tuple[dict[str, torch.dtype], str]:
     return formats, said
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_frozen_parameters_take_half_the_memory_once_a_file_holds_them(size: int, tmp_path: Path) -> None:
     for formats, said in run_ranks(size, held, tmp_path):
         assert {n: dtype for n, dtype in formats.items() if is_bottom(n)} == {

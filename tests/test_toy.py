@@ -68,7 +68,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("zero", 1), ("zero", 3)])
+@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), pytest.param("zero", 1, marks=pytest.mark.full), ("zero", 3)])
 def test_every_engine_and_size_learns_the_same(kind: str, ranks: int, alone: Path, tmp_path: Path) -> None:
     assert train(toy(tmp_path, parallel__engine=kind), ranks) == [0] * ranks
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)

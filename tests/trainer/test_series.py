@@ -159,6 +159,7 @@ def test_a_package_that_is_missing_is_said_before_anything_starts(
     check_series(load("demo", ["run.tensorboard=false"]).run)  # a package that is not requested is not missed
 
 
+@pytest.mark.full
 def test_without_a_login_it_is_said_and_nobody_is_asked(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {"HOME": str(tmp_path)}
     command = [sys.executable, "-m", "trainer", str(write_config(tmp_path, run__wandb="lab"))]

@@ -105,8 +105,6 @@ def test_the_curve_is_that_of_one_process(
 
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "uneven on every side": (6, {}),
-}
-FURTHER: dict[str, tuple[int, dict[str, Any]]] = {
     "offloaded": (4, {"parallel__cpu_offload": True, "parallel__reshard": False}),
     "full checkpointing": (2, {"parallel__activation_checkpoint": "full"}),
     "selective checkpointing": (4, {"parallel__activation_checkpoint": "selective"}),
@@ -115,9 +113,10 @@ FURTHER: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.full) for way in FURTHER)])
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS)
 def test_other_settings_of_the_engine_do_not_matter(way: str, alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    size, changes = (WAYS | FURTHER)[way]
+    size, changes = WAYS[way]
     config = tiny(tmp_path, **{**COMMON, **LLAMA, **changes, "parallel__tensor": 2})
     assert train(config, size, timeout_s=280) == [0] * size  # compiling takes a while
     same_curves(config, alone["llama"])
@@ -134,6 +133,7 @@ def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
     assert column(four, "loss") != pytest.approx(column(one, "loss"), abs=ORDER_OF_SUMMATION)
 
 
+@pytest.mark.full
 def test_muon_sees_whole_matrices(tmp_path: Path) -> None:
     """It iterates in bf16, which blows up the last bits: FSDP alone parts from one process by up to 1.6e-5 in 6 steps,
     this by 1.3e-5. Half a matrix, or one put together wrongly, parts by more than 1e-3."""
@@ -229,7 +229,7 @@ def logits(config: dict[str, Any]) -> list[list[float]]:
     return [engine.call(lambda model, t=t: model(t)[:, -1].float())[0].tolist() for t in tokens]
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_every_rank_gets_the_logits_of_one_process(shape: str, tmp_path: Path) -> None:
     """Also with fewer tokens than ranks."""
     (expected,) = run_ranks(1, logits, tiny(tmp_path, **SHAPES[shape]))

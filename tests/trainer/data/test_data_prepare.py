@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from small_data import bpe, config, jsonl, prepared, text_folder
 
 from configs.errors import UserError
+from tests.distributed import RanksFailed, run_ranks
 from tests.machine import takes_at_most
 from trainer.data import files
 from trainer.data.open_tokens import describe_tokens, tokens_of
@@ -239,8 +239,8 @@ def test_a_stop_is_seen_soon_and_progress_comes_once_a_second(tmp_path: Path, ki
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text((json.dumps({"text": "words " * 200}) + "\n") * 5_000)
-    (tmp_path / "big.txt").write_bytes(b"one long document\n" * 2_000_000)
+    (tmp_path / "x.jsonl").write_text((json.dumps({"text": "words " * 200}) + "\n") * 2_500)
+    (tmp_path / "big.txt").write_bytes(b"one long document\n" * 1_000_000)
     np.save(tmp_path / "x.npy", np.tile(np.arange(257, dtype=np.uint16), 40_000))
     cfg = config(
         {"name": "j", "kind": "jsonl", "path": str(tmp_path / "x.jsonl")},
@@ -254,44 +254,39 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 12e6, f"{peak_bytes / 1e6:.0f} MB for 60 MB of data"
+    assert peak_bytes < 12e6, f"{peak_bytes / 1e6:.0f} MB for 40 MB of data"
 
 
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from small_data import config
-from trainer.data import files, prepare
-calls = 0
-for name in ("fsync", "rename", "replace", "mkdir"):
-    def wrapped(*a, _real=getattr(os, name), **k):
-        global calls
-        calls += 1
-        if calls == {at}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return _real(*a, **k)
-    setattr(os, name, wrapped)
-prepare.prepare(config({source!r}), Path({cache!r}), print, lambda: False)
-print("calls", calls)
-"""
+def prepare_until(at: int, source: dict[str, Any], cache: str) -> int:
+    """Prepare in a process of its own, which is killed right before one of its operations; how many there are."""
+    calls = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **named)
+
+        return call
+
+    for name in ("fsync", "rename", "replace", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    prepare(config(source), Path(cache), print, lambda: False)
+    return calls
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.full)])
 def test_killed_anywhere_the_next_start_is_whole_and_clears_up(every: int, tmp_path: Path) -> None:
     source = {"name": "t", "path": str(text_folder(tmp_path / "text"))}
     expected = prepared(tmp_path / "expected", config(source))
-
-    def run(at: int, cache: Path) -> subprocess.CompletedProcess:
-        script = _KILLED.format(tests=str(Path(__file__).parent), at=at, source=source, cache=str(cache))
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-
-    whole = run(0, tmp_path / "whole")
-    calls = int(whole.stdout.split()[-1])
+    (calls,) = run_ranks(1, prepare_until, -1, source, str(tmp_path / "whole"))
     assert calls >= 8
     for at in range(2, calls + 1, every):
         cache = tmp_path / f"cache{at}"
-        assert run(at, cache).returncode == -signal.SIGKILL
+        with pytest.raises(RanksFailed, match="died"):
+            run_ranks(1, prepare_until, at, source, str(cache))
         p = prepared(cache, config(source))
         assert p.fingerprints == expected.fingerprints
         assert texts(p.sources[0], "train") == texts(expected.sources[0], "train")
@@ -318,9 +313,7 @@ def test_leftovers_of_the_living_stay(tmp_path: Path) -> None:
 
 def test_two_starts_at_once_give_one_folder(tmp_path: Path) -> None:
     source = {"name": "t", "path": str(text_folder(tmp_path / "text"))}
-    script = _KILLED.format(tests=str(Path(__file__).parent), at=-1, source=source, cache=str(tmp_path / "cache"))
-    starts = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [p.wait(timeout=60) for p in starts] == [0, 0]
+    run_ranks(2, prepare_until, -1, source, str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").glob("t-*"))) == 1
     assert len(texts(prepared(tmp_path / "cache", config(source)).sources[0], "train")) > 10
 
