@@ -14,13 +14,15 @@ EVERY_STEPS = 100
 
 @contextmanager
 def collected_at_agreed_steps() -> Iterator[None]:
-    """Nothing is collected meanwhile but by the two functions below."""
+    """Nothing is collected meanwhile but by the two functions below. What is alive now is not looked at again."""
+    frozen_before = gc.get_freeze_count() > 0
     gc.disable()
-    collect_everything()
+    gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen_before:  # else it is somebody else's to say when that is looked at again
+            gc.unfreeze()
         gc.enable()
 
 
@@ -31,8 +33,10 @@ def collect_if_due(step: int) -> None:
 
 
 def collect_everything() -> None:
-    """Collect also what was there when training began: a whole engine that is built anew."""
-    gc.unfreeze()
+    """Collect at once. During training this includes what was alive when it began: an engine that is built anew."""
+    training = not gc.isenabled()
+    if training:
+        gc.unfreeze()
     gc.collect()
-    if not gc.isenabled():
-        gc.freeze()  # what is alive now stays: `collect_if_due` need not look at it
+    if training:
+        gc.freeze()
