@@ -244,11 +244,11 @@ def test_what_could_not_be_read_hides_nothing_else_but_what_is_missing(file: Cal
 
 
 def test_missing_keys_say_what_they_are(file: Callable[[str], str]) -> None:
-    lines = mistakes(file("model: {dim: 8, layers: 1, heads: 2, mlp_dim: 8, max_seq_len: 8}\n"))
+    lines = mistakes(file("model: {vocab_size: 9, layers: 1, heads: 2, mlp_dim: 8, max_seq_len: 8}\n"))
     assert lines == [
         "a.yaml: data is missing (what is read)",
         "a.yaml: train is missing (how long and in what batches)",
-        "a.yaml:1: model.vocab_size is missing (rows of the embedding; at least the tokenizer's size)",
+        "a.yaml:1: model.dim is missing (width of the residual stream)",
     ]
 
 

@@ -49,7 +49,7 @@ def test_a_job_is_looked_at_followed_and_stopped(cluster: Cluster, tmp_path: Pat
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert "saves and ends after this step" in slurm(cluster, here, "stop", job)
+    assert "saves and ends within two steps" in slurm(cluster, here, "stop", job)
     followed, watched = (one.communicate(timeout=patience(60.0))[0] for one in (follower, watcher))
     assert (follower.returncode, watcher.returncode) == (0, 0)
     end = read_json(run.attempts / "000/end.json")
