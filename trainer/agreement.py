@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from trainer.life.heartbeat import Phase
 from trainer.life.stop import Cause, Kind, StopWish
 from trainer.ranks.device import DeviceTime, Reading, from_host
 from trainer.ranks.world import World
@@ -14,13 +14,36 @@ from trainer.ranks.world import World
 WISHES = len(Kind) + 1  # one number for each kind of stop, and one for a profile
 
 
-@dataclass(frozen=True)
 class Agreed:
-    """What one reduction gave to all ranks, fp64, on the device. took: the device's time for it, waiting included."""
+    """One reduction, which may still be going on. What it gives to all ranks is fp64, on the device."""
 
-    sums: torch.Tensor  # [n]
-    wishes: torch.Tensor  # [WISHES]: how many ranks ask for each kind of stop; the last counts requests for a profile
-    took: DeviceTime
+    def __init__(self, world: World, numbers: torch.Tensor) -> None:
+        self._world, self._numbers = world, numbers
+        self.took = DeviceTime(world.device)  # the device's time for it, waiting for other ranks included
+        self._work = world.begin_sum(numbers)
+        self.took.end(self._work)
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """[n]. On the CPU the host waits here for the other ranks; a GPU's queue does."""
+        self._wait()
+        return self._numbers[:-WISHES]
+
+    @property
+    def wishes(self) -> torch.Tensor:
+        """[WISHES]: how many ranks ask for each kind of stop; the last counts requests for a profile."""
+        self._wait()
+        return self._numbers[-WISHES:]
+
+    def scale(self) -> torch.Tensor:
+        """1 / the first sum, fp32 0-d."""
+        return (1.0 / self.sums[0]).float()
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            with self._world.heartbeat.during(Phase.COMMUNICATING):
+                self._work.wait()
+            self._work = None
 
 
 class Agreement:
@@ -36,17 +59,14 @@ class Agreement:
         self._heard: Sequence[float] = [0.0] * WISHES
 
     def sum(self, numbers: Sequence[float] = (), on_device: torch.Tensor | None = None) -> Agreed:
-        """Sum `on_device`, fp64 [m], and then `numbers` over the data ranks. All ranks must call it."""
+        """Begin to sum `on_device`, fp64 [m], and then `numbers` over the data ranks. All ranks must call it."""
         cause, counts = self.wish.cause, self.world.counts
         told = [float(cause is not None and cause.kind is kind) for kind in Kind] + [float(self._asked())]
         # Only the first rank of a tensor group gives numbers, or they would be counted several times. All give wishes.
         both = from_host([*(n if counts else 0.0 for n in numbers), *told], self.world.device)
         if on_device is not None:
             both = torch.cat([on_device if counts else torch.zeros_like(on_device), both])
-        took = DeviceTime(self.world.device)
-        self.world.sum(both)
-        took.end()
-        return Agreed(both[: -len(told)], both[-len(told) :], took)
+        return Agreed(self.world, both)
 
     def heard(self, wishes: Sequence[float]) -> None:
         """Store the wishes of a reduction, which have just been copied to the host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,12 @@ class CheckedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, scale: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
         fault = self._task.fault(batch)
         if fault is not None:
             raise RunFailed("check", f"check failed: {fault}")
         sums = self._engine.forward_backward(batch, scale, last)
-        self._loss += float(sums[0] * scale)
+        self._loss += float(sums[0] * scale())
         return sums
 
     def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:

@@ -92,16 +92,14 @@ def train_step(
     costs one more collective. computing: the phase that the monitor sees, COMPILING or COMPUTING.
     """
     heartbeat = agreement.world.heartbeat
-    heartbeat.enter(Phase.COMMUNICATING)
-    # The one collective before the first forward. It carries the wishes to stop, too.
-    agreed = agreement.sum(batch.weights)
     heartbeat.enter(computing)
-    scale = (1.0 / agreed.sums[0]).float()
+    # It carries the wishes to stop, too. It goes on during the first forward: only backward needs the scale.
+    agreed = agreement.sum(batch.weights)
     columns = []
     for i, micro_batch in enumerate(batch.batches):
         seed_micro_batch(config.run.seed, batch.step, i, agreement.world.rank)
         last = i == len(batch.batches) - 1
-        columns.append(engine.forward_backward(micro_batch.to(engine.device), scale, last))
+        columns.append(engine.forward_backward(micro_batch.to(engine.device), agreed.scale, last))
         heartbeat.beat()
     factor = lr_factor(config.optim, batch.step, config.train.steps)
     norm = engine.update(factor, config.train.clip_norm)

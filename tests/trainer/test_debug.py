@@ -34,7 +34,7 @@ class Asked:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 
-    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, scale: Any, last: bool) -> torch.Tensor:
         self.batches.append(batch)
         return torch.zeros(1, dtype=torch.float64)
 
@@ -44,7 +44,7 @@ def check_batch(batch: Batch) -> None:
     inner: Any = Asked()
     checked = CheckedEngine(inner, LanguageModelling(LmSection()), None)
     try:
-        checked.forward_backward(batch, torch.tensor(1.0), last=True)
+        checked.forward_backward(batch, lambda: torch.tensor(1.0), last=True)
     finally:
         failed = sys.exc_info()[0] is not None
         assert inner.batches == ([] if failed else [batch])

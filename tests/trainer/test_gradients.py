@@ -37,7 +37,7 @@ def batches(rank: int) -> list[Batch]:
 def gradients(config: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(the gradients of a step, the fp64 sums of those of its micro batches taken alone), as this rank has them."""
     engine = built(config)
-    scale, mine = torch.tensor(1.0 / MICRO_BATCHES), batches(engine.world.rank)
+    scale, mine = (lambda: torch.tensor(1.0 / MICRO_BATCHES)), batches(engine.world.rank)
     alone: dict[str, torch.Tensor] = {}
     for batch in mine:
         engine.forward_backward(batch, scale, last=True)
@@ -71,7 +71,8 @@ def updated(config: dict[str, Any], good: list[bool]) -> tuple[dict[str, bytes],
     for is_good in good:
         number += is_good
         batch = batches(10 * number + engine.world.rank)[0]
-        engine.forward_backward(batch, torch.tensor(1.0 if is_good else torch.nan), last=True)
+        factor = torch.tensor(1.0 if is_good else torch.nan)
+        engine.forward_backward(batch, lambda factor=factor: factor, last=True)
         applied.append(bool(engine.update(1.0, 0.5).isfinite()))
     held = {piece.key: piece.tensor.detach().numpy().tobytes() for piece in engine.pieces()}
     counts = engine.step_counts()

@@ -194,9 +194,9 @@ def spoil(config: dict[str, Any]) -> int:
             super().build()
             plain, steps, world = self.engine.forward_backward, iter([1, 2, 3]), self.world
 
-            def forward_backward(batch: Batch, scale: Tensor, last: bool) -> Tensor:
+            def forward_backward(batch: Batch, scale: Any, last: bool) -> Tensor:
                 bad = next(steps) == 2 and world.data_rank == 1
-                return plain(batch, scale * torch.nan if bad else scale, last) * (torch.nan if bad else 1)
+                return plain(batch, lambda: scale() * (torch.nan if bad else 1), last) * (torch.nan if bad else 1)
 
             self.engine.forward_backward = forward_backward  # type: ignore[method-assign]
 
@@ -304,7 +304,7 @@ def largest(config: dict[str, Any]) -> tuple[int, ...]:
     engine.initialise(0)
     tokens = torch.arange(64).view(2, 32)
     with LargestLocal() as seen:
-        engine.forward_backward(Batch({"tokens": tokens, "targets": tokens}, 2), torch.tensor(0.1), last=True)
+        engine.forward_backward(Batch({"tokens": tokens, "targets": tokens}, 2), lambda: torch.tensor(0.1), last=True)
     return seen.shape
 
 

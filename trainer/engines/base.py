@@ -37,11 +37,12 @@ class Engine(Protocol):
         """Fill parameters and buffers (default: all) from (seed, name): the same values at every world size and layout.
         A collective."""
 
-    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, scale: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
         """Add this micro batch's gradients, and return this rank's sums of the task, fp64 [columns].
 
-        scale: 1 / the step's global weight, 0-d, on the device. The engine undoes its backend's averaging, so that
-        gradients are plain sums over ranks. last: the gradients must be synchronised when this returns. A loss that
+        scale: gives 1 / the step's global weight, fp32 0-d, on the device. The engine asks after its forward: until
+        then the ranks are still summing it. The engine undoes its backend's averaging, so that gradients are plain sums
+        over ranks. last: the gradients must be synchronised when this returns. A loss that
         is not finite makes the gradient norm NaN. The ranks of a tensor group return the same."""
 
     def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:

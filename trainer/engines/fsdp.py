@@ -168,10 +168,10 @@ class FsdpEngine(Named):
 
     # ---- one update -------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, scale: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
         self._synchronise(last)
         total, sums = self._sums(self.model, batch)
-        self._weighted(total, scale, sums).backward()
+        self._weighted(total, scale(), sums).backward()
         if self._params.itemsize < 4:
             self._added_up.take(self.stored.values(), last)
         if last and self._tensor is not None:

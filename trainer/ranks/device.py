@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed import Work
 
 
 def from_host(numbers: list[float], device: torch.device) -> torch.Tensor:
@@ -41,10 +42,15 @@ class DeviceTime:
             self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             self._events[0].record()
 
-    def end(self) -> None:
-        """Record the second point."""
+    def end(self, work: Work | None) -> None:
+        """The second point: where `work`, a collective that has begun, ends. The GPU's queue goes on meanwhile."""
         if self._events is not None:
-            self._events[1].record()
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                if work is not None:
+                    work.wait()  # makes this stream wait, not the host
+                self._events[1].record()
 
     def seconds(self) -> float:
         """Call it only after a later result was read: before that, the GPU may not have reached the second point."""

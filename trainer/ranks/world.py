@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, Work  # type: ignore[attr-defined]
 
 from configs.config import Config
 from configs.errors import UserError
@@ -69,6 +69,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def begin_sum(self, tensor: torch.Tensor) -> Work | None:
+        """Begin to sum over all ranks, in place. Whoever reads the tensor waits for what is returned. A collective."""
+        return dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
 
     def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the data ranks: values that all ranks of a tensor group share count once. A collective."""

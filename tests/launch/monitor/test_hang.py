@@ -160,7 +160,7 @@ def test_a_rank_that_hangs_in_its_reader_is_named_with_its_line(tmp_path: Path) 
     attempt = run.attempts()[0]
     assert "sitecustomize.py" in rank["place"]
     assert "in _hang" in (attempt / "stack-00001.txt").read_text()
-    assert "all_reduce" in (attempt / "stack-00000.txt").read_text()
+    assert "all_gather" in (attempt / "stack-00000.txt").read_text()
     assert (attempt / "flight-00000.json").stat().st_size > 1000
     assert "hang: rank 1 on" in run.output
     assert [run.end(n)["reason"] for n in (0, 1)] == ["failed", "finished"]

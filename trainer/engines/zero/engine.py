@@ -234,11 +234,11 @@ class ZeroEngine(Named):
 
     # ---- one update -------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, batch: Batch, scale: torch.Tensor, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, scale: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
         total, sums = self._sums(self._engine, batch)
         # DeepSpeed averages over the ranks at every stage: undone by this factor.
-        self._engine.backward(self._weighted(total, scale * self.world.size, sums), scale_wrt_gas=False)
+        self._engine.backward(self._weighted(total, scale() * self.world.size, sums), scale_wrt_gas=False)
         return sums
 
     def update(self, lr_factor: float, clip: float | None) -> torch.Tensor:
