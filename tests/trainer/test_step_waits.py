@@ -141,6 +141,7 @@ def test_garbage_is_collected_when_it_is_due() -> None:
         weakref.finalize(node, alive.clear)
         return alive
 
+    frozen = gc.get_freeze_count()
     with collected_at_agreed_steps():
         young = made()
         collect_if_due(garbage.EVERY_STEPS + 1)
@@ -154,7 +155,7 @@ def test_garbage_is_collected_when_it_is_due() -> None:
         collect_everything()
         assert not engine
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() <= frozen
 
 
 # ---- a GPU's time, memory and buffers -------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EVERY_STEPS = 100
+_FROZEN_AT_FIRST = gc.get_freeze_count()  # by Python 3.12 itself, some hundred objects
 
 
 @contextmanager
 def collected_at_agreed_steps() -> Iterator[None]:
     """Nothing is collected meanwhile but by the two functions below. What is alive now is not looked at again."""
-    frozen_before = gc.get_freeze_count() > 0
+    frozen_before = gc.get_freeze_count() > _FROZEN_AT_FIRST
     gc.disable()
     gc.freeze()
     try:
