@@ -224,5 +224,8 @@ def test_reading_is_linear(what: str, write: Write) -> None:
         return spent
 
     seconds(10)
-    small, large = min(seconds(1000) for _ in range(3)), seconds(20_000)
-    assert large < 20 * 4 * small + 0.5, (small, large)
+    # Squares would make it 400 times as long. Of three tries one must do: memory may be slow for a moment.
+    tries = [(min(seconds(1000) for _ in range(3)), seconds(20_000))]
+    while tries[-1][1] >= 20 * 4 * tries[-1][0] + 0.5 and len(tries) < 3:
+        tries.append((min(seconds(1000) for _ in range(3)), seconds(20_000)))
+    assert tries[-1][1] < 20 * 4 * tries[-1][0] + 0.5, tries
