@@ -44,9 +44,8 @@ def train(run: Run) -> Cause | None:
         queued = train_step(run.engine, batch, config, agreement, row_is_due(config, batch.step), run.step_phase)
         progress.step = batch.step
         progress.consumed_samples = batch.consumed_samples
-        take_result(
-            run, unread, agreement, health
-        )  # the step before: read after queueing this one, so a GPU is never idle
+        # The step before this one: its numbers are read only after queueing this one, so that a GPU is never idle.
+        take_result(run, unread, agreement, health)
         run.meter.add(time.perf_counter() - began, run.loader.wait_s, batch.cost)
         unread = queued
         if not run.first_step_done or must_be_known(config, progress.step):

@@ -37,13 +37,7 @@ def names_of(section: ModelSection) -> tuple[list[str], dict[str, str]]:
 
 def _mark(dtype: torch.dtype) -> float:
     """A value that no table of numbers holds."""
-    return (
-        torch.nan
-        if dtype.is_floating_point or dtype.is_complex
-        else torch.iinfo(dtype).min
-        if dtype != torch.bool
-        else 0
-    )
+    return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
 
 
 class Named:
@@ -69,7 +63,9 @@ class Named:
 
     def _rebuild_buffers(self) -> None:
         """Fill the buffers that no checkpoint holds. Raises UserError when the model leaves one as memory was found."""
-        rest = [name for name, _ in self.model.named_buffers() if name not in self._buffer_infos]
+        # A mask of bool may hold any value, so it is not looked at.
+        every = self.model.named_buffers()
+        rest = [name for name, b in every if name not in self._buffer_infos and b.dtype != torch.bool]
         for name in rest:
             buffer = self.model.get_buffer(name)
             buffer.fill_(_mark(buffer.dtype))
@@ -77,7 +73,7 @@ class Named:
         for name in rest:
             buffer = self.model.get_buffer(name)
             mark = torch.full_like(buffer, _mark(buffer.dtype))
-            if buffer.dtype != torch.bool and torch.isclose(buffer, mark, equal_nan=True).any():  # a mask may hold any
+            if torch.isclose(buffer, mark, equal_nan=True).any():
                 raise UserError(
                     f"model.name {self.config.model.name}: no checkpoint holds the buffer {name!r}, and the model does "
                     "not fill it\nlet `rebuild_buffers` of its models.base.Model fill it, or register it as persistent"

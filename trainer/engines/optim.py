@@ -18,7 +18,7 @@ from trainer.engines.boxes import box_of, local_part
 class SGD(torch.optim.SGD):
     """torch's fused one, on this rank's parts: it does not take sharded tensors itself."""
 
-    found_inf: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None  # fp32 0-d: not 0 where the update is to be skipped
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -55,12 +55,13 @@ class Muon(torch.optim.Optimizer):
     sharded and each rank gathers one matrix at a time: one all-gather per matrix, and the same bits on every layout.
     """
 
+    found_inf: torch.Tensor | None = None
+
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
     ITERATIONS = 5
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.found_inf: torch.Tensor | None = None  # fp32 0-d: not 0 where the update is to be skipped
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -126,7 +127,7 @@ def build_optimizers(
     groups = [g for g in groups if g["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups and optim.name == "sgd":
-        optimizers.append(SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True))
+        optimizers.append(SGD(groups, lr=optim.lr, momentum=optim.momentum))
     elif groups:
         kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
         betas = (optim.betas[0], optim.betas[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.distributed import Work
 
@@ -30,6 +32,12 @@ class Reading:
         return values
 
 
+@cache
+def _beside() -> torch.cuda.Stream:
+    """One for all steps: torch hands out few, and a step must not wait for what another one's owner queued there."""
+    return torch.cuda.Stream()
+
+
 class DeviceTime:
     """Seconds of a GPU between two points of its queue. The host only queues work, so it cannot measure them.
 
@@ -45,7 +53,7 @@ class DeviceTime:
     def end(self, work: Work | None) -> None:
         """The second point: where `work`, a collective that has begun, ends. The GPU's queue goes on meanwhile."""
         if self._events is not None:
-            beside = torch.cuda.Stream()
+            beside = _beside()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
                 if work is not None:
