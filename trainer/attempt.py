@@ -205,7 +205,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _record_failure(run: Run, error: Exception) -> None:
-    """The traceback and rank, for whoever looks, as far as they can be written: a note that fails must not take the
+    """The traceback and rank, for whoever looks, as far as they can be written. A note that fails must not take the
     place of the first cause. The other ranks may be gone: no collective from here on."""
     text = "".join(traceback.format_exception(error))
     with suppress(OSError):

@@ -15,9 +15,9 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def box_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(offsets, sizes) of this rank's part in the whole tensor; the whole when it is not sharded.
 
-    Computed here: FSDP cuts the part that tensor parallelism left, and torch's own function for that
-    (`compute_local_shape_and_global_offset`) is wrong where such a part cannot be cut evenly, as with 7 rows over a
-    mesh of 3 x 2.
+    Computed here, as FSDP cuts the part that tensor parallelism left. torch's own
+    `compute_local_shape_and_global_offset` is wrong where such a part cannot be cut evenly, as with 7 rows over a mesh
+    of 3 x 2.
     """
     offsets, sizes = [0] * tensor.ndim, list(tensor.shape)
     if isinstance(tensor, DTensor):

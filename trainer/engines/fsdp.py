@@ -1,7 +1,7 @@
 """The FSDP engine: FSDP2, HSDP, DDP and tensor parallelism by one mesh, and one process without sharding.
 
-The mesh is (replicate, shard): shard alone is FSDP, both are HSDP, replicate alone is DDP (a model sharded over groups
-of one rank, so precision, names and checkpoints are the same everywhere). With tensor parallelism a third dimension
+The mesh is (replicate, shard). Shard alone is FSDP, both are HSDP. Replicate alone is DDP: a model sharded over groups
+of one rank, so that precision, names and checkpoints are the same everywhere. With tensor parallelism a third dimension
 stands last (`tensor.py`), and FSDP cuts what it left on each rank. One process needs no process group.
 """
 
@@ -150,8 +150,8 @@ class FsdpEngine(Named):
         every = self.stored | self._buffers()
         for name in every if names is None else names:
             stored = every[name]
-            # Drawn whole and cut, never drawn per shard: under FSDP2 on CPU every shard would get the same values, and
-            # the weights would depend on the world size.
+            # Drawn whole and cut, never drawn per shard. Under FSDP2 on the CPU every shard would get the same values.
+            # The weights would also depend on the world size.
             whole = torch.empty(stored.shape, dtype=torch.float32, device=self.device)
             self.built.initialise(name, whole, generator(self.device, seed, "init", name))
             offsets, sizes = box_of(stored)

@@ -10,8 +10,8 @@ from trainer.engines.boxes import local_part
 
 
 class AddedUp:
-    """Sums over the micro batches of a step. In bf16, which has 8 bits, a gradient of 1/300 of the sum so far would
-    change nothing: with 64 micro batches most of what the last ones say would be lost.
+    """Sums over the micro batches of a step. bf16 has 8 bits, so a gradient of 1/300 of the sum so far would change
+    nothing. Of 64 micro batches, the last ones would be mostly lost.
 
     It takes 4 bytes for each parameter of this rank, from the first micro batch to the last.
     """

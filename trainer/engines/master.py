@@ -10,7 +10,7 @@ class MasterWeights:
     """The model computes with low-precision copies; `stored` holds what the optimizer updates and checkpoints keep.
 
     Gradients arrive in the compute dtype and are added up in the stored dtype, micro batch by micro batch, as FSDP2
-    does: the numbers are the same with one process as with many. What is in the compute dtype already has no copy.
+    does. So the numbers are the same with one process as with many. What is in the compute dtype already has no copy.
     """
 
     def __init__(self, model: nn.Module, compute: torch.dtype) -> None:

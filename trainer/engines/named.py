@@ -104,8 +104,8 @@ class Named:
     @staticmethod
     def _weighted(total: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         """What to differentiate of a micro batch. A loss (the first column) that is not finite makes NaN of its
-        gradients, even of finite ones: they reach all ranks by the reduction that is made anyway, and all skip the
-        update alike."""
+        gradients, even of finite ones. The reduction of the gradients takes NaN to all ranks, and all skip the
+        update."""
         return total * (scale + 0.0 * sums[0].detach().to(scale.dtype))
 
     def _buffers(self) -> dict[str, torch.Tensor]:

@@ -16,8 +16,8 @@ from trainer.checkpoint.format.pieces import DTYPE_NAMES, Piece
 
 WRITE_BYTES = 1 << 16  # written at a time; for longer aligned writes Linux may take larger pages, at 4 times the CPU
 DATA_ALIGNMENT = 64
-# Long headers are filled up to the same length on most ranks, whatever digits their offsets have: then a piece begins
-# at the same byte in every rank's file, which the manifest says once instead of a thousand times.
+# Long headers are filled up to the same length on most ranks, whatever digits their offsets have. Then a piece begins
+# at the same byte in every rank's file, and the manifest says it once, not a thousand times.
 LONG_HEADER_BYTES = 4096
 
 

@@ -26,8 +26,8 @@ _Cut = tuple[Ints, tuple[tuple[int, int | None, int, Ints, Ints], ...]]
 class RunState:
     """What a checkpoint holds beside tensors: plain JSON, equal on all ranks.
 
-    `trained_steps` tells, per frozen parameter, the step at which it last changed (0 when absent: never in this run);
-    for group "model" it is the step of the save. `stateless` are parameters that train but have no optimizer state yet.
+    `trained_steps` tells, per frozen parameter, the step at which it last changed (0 when absent: never in this run).
+    For group "model" it is the step of the save. `stateless` are parameters that train but have no optimizer state yet.
     """
 
     position: dict[str, Any] = field(default_factory=dict)

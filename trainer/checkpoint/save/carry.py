@@ -1,9 +1,9 @@
 """What a save takes over from an earlier checkpoint, file by file, because no rank holds it in memory.
 
-That is the originals of frozen parameters, in the number format in which they were last trained or loaded, and the
-optimizer state of parameters that were trained and are frozen now. Within an attempt a file is linked; at the first
-save of an attempt, and every few after, it is copied with every block checked, so that one bad block is not in all
-checkpoints. A file of which only a part is still carried is written anew with that part.
+That is the originals of frozen parameters, in the number format in which they were last trained or loaded. It is also
+the optimizer state of parameters that were trained and are frozen now. Within an attempt a file is linked. The first
+save of an attempt, and every few after, copy it and check every block, so that one bad block is not in all checkpoints.
+A file of which only a part is still carried is written anew with that part.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def page_lock(buffer: torch.Tensor, device: torch.device) -> Callable[[], None]:
     """Lock the pages of host memory, for fast copies from a GPU; for the CPU there is nothing to do. Returns what
     unlocks them, to be called before they are freed. Raises RuntimeError when the driver refuses.
 
-    torch's own pinned allocator rounds up to a power of two, which for the state of a large model is another half of
-    it, and never gives it back.
+    torch's own pinned allocator rounds up to a power of two, and never gives memory back. For the state of a large
+    model that is up to another half of it.
     """
     if device.type == "cpu":
         return _nothing

@@ -136,8 +136,8 @@ class ZeroEngine(Named):
         return torch.device("cpu") if self.config.parallel.cpu_offload or self._swapping.sections else self.device
 
     def _allocate(self, trainable: set[str]) -> Model:
-        """The model with memory but without values: whole, or at stage 3 cut module by module, so that no rank ever
-        holds more than one module of it whole."""
+        """The model with memory but without values: whole, or at stage 3 cut module by module. Then no rank holds more
+        than one module of it whole."""
         with torch.device("meta"):
             built = build_model(self.config.model)
         model = built.module
@@ -355,7 +355,8 @@ def _start_deepspeed(world: World) -> None:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})  # it reads them
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    # A short cut for CPU ranks of one host: not needed, and compiled at the first start, behind a lock on which every
-    # later start waits if that one is killed. Nothing public declines it: it is taken wherever this table has it.
+    # A short cut for CPU ranks of one host, which is not needed. The first start compiles it behind a lock. If that
+    # start is killed, every later one waits for the lock. Nothing public declines it: it is taken wherever this table
+    # has it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)

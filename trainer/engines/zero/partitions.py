@@ -1,10 +1,10 @@
 """Where DeepSpeed keeps what this rank owns. The only file that knows DeepSpeed's inside, of 0.19.8 and its fixes.
 
 Parameters that train lie end to end in flat fp32 tensors, the masters, which the torch optimizer steps as if each were
-one parameter. Stages 1 and 2 cut the flat tensor of a group into equal parts, one per rank, wherever that falls; stage
+one parameter. Stages 1 and 2 cut the flat tensor of a group into equal parts, one per rank, wherever that falls. Stage
 3 cuts each parameter, and a rank's parts of all of them make its flat tensor. What forward reads is another copy.
 
-With `device: nvme` flat tensors of at least 1 MiB and their state are empty between steps and lie in files; so do parts
+With `device: nvme` flat tensors of at least 1 MiB and their state are empty between steps and lie in files. So do parts
 of that size of what forward reads. Tensors that map these files stand for them here.
 """
 
@@ -197,9 +197,9 @@ class Partitions:
     def _keep_gradients(
         self, parameter: Any, gradient_offsets: Sequence[int], gradient_tensors: Sequence[torch.Tensor]
     ) -> None:
-        """In place of DeepSpeed's own, which writes gradients to files and reads these into the middle of a buffer:
-        where a parameter does not begin at a multiple of 512 bytes, such a read (O_DIRECT) gives garbage, silently.
-        The memory that they were added up in is taken in any case."""
+        """In place of DeepSpeed's own, which writes gradients to files and reads these into the middle of a buffer.
+        Where a parameter does not begin at a multiple of 512 bytes, such a read (O_DIRECT) gives garbage, silently. The
+        memory that they were added up in is taken in any case."""
         kept = self._swapper.swap_params_info[parameter.ds_id].unswapped_gradients
         kept.update(zip(gradient_offsets, (tensor.cpu() for tensor in gradient_tensors), strict=True))
 

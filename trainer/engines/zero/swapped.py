@@ -1,6 +1,6 @@
 """Files that hold what of an engine does not lie in memory: a folder of them for each rank, and each as a tensor.
 
-DeepSpeed reads and writes these files past the page cache (O_DIRECT), whole tensors at a time; a mapping shows what it
+DeepSpeed reads and writes these files past the page cache (O_DIRECT), whole tensors at a time. A mapping shows what it
 wrote, and `flush` what was written here.
 """
 
@@ -180,8 +180,8 @@ def _check_extension() -> None:
 
 @contextmanager
 def _building(folders: Sequence[Path]) -> Iterator[None]:
-    """Alone among this user's processes. torch has a lock of its own in each folder, on which every start would wait
-    for ever if its owner is killed while it compiles: that of one which was killed in here is removed."""
+    """Alone among this user's processes. torch has a lock of its own in each folder. If its owner is killed while it
+    compiles, every later start waits for ever. The lock of a start that was killed in here is removed."""
     with (folders[0].parent / "muster-building").open("a+") as mark:
         lock(mark.fileno(), wait=True)
         mark.seek(0)
